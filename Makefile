@@ -1,0 +1,42 @@
+# The two commands: `make demo` trains on real data, `make test` runs all tests; both install what they need.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
+
+.PHONY: demo test lint wheel compat clean
+
+demo: $(VENV)/.installed
+	$(BIN)/condlr train
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/pip install -q ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# editable: Python started here imports ./condlr_ext, so the compiled files have to be there too
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" numpy $(BUILD_TOOLS)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[demo,test]"
+	touch $@
+
+# builds, audits, and tries the wheel in a fresh environment, outside the repository and without a compiler
+wheel: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	TORCH="$(TORCH)" $(BIN)/python tests/wheel/check.py dist/condlr_ext-*.whl
+
+# by hand: the same wheel on the oldest and on the newest torch (several GB each, removed afterwards)
+compat: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	TORCH="torch==2.10.0" $(BIN)/python tests/wheel/check.py dist/condlr_ext-*.whl
+	TORCH="torch" $(BIN)/python tests/wheel/check.py dist/condlr_ext-*.whl
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info condlr_ext/*.so

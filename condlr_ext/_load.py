@@ -1,0 +1,54 @@
+"""Loads the compiled parts, once, and keeps the reason when one does not load; importing never fails for it."""
+
+import importlib
+import sysconfig
+import warnings
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+
+
+def _load_ops() -> str | None:
+    path = next((p for p in map(_HERE.joinpath, ("_C.so", "_C.dylib", "_C.pyd")) if p.exists()), None)
+    if path is None:
+        return f"no compiled op library _C in {_HERE}"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path} does not load: {error}"
+    return None
+
+
+def _load_host():
+    try:
+        return importlib.import_module("condlr_ext._host"), None
+    except ImportError as error:
+        if (_HERE / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
+            return None, f"_host does not load: {error}"
+        return None, f"no compiled module _host for this Python in {_HERE}"
+
+
+class Compiled:
+    """What is loaded: `ops_path` / `ops_reason` for _C, `host` / `host_reason` for _host."""
+
+    def __init__(self):
+        self.ops_reason = _load_ops()
+        self.host, self.host_reason = _load_host()
+
+    @property
+    def ops_path(self) -> str | None:
+        return None if self.ops_reason else next(p for p in torch.ops.loaded_libraries if Path(p).parent == _HERE)
+
+
+def load() -> Compiled:
+    compiled = Compiled()
+    if compiled.ops_reason:
+        warnings.warn(
+            f"condlr_ext: compiled kernels are not in use ({compiled.ops_reason}); everything runs on the slower "
+            "PyTorch reference path.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return compiled

@@ -1,0 +1,249 @@
+"""One torch.autograd.Function per differentiable op, over torch.ops.condlr_ext.*.
+
+Each takes the backend its forward runs on as first argument and keeps it for backward, which may run in another
+thread. The linear-algebra backwards are closed forms for full-rank input.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import ops, reference
+from .ops import layers, linalg
+
+
+class LowRankLinear(Function):
+    """(Y, P) of reference.low_rank_linear; saves X, P and the factors."""
+
+    @staticmethod
+    def forward(backend, input, U, S, V, bias):
+        return layers.low_rank_linear.run(backend, input, U, S, V, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, input, U, S, V, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, output[1], U, S, V)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 6
+        input, P, U, S, V = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[1:])
+        if torch.is_grad_enabled():  # double backward: plain products, with P a function of X and V again
+            P = input @ V
+            return None, *reference.low_rank_linear_backward(grad, input, P, U, S, V, mask)
+        gradients = layers.low_rank_linear_backward.run(ctx.backend, grad, input, P, U, S, V, mask)
+        return None, *(g if needed else None for g, needed in zip(gradients, mask, strict=True))
+
+    @staticmethod
+    def vmap(info, in_dims, backend, *args):
+        return _vmap_plain(reference.low_rank_linear, info, in_dims[1:], args)
+
+
+class LowRankConv(Function):
+    """(Y, P) of reference.low_rank_conv; saves X, P and the factors."""
+
+    @staticmethod
+    def forward(backend, input, U, S, V, bias, *geometry):
+        return layers.low_rank_conv.run(backend, input, U, S, V, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, input, U, S, V, _, *ctx.geometry = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, output[1], U, S, V)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        rest = (None,) * len(ctx.geometry)
+        if grad is None:
+            return (None,) * 6 + rest
+        input, P, U, S, V = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[1:6])
+        if torch.is_grad_enabled():
+            _, P = reference.low_rank_conv(input, U, S, V, None, *ctx.geometry)
+            return (
+                None,
+                *reference.low_rank_conv_backward(grad, input, P, U, S, V, mask, *ctx.geometry),
+                *rest,
+            )
+        gradients = layers.low_rank_conv_backward.run(ctx.backend, grad, input, P, U, S, V, mask, *ctx.geometry)
+        return None, *(g if needed else None for g, needed in zip(gradients, mask, strict=True)), *rest
+
+    @staticmethod
+    def vmap(info, in_dims, backend, *args):
+        return _vmap_plain(reference.low_rank_conv, info, in_dims[1:], args)
+
+
+def _vmap_plain(fn, info, in_dims, args):
+    """vmap of a layer through differentiable plain products, which torch knows how to batch."""
+    return torch.vmap(fn, in_dims, randomness=info.randomness)(*args), (0, 0)
+
+
+class SVD(Function):
+    """(U, sigma, V, info). Gradients through U or V need distinct singular values."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(backend, A):
+        return linalg.svd.run(backend, A)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        U, sigma, V, info = output
+        ctx.mark_non_differentiable(info)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[1], U, sigma, V)
+
+    @staticmethod
+    def backward(ctx, dU, dsigma, dV, _):
+        A, U, sigma, V = ctx.saved_tensors
+        core = None
+        dA = 0
+        if dsigma is not None:
+            core = torch.diag_embed(dsigma)
+        if dU is not None or dV is not None:
+            _refuse_equal(sigma)
+            gap = sigma.unsqueeze(-2) ** 2 - sigma.unsqueeze(-1) ** 2
+            off = ~torch.eye(sigma.shape[-1], dtype=torch.bool, device=A.device)
+            F = torch.where(off, 1 / torch.where(off, gap, 1), 0)
+            core = torch.zeros_like(F) if core is None else core
+            inverse = 1 / sigma
+        if dU is not None:
+            J = U.mT @ dU
+            core = core + F * (J - J.mT) * sigma.unsqueeze(-2)
+            if U.shape[-2] > U.shape[-1]:
+                dA = dA + reference.tangent_projection(U, dU) * inverse.unsqueeze(-2) @ V.mT
+        if dV is not None:
+            K = V.mT @ dV
+            core = core + sigma.unsqueeze(-1) * (F * (K - K.mT))
+            if V.shape[-2] > V.shape[-1]:
+                dA = dA + U * inverse.unsqueeze(-2) @ reference.tangent_projection(V, dV).mT
+        return None, None if core is None else U @ core @ V.mT + dA
+
+
+def _refuse_equal(sigma: Tensor) -> None:
+    """Raises where neighbouring singular values agree to rounding; CPU tensors outside of tracing only."""
+    if not ops.can_check(sigma) or sigma.shape[-1] < 2:
+        return
+    if (-sigma.diff() <= torch.finfo(sigma.dtype).eps * sigma[..., :1]).any():
+        raise ArithmeticError(
+            "linalg.svd: the gradient through U or V is not defined at equal singular values; use sigma alone, or"
+            " polar or clip_spectrum, whose gradients are"
+        )
+
+
+class QR(Function):
+    """(Q, R, info), A of full column rank (m < n: its first m columns independent)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(backend, A):
+        return linalg.qr.run(backend, A)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        Q, R, info = output
+        ctx.mark_non_differentiable(info)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(inputs[1], Q, R)
+
+    @staticmethod
+    def backward(ctx, dQ, dR, _):
+        if dQ is None and dR is None:
+            return None, None
+        A, Q, R = ctx.saved_tensors
+        k = Q.shape[-1]
+        dQ = torch.zeros_like(Q) if dQ is None else dQ
+        dR = torch.zeros_like(R) if dR is None else dR
+        # m < n: R = Qᵀ A, so the columns of A past the first m act through Q alone
+        dQ, tail = dQ + A[..., k:] @ dR[..., k:].mT, Q @ dR[..., k:]
+        R, dR = R[..., :k], dR[..., :k]
+        M = (R @ dR.mT - dQ.mT @ Q).tril()
+        M = M + M.tril(-1).mT
+        head = torch.linalg.solve_triangular(R.mT, dQ + Q @ M, upper=False, left=False)
+        return None, torch.cat((head, tail), dim=-1)
+
+
+class Polar(Function):
+    """(Q, info) of A = Q H, A of full rank."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(backend, A):
+        return linalg.polar.run(backend, A)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, A = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(A)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dQ, _):
+        if dQ is None:
+            return None, None
+        U, sigma, V, _ = linalg.svd.run(ctx.backend, *ctx.saved_tensors)
+        return None, _spectral_gradient(dQ, U, sigma, V, torch.ones_like(sigma), torch.zeros_like(sigma))
+
+
+class ClipSpectrum(Function):
+    """(out, info) of clip_spectrum; the band's edges are constants, so the gradient along a clipped sigma is 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(backend, A, tau, band, sigma_max):
+        return linalg.clip_spectrum.run(backend, A, tau, band, sigma_max)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend, A, *ctx.constraint = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(A)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 5
+        tau, band, sigma_max = ctx.constraint
+        U, sigma, V, _ = linalg.svd.run(ctx.backend, *ctx.saved_tensors)
+        lo, hi = reference.clip_edges(sigma, tau, reference.BANDS[band], sigma_max)
+        clipped = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1))
+        slope = ((sigma >= lo.unsqueeze(-1)) & (sigma <= hi.unsqueeze(-1))).to(sigma.dtype)
+        return None, _spectral_gradient(grad, U, sigma, V, clipped, slope), None, None, None
+
+
+def _spectral_gradient(grad: Tensor, U: Tensor, sigma: Tensor, V: Tensor, f: Tensor, slope: Tensor) -> Tensor:
+    """Gradient through A = U diag(sigma) Vᵀ -> U diag(f(sigma)) Vᵀ by divided differences.
+
+    With G = Uᵀ grad V, the symmetric part is scaled by (f_i - f_j) / (sigma_i - sigma_j) (the slope where they
+    are equal) and the skew part by (f_i + f_j) / (sigma_i + sigma_j), so repeated values are harmless. The
+    direction that fills a zero singular value is arbitrary and counts as a constant.
+    """
+    G = U.mT @ grad @ V
+    row, col = sigma.unsqueeze(-1), sigma.unsqueeze(-2)
+    close = (row - col).abs() <= 8 * torch.finfo(sigma.dtype).eps * row.maximum(col)
+    quotient = (f.unsqueeze(-1) - f.unsqueeze(-2)) / torch.where(close, 1, row - col)
+    mean_slope = (slope.unsqueeze(-1) + slope.unsqueeze(-2)) / 2
+    symmetric = torch.where(close, mean_slope, quotient)
+    skew = torch.where(row + col > 0, (f.unsqueeze(-1) + f.unsqueeze(-2)) / torch.where(row + col > 0, row + col, 1), 0)
+    dA = U @ (symmetric * (G + G.mT) + skew * (G - G.mT)) @ V.mT / 2
+    ratio = torch.where(sigma > 0, f / torch.where(sigma > 0, sigma, 1), 0)
+    if U.shape[-2] > U.shape[-1]:
+        dA = dA + reference.tangent_projection(U, grad @ V) * ratio.unsqueeze(-2) @ V.mT
+    if V.shape[-2] > V.shape[-1]:
+        dA = dA + U * ratio.unsqueeze(-2) @ reference.tangent_projection(V, grad.mT @ U).mT
+    return dA

@@ -1,0 +1,62 @@
+"""What each subcommand of `condlr` does; the experiments and their packages load only when asked for."""
+
+import dataclasses
+import json
+from argparse import Namespace
+from pathlib import Path
+
+
+def train(arguments: Namespace) -> None:
+    from ..experiments import TrainConfig, report
+    from ..experiments import train as run
+
+    names = [f.name for f in dataclasses.fields(TrainConfig)]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    config = TrainConfig(**given)
+    results = run(config, progress=True)
+    report.show(*report.summary(results))
+    print(f"{results['seconds']:.0f} s; results.json, results.png, table.md and checkpoints are in {config.out}")
+
+
+def evaluate(arguments: Namespace) -> None:
+    from ..experiments import evaluate_checkpoint, report
+
+    options = {"data": arguments.data, "eps": arguments.eps, "attack_steps": arguments.attack_steps}
+    result = evaluate_checkpoint(Path(arguments.checkpoint), **options)
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    attacks = [name for name in ("fgsm", "pgd-ce", "pgd-dlr", "worst") if name in result]
+    rows = [["0 (clean)"] + [f"{100 * result['clean']:.2f}"] * len(attacks)]
+    for i, e in enumerate(result["eps"]):
+        rows.append([f"{e:g}"] + [f"{100 * result[name][i]:.2f}" for name in attacks])
+    print(f"{result['run']} on {result['n']} test samples of {result['data']}, accuracy in %")
+    report.show(["eps", *attacks], rows)
+    saturated, zero, tiny = (f"{100 * result[name]:.2f} %" for name in ("saturated", "zero_gradient", "tiny_gradient"))
+    print(f"softmax = 1: {saturated}; input gradient 0: {zero}, below 1e-10: {tiny}")
+
+
+def inspect(arguments: Namespace) -> None:
+    from ..experiments import inspect_checkpoint, report
+
+    result = inspect_checkpoint(Path(arguments.checkpoint))
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    rows = [
+        [
+            layer["name"], f"{layer['m']} x {layer['n']}", str(layer["rank"]), str(layer["weights"]),
+            report.number(layer["kappa"], ".7g"), f"{layer['sigma_max']:.4g}", f"{layer['sigma_min']:.4g}",
+            report.number(layer["orthonormality"], ".1e"),
+        ]
+        for layer in result["layers"]
+    ]  # fmt: skip
+    metadata = result["metadata"]
+    print(f"{metadata['run']}, {metadata['data']}, seed {metadata['seed']}, condlr_ext {metadata['condlr_ext']}")
+    report.show(["layer", "weight", "rank", "weights", "κ", "σ max", "σ min", "‖UᵀU−I‖"], rows)
+
+
+def info(arguments: Namespace) -> None:
+    from .. import info as information
+
+    print(json.dumps(information.collect()) if arguments.json else information.report())

@@ -1,0 +1,127 @@
+"""Checkpoints: weights in safetensors, with what is needed to rebuild and attack the model as metadata."""
+
+import json
+from inspect import signature
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import condlr_ext
+
+from ..baselines import TwoFactorLinear
+from ..linalg import svd
+from ..nn import LowRankLinear
+from ..robustness import evaluate
+from .config import RunSpec
+from .data import load
+from .extras import require
+from .files import write_whole
+from .models import HEAD, compress, core, mlp, orthonormality_error, weight_count
+
+KEYS = ("run", "ranks", "tau", "data", "seed", "attack")
+
+
+def save_checkpoint(path: Path, model: nn.Module, metadata: dict) -> None:
+    """Write the model, and as text the metadata KEYS; "attack" holds the arguments of robustness.evaluate."""
+    text = {key: json.dumps(metadata[key]) for key in KEYS} | {"condlr_ext": condlr_ext.__version__}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    write_whole(path, require("safetensors.torch").save(tensors, text))
+
+
+def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
+    """The model, rebuilt, and its metadata.
+
+    Raises:
+        ValueError: no such file, damaged, or not written by save_checkpoint.
+    """
+    safetensors = require("safetensors")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            text = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"checkpoint: cannot read {path}: {error}") from None
+    missing = {*KEYS, "condlr_ext"} - set(text)
+    if missing:
+        raise ValueError(f"checkpoint: {path} was not written by condlr train, it lacks {', '.join(sorted(missing))}")
+    try:
+        metadata = {key: json.loads(text[key]) for key in KEYS} | {"condlr_ext": text["condlr_ext"]}
+        spec = RunSpec.parse(metadata["run"])
+        with torch.random.fork_rng(devices=[]):
+            model = mlp(_features(tensors), len(tensors[f"{HEAD}.bias"]))
+            compress(model, spec.method, rank=metadata["ranks"])
+        model.load_state_dict(tensors)
+        signature(evaluate).bind(model, None, None, **metadata["attack"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"checkpoint: {path} does not describe a model of this package: {error}") from None
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise ValueError(f"checkpoint: {path} holds NaN or Inf")
+    return model, metadata
+
+
+def _features(tensors: dict) -> int:
+    """Inputs of the first layer, from whichever matrix touches them."""
+    for name, dim in (("fc1.weight", 1), ("fc1.0.weight", 1), ("fc1.V", 0)):
+        if name in tensors:
+            return tensors[name].shape[dim]
+    raise ValueError("there is no layer fc1")
+
+
+def evaluate_checkpoint(path: Path, *, data: str | None = None, eps=None, attack_steps: int | None = None) -> dict:
+    """Accuracy of a checkpoint under attack; with no option given, exactly the numbers of its training run.
+
+    Args:
+        path: a .safetensors file of train.
+        data, eps, attack_steps: instead of those it was trained with.
+
+    Returns:
+        dict: run, data and what robustness.evaluate returns.
+    """
+    model, metadata = load_checkpoint(path)
+    attack = dict(metadata["attack"])
+    if eps is not None:
+        attack["eps"] = list(eps)
+    if attack_steps is not None:
+        attack["steps"] = attack_steps
+    data = data or metadata["data"]
+    split = load(data, metadata["seed"])
+    expected = (_features(model.state_dict()), model.head.out_features)
+    if (split.x_test.shape[1], split.classes) != expected:
+        raise ValueError(
+            f"checkpoint: {path} needs {expected[0]} features and {expected[1]} classes, {data} has "
+            f"{split.x_test.shape[1]} and {split.classes}"
+        )
+    return {"run": metadata["run"], "data": data, **evaluate(model, split.x_test, split.y_test, **attack)}
+
+
+def inspect_checkpoint(path: Path) -> dict:
+    """The metadata, and for each linear layer its shape, rank, weights, sigma, kappa and orthonormality."""
+    model, metadata = load_checkpoint(path)
+    layers = []
+    for name, layer in model.named_children():
+        if not isinstance(layer, (nn.Linear, LowRankLinear, TwoFactorLinear)):
+            continue
+        sigma = svd(core(layer)).sigma
+        low_rank = isinstance(layer, LowRankLinear)
+        m, n = _shape(layer)
+        layers.append(
+            {
+                "name": name,
+                "m": m,
+                "n": n,
+                "rank": len(sigma),
+                "weights": weight_count(layer),
+                "kappa": float(sigma[0] / sigma[-1]) if sigma[-1] > 0 else None,
+                "sigma_max": float(sigma[0]),
+                "sigma_min": float(sigma[-1]),
+                "orthonormality": float(orthonormality_error(layer)) if low_rank else None,
+            }
+        )
+    return {"metadata": metadata, "layers": layers}
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, TwoFactorLinear):
+        return layer[1].out_features, layer[0].in_features
+    return layer.out_features, layer.in_features

@@ -1,0 +1,70 @@
+"""What is watched while training: kappa of each layer, orthonormality of its factors."""
+
+import torch
+from torch import nn
+
+from ..baselines import TwoFactorLinear
+from ..linalg import cond
+from ..nn import LowRankLinear
+from .models import HEAD, core, orthonormality_error
+
+
+class Monitor:
+    """Histories of one run; entry k of kappa is the state after k steps.
+
+    Attributes:
+        kappa: {low-rank layer: condition numbers}, exact to float64; Inf for a singular or non-finite layer.
+        dense_kappa: {dense layer: condition numbers}, at each flush only, for one costs as much as many steps;
+            the classifier, dense in every run, is left out.
+        orthonormality: largest |UᵀU - I| or |VᵀV - I| entry so far, None without orthonormal factors.
+    """
+
+    def __init__(self, model: nn.Module):
+        low_rank = (LowRankLinear, TwoFactorLinear)
+        self.layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, low_rank)}
+        self._dense = {} if self.layers else _dense_layers(model)
+        self.kappa = {name: [] for name in self.layers}
+        self.dense_kappa = {name: [] for name in self._dense}
+        self._cores = {name: [] for name in self.layers}
+        self._errors = []
+
+    def record(self) -> None:
+        for name, layer in self.layers.items():
+            self._cores[name].append(core(layer))
+            if isinstance(layer, LowRankLinear):
+                self._errors.append(orthonormality_error(layer))
+
+    def flush(self) -> None:
+        """Condition numbers of all cores recorded since the last flush, as one batch per layer."""
+        for name, cores in self._cores.items():
+            if cores:
+                batch = torch.stack(cores)
+                finite = torch.isfinite(batch).all(-1).all(-1)
+                self.kappa[name] += cond(torch.where(finite[:, None, None], batch, 0)).tolist()
+                cores.clear()
+        for name, layer in self._dense.items():
+            self.dense_kappa[name].append(_gram_cond(core(layer)))
+        if self._errors:
+            self._errors = [torch.stack(self._errors).max()]
+
+    @property
+    def orthonormality(self) -> float | None:
+        return float(max(self._errors)) if self._errors else None
+
+    @property
+    def max_kappa(self) -> float | None:
+        histories = (*self.kappa.values(), *self.dense_kappa.values())
+        return max((max(values) for values in histories if values), default=None)
+
+
+def _dense_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != HEAD}
+
+
+def _gram_cond(W: torch.Tensor) -> float:
+    """kappa of a dense weight by the eigenvalues of its smaller Gram matrix, good to 1e-16 kappa² in float64."""
+    if not torch.isfinite(W).all():
+        return float("inf")
+    eigenvalues = torch.linalg.eigvalsh(W.mT @ W if W.shape[0] >= W.shape[1] else W @ W.mT)
+    smallest, largest = eigenvalues[0].item(), eigenvalues[-1].item()
+    return (largest / smallest) ** 0.5 if smallest > 0 else float("inf")

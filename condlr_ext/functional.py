@@ -1,0 +1,170 @@
+"""Functional forms of the low-rank layers: argument checks, autocast, then autograd."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd, ops
+from .errors import RankError, ShapeError
+
+__all__ = ["low_rank_conv1d", "low_rank_conv2d", "low_rank_conv3d", "low_rank_linear"]
+
+
+def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Y = X V Sᵀ Uᵀ + b, the linear layer with weight W = U S Vᵀ, never formed.
+
+    Args:
+        input: X [*, n].
+        U: [m, r]. S: [r, r]. V: [n, r], r <= min(m, n). bias: [m] or None. All of one dtype and device.
+
+    Returns:
+        [*, m]. Cost 2 B r (m + n) + min(B, m) 2 r² flops for B rows; saves X, P = X V and the factors.
+
+    Raises:
+        ShapeError, RankError: shapes that do not fit. TypeError: mixed dtypes. ValueError: mixed devices.
+
+    Source: Savostianova et al., NeurIPS 2023, section 3.
+    """
+    input, U, S, V, bias = _prepare("low_rank_linear", input, U, S, V, bias)
+    if input.dim() == 0 or input.shape[-1] != V.shape[0]:
+        raise ShapeError(
+            f"low_rank_linear: input must be [*, {V.shape[0]}] to fit V {list(V.shape)}, got {list(input.shape)}"
+        )
+    args = (input, U, S, V, bias)
+    output, _ = autograd.LowRankLinear.apply(ops.layers.low_rank_linear.choose(*args), *args)
+    return output
+
+
+def low_rank_conv1d(
+    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size
+) -> Tensor:  # fmt: skip
+    """Convolution over [B, C_in, L] or [C_in, L]; see low_rank_conv2d."""
+    return _conv("low_rank_conv1d", 1, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size)
+
+
+def low_rank_conv2d(
+    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size
+) -> Tensor:  # fmt: skip
+    """Convolution whose weight, flattened to [C_out, C_in / groups * prod(kernel_size)], is W = U S Vᵀ.
+
+    Runs as a convolution with the r filters of V and a pointwise convolution with U S.
+
+    Args:
+        input: [B, C_in, H, W] or [C_in, H, W].
+        U: [C_out, r]. S: [r, r]. V: [C_in / groups * prod(kernel_size), r], rows in the order of weight.flatten(1).
+        bias: [C_out] or None.
+        stride, padding, dilation, groups: as torch.nn.functional.conv2d; padding may be "valid" or "same".
+        kernel_size: int or one int per space dimension.
+
+    Returns:
+        [B, C_out, H', W'] (or without B).
+
+    Raises:
+        ShapeError, RankError: shapes that do not fit. TypeError: mixed dtypes. ValueError: mixed devices, bad geometry.
+    """
+    return _conv("low_rank_conv2d", 2, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size)
+
+
+def low_rank_conv3d(
+    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size
+) -> Tensor:  # fmt: skip
+    """Convolution over [B, C_in, D, H, W] or [C_in, D, H, W]; see low_rank_conv2d."""
+    return _conv("low_rank_conv3d", 3, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size)
+
+
+def same_padding(kernel_size, dilation) -> list[int]:
+    """The [left, right] pairs of padding="same", last dimension first, as F.pad takes them."""
+    pads = []
+    for k, d in zip(reversed(kernel_size), reversed(dilation), strict=True):
+        total = d * (k - 1)
+        pads += [total // 2, total - total // 2]
+    return pads
+
+
+def _conv(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size) -> Tensor:
+    input, U, S, V, bias = _prepare(name, input, U, S, V, bias)
+    kernel_size = as_ints(name, "kernel_size", kernel_size, d, 1)
+    stride = as_ints(name, "stride", stride, d, 1)
+    dilation = as_ints(name, "dilation", dilation, d, 1)
+    if not isinstance(groups, int) or groups < 1 or U.shape[0] % groups:
+        raise ValueError(f"{name}: groups must be a positive divisor of C_out = {U.shape[0]}, got {groups!r}")
+    taps = 1
+    for k in kernel_size:
+        taps *= k
+    channels = V.shape[0] // taps * groups
+    if V.shape[0] % taps:
+        raise ShapeError(f"{name}: V must have a multiple of prod(kernel_size) = {taps} rows, got V {list(V.shape)}")
+    if input.dim() not in (d + 1, d + 2) or input.shape[-d - 1] != channels:
+        raise ShapeError(
+            f"{name}: input must have {d + 1} or {d + 2} dimensions with {channels} channels to fit V {list(V.shape)},"
+            f" kernel_size {tuple(kernel_size)} and groups {groups}, got {list(input.shape)}"
+        )
+    batched = input if input.dim() == d + 2 else input.unsqueeze(0)
+    if isinstance(padding, str):
+        batched, padding = _string_padding(name, batched, padding, kernel_size, stride, dilation)
+    padding = as_ints(name, "padding", padding, d, 0)
+    for size, k, p, dl in zip(batched.shape[2:], kernel_size, padding, dilation, strict=True):
+        if size + 2 * p < dl * (k - 1) + 1:
+            raise ShapeError(
+                f"{name}: input {list(input.shape)} with padding {tuple(padding)} is smaller than the kernel"
+                f" {tuple(kernel_size)} with dilation {tuple(dilation)}"
+            )
+    args = (batched, U, S, V, bias, kernel_size, stride, padding, dilation, groups)
+    output, _ = autograd.LowRankConv.apply(ops.layers.low_rank_conv.choose(*args), *args)
+    return output if input.dim() == d + 2 else output.squeeze(0)
+
+
+def _string_padding(name, input, padding, kernel_size, stride, dilation):
+    if padding == "valid":
+        return input, 0
+    if padding != "same":
+        raise ValueError(f'{name}: padding must be ints, "valid" or "same", got {padding!r}')
+    if any(s != 1 for s in stride):
+        raise ValueError(f'{name}: padding="same" needs stride 1, got stride {tuple(stride)}')
+    pads = same_padding(kernel_size, dilation)
+    if pads[::2] == pads[1::2]:
+        return input, pads[::2][::-1]
+    return F.pad(input, pads), 0
+
+
+def as_ints(name: str, what: str, value, d: int, least: int) -> list[int]:
+    values = [value] * d if isinstance(value, int) else list(value)
+    if len(values) == 1:
+        values *= d
+    if len(values) != d or not all(isinstance(v, int) and v >= least for v in values):
+        raise ValueError(f"{name}: {what} must be an int or {d} ints >= {least}, got {value!r}")
+    return values
+
+
+def _prepare(name: str, input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None):
+    """The tensors in autocast's dtype where that is on, checked to fit together."""
+    tensors = {"input": input, "U": U, "S": S, "V": V, "bias": bias}
+    tensors = {k: t for k, t in tensors.items() if t is not None or k != "bias"}
+    for key, t in tensors.items():
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{name}: {key} must be a real floating-point tensor, got {got}")
+    if any(tensors[k].dim() != 2 for k in "USV"):
+        raise ShapeError(f"{name}: U, S, V must be matrices, got {_shapes(tensors)}")
+    (m, r), n = U.shape, V.shape[0]
+    if S.shape != (r, r) or V.shape[1] != r:
+        raise ShapeError(f"{name}: U [m, r], S [r, r], V [n, r] must share r, got {_shapes(tensors)}")
+    if not 1 <= r <= min(m, n):
+        raise RankError(f"{name}: rank must be in 1..min(m, n) = {min(m, n)}, got {r} ({_shapes(tensors)})")
+    if bias is not None and bias.shape != (m,):
+        raise ShapeError(f"{name}: bias must be [{m}] to fit U, got {list(bias.shape)}")
+    devices = {str(t.device) for t in tensors.values()}
+    if len(devices) > 1:
+        raise ValueError(f"{name}: all tensors must be on one device, got {', '.join(sorted(devices))}")
+    if ops.autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        tensors = {k: t if t.dtype == torch.float64 else t.to(dtype) for k, t in tensors.items()}
+    dtypes = {str(t.dtype) for t in tensors.values()}
+    if len(dtypes) > 1:
+        detail = ", ".join(f"{k} {t.dtype}" for k, t in tensors.items())
+        raise TypeError(f"{name}: all tensors must have one dtype, got {detail}")
+    return *(tensors[k] for k in ("input", "U", "S", "V")), tensors.get("bias")
+
+
+def _shapes(tensors) -> str:
+    return ", ".join(f"{k} {list(t.shape)}" for k, t in tensors.items() if k in "USV")

@@ -1,0 +1,84 @@
+"""What is installed and which implementation serves which op: the content of `condlr info`."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from . import ops
+
+_SOFTWARE = (
+    "condlr_ext",
+    "torch",
+    "triton",
+    "numpy",
+    "scikit-learn",
+    "matplotlib",
+    "tqdm",
+    "rich",
+    "safetensors",
+)
+
+
+def collect() -> dict:
+    """Versions, compiled parts, CPU features and, per op and device, what serves it and why others do not."""
+    compiled = ops.COMPILED
+    host = compiled.host
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _SOFTWARE},
+        "package": os.path.dirname(os.path.abspath(__file__)),
+        "_C": compiled.ops_path or compiled.ops_reason,
+        "_host": host.__file__ if host else compiled.host_reason,
+        "build": host.build_info() if host else {},
+        "isa": host.isa() if host else None,
+        "cpu_features": [name for name, present in host.cpu_features().items() if present] if host else [],
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backend": ops.current_backend(),
+        "ops": {device: {name: _serving(op, device) for name, op in ops.OPS.items()} for device in devices},
+    }
+
+
+def report() -> str:
+    """collect() as lines of text."""
+    data = collect()
+    lines = [f"{name:<14} {version or 'not installed'}" for name, version in data["versions"].items()]
+    lines += [f"{key:<14} {data[key]}" for key in ("package", "_C", "_host")]
+    lines += [f"{'build':<14} {key}: {value}" for key, value in data["build"].items()]
+    lines.append(f"{'CPU':<14} {data['isa'] or 'unknown'} kernels; has {' '.join(data['cpu_features']) or 'unknown'}")
+    lines.append(f"{'threads':<14} {data['threads']}")
+    lines.append(f"{'CUDA':<14} {data['cuda'] or 'no device'}")
+    lines.append(f"{'backend':<14} {data['backend']}")
+    for device, table in data["ops"].items():
+        lines += ["", f"ops on {device} (float32 tensors, backend auto)"]
+        for name, entry in table.items():
+            lines.append(f"  {name:<26} {entry['served_by']}")
+            lines += [f"  {'':<26}   not {other}: {'; '.join(why)}" for other, why in entry["not"].items()]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _serving(op: ops.Op, device: str) -> dict:
+    args = _sample(op.name, device)
+    reasons = {name: op.reasons_not(name, *args) for name in ops.BACKENDS if name != "auto"}
+    return {"served_by": op.automatic(*args), "not": {name: why for name, why in reasons.items() if why}}
+
+
+def _sample(name: str, device: str) -> tuple:
+    """Arguments of the kind the op is made for."""
+    U, S, V, bias = (torch.empty(shape, device=device) for shape in ((8, 4), (4, 4), (8, 4), (8,)))
+    if name == "step":
+        layer = [U, S, V, bias]
+        hyper = torch.empty(1, 4, 10, dtype=torch.float64)
+        return layer, layer, layer, hyper, torch.empty(1, dtype=torch.int64, device=device)
+    if name.startswith("low_rank"):
+        return (torch.empty(2, 8, device=device), U, S, V, bias)
+    return (S,)

@@ -1,0 +1,196 @@
+"""Batched linear algebra of small and thin matrices: svd, qr, polar, clip_spectrum, cond.
+
+The last two dimensions are the matrix, leading ones are batch. float32 and float64 are computed as they are,
+float16 and bfloat16 in float32 and rounded back; autocast has no effect. NaN or Inf in a CPU tensor raises; on
+other devices, where a check would wait for the device, and in compiled code the result of that matrix is NaN.
+"""
+
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import autograd, ops, reference
+from .errors import ConvergenceError, NonFiniteError, ShapeError
+
+__all__ = ["clip_spectrum", "cond", "orthonormalize", "polar", "qr", "svd"]
+
+
+class SVDResult(NamedTuple):
+    """A = U diag(sigma) Vᵀ (V, not its transpose)."""
+
+    U: Tensor
+    sigma: Tensor
+    V: Tensor
+
+
+class QRResult(NamedTuple):
+    """A = Q R."""
+
+    Q: Tensor
+    R: Tensor
+
+
+class PolarResult(NamedTuple):
+    """A = Q H."""
+
+    Q: Tensor
+    H: Tensor
+
+
+def svd(A: Tensor) -> SVDResult:
+    """Reduced singular value decomposition A = U diag(sigma) Vᵀ.
+
+    U and V are orthonormal also where sigma is zero. Not unique: pairs of columns of U and V may change sign, and
+    turn within the space of a repeated singular value.
+
+    Args:
+        A: [*, m, n].
+
+    Returns:
+        U [*, m, k], sigma [*, k] descending and non-negative, V [*, n, k], k = min(m, n).
+
+    Raises:
+        NonFiniteError: NaN or Inf in A. ConvergenceError: the iteration did not converge.
+        ArithmeticError: in backward through U or V, where two singular values are equal (through sigma alone the
+            gradient is always defined).
+
+    Source: one-sided Jacobi, G. Golub and C. Van Loan, Matrix Computations, section 8.6.3; gradient J. Townsend,
+        Differentiating the singular value decomposition (2016).
+    """
+    op = ops.linalg.svd
+    U, sigma, V = _apply("svd", op, autograd.SVD, A)
+    return SVDResult(U, sigma, V)
+
+
+def qr(A: Tensor) -> QRResult:
+    """Reduced QR decomposition A = Q R with a non-negative diagonal of R, which makes it unique at full rank.
+
+    Args:
+        A: [*, m, n]. For m < n, Q R is the QR of the first m columns and R = Qᵀ A.
+
+    Returns:
+        Q [*, m, k], orthonormal also for rank-deficient A; R [*, k, n] upper triangular (trapezoidal), diagonal
+        positive at full column rank and >= 0 otherwise.
+
+    Raises:
+        NonFiniteError: NaN or Inf in A.
+
+    Source: Householder; the gradient needs full rank (J. Roberts and L. Roberts, arXiv 2009.10071, eq. 14).
+    """
+    Q, R = _apply("qr", ops.linalg.qr, autograd.QR, A)
+    return QRResult(Q, R)
+
+
+def orthonormalize(A: Tensor) -> Tensor:
+    """An orthonormal basis of the columns of A [*, m, n], m >= n, as qr(A).Q: the QR retraction onto Stiefel(m, n).
+
+    Raises:
+        NonFiniteError: NaN or Inf in A.
+    """
+    return qr(A).Q
+
+
+def polar(A: Tensor) -> PolarResult:
+    """Polar decomposition A = Q H: Q the nearest matrix with orthonormal columns (rows if m < n), H = (Aᵀ A)^½.
+
+    Args:
+        A: [*, m, n].
+
+    Returns:
+        Q [*, m, n], H [*, n, n] symmetric positive semi-definite. For a singular A, Q is completed arbitrarily.
+
+    Raises:
+        NonFiniteError: NaN or Inf in A. ConvergenceError: the iteration did not converge.
+
+    Source: N. Higham, Functions of Matrices, chapter 8. The gradient needs full rank; it is finite at repeated
+        singular values.
+    """
+    _check_matrix("polar", A)
+    (Q,) = _apply("polar", ops.linalg.polar, autograd.Polar, A)
+    H = Q.mT @ A
+    return PolarResult(Q, (H + H.mT) / 2)
+
+
+def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float | None = None) -> Tensor:
+    """A with its singular values clipped to a band [lo, hi] with hi / lo <= 1 + tau.
+
+    Args:
+        A: [*, m, n].
+        tau: slack >= 0; kappa of the result is at most 1 + tau to rounding. Inf: no band, only the cap.
+        band: where the band lies. "rms" (CondLR): around s = ‖sigma‖ / √k, half-width tau s / (2 + tau); "mean":
+            around the mean; "optimal": the nearest matrix with kappa <= 1 + tau in the Frobenius norm. "rms" and
+            "mean" shrink the scale a little each time they act, and applied after every training step that is
+            worth about as much robustness as the bound on kappa itself; "optimal" does not.
+        sigma_max: if given, a band whose upper edge exceeds it is scaled down to end there.
+
+    Returns:
+        [*, m, n]; an in-band matrix, and an all-zero one, come back unchanged. Zero singular values of other
+        matrices are lifted along completed directions.
+
+    Raises:
+        NonFiniteError: NaN or Inf in A. ConvergenceError: the iteration did not converge. ValueError: tau < 0, an
+            unknown band, sigma_max <= 0.
+
+    Source: Savostianova et al., Robust low-rank training via approximate orthonormal constraints, NeurIPS 2023;
+        "optimal": the Euclidean projection of sigma, exact by sorting. In backward the edges are constants.
+    """
+    constraint = check_constraint("linalg.clip_spectrum", tau, band, sigma_max)
+    (out,) = _apply("clip_spectrum", ops.linalg.clip_spectrum, autograd.ClipSpectrum, A, *constraint)
+    return out
+
+
+def cond(A: Tensor) -> Tensor:
+    """Condition number kappa = sigma_1 / sigma_k of A [*, m, n], shape [*]; Inf for a singular or zero matrix.
+
+    Raises:
+        NonFiniteError: NaN or Inf in A. ShapeError: a matrix without rows or columns.
+    """
+    sigma = svd(A).sigma
+    if sigma.shape[-1] == 0:
+        raise ShapeError(f"linalg.cond: A must have rows and columns, got shape {list(A.shape)}")
+    return reference.cond_from_sigma(sigma)
+
+
+def check_constraint(where: str, tau, band, sigma_max) -> tuple[float, int, float]:
+    """(tau, index of band, sigma_max or Inf), or the error that says what is wrong with them."""
+    if not isinstance(tau, numbers.Real) or not tau >= 0:
+        raise ValueError(f"{where}: tau must be a number >= 0 (kappa <= 1 + tau), got {tau!r}")
+    if band not in reference.BANDS:
+        raise ValueError(f"{where}: band must be one of {', '.join(reference.BANDS)}, got {band!r}")
+    if sigma_max is None:
+        sigma_max = math.inf
+    if not isinstance(sigma_max, numbers.Real) or not sigma_max > 0:
+        raise ValueError(f"{where}: sigma_max must be None or a number > 0, got {sigma_max!r}")
+    return float(tau), reference.BANDS.index(band), float(sigma_max)
+
+
+def _check_matrix(name: str, A: Tensor) -> None:
+    if not isinstance(A, Tensor) or not A.is_floating_point():
+        got = A.dtype if isinstance(A, Tensor) else type(A).__name__
+        raise TypeError(f"linalg.{name}: A must be a real floating-point tensor, got {got}")
+    if A.dim() < 2:
+        raise ShapeError(f"linalg.{name}: A must have at least two dimensions [*, m, n], got shape {list(A.shape)}")
+
+
+def _apply(name: str, op, function, A: Tensor, *args):
+    _check_matrix(name, A)
+    A32 = A.float() if A.dtype in (torch.float16, torch.bfloat16) else A
+    *outputs, info = function.apply(op.choose(A32, *args), A32, *args)
+    _raise_if_failed(name, info)
+    return tuple(o.to(A.dtype) for o in outputs)
+
+
+def _raise_if_failed(name: str, info: Tensor) -> None:
+    if not ops.can_check(info) or not info.numel():
+        return
+    for code, error, text in (
+        (ops.linalg.NOT_FINITE, NonFiniteError, "A must be finite, got NaN or Inf"),
+        (ops.linalg.NOT_CONVERGED, ConvergenceError, "the iteration did not converge"),
+    ):
+        bad = (info == code).nonzero()
+        if len(bad):
+            where = f" in matrix {bad[0].tolist()} ({len(bad)} of {info.numel()})" if info.dim() else ""
+            raise error(f"linalg.{name}: {text}{where}")

@@ -1,0 +1,128 @@
+"""LowRankConv1d, LowRankConv2d, LowRankConv3d."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from .layer import LowRankLayer
+
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class _LowRankConv(LowRankLayer):
+    """Convolution whose weight, flattened to [C_out, C_in / groups * prod(kernel_size)], is U S Vᵀ.
+
+    Args:
+        in_channels ... padding_mode, device, dtype: as the torch.nn convolution, in its order.
+        rank: int in 1..min(C_out, C_in / groups * prod(kernel_size)), or a fraction in (0, 1] of that minimum.
+
+    Raises:
+        RankError: the rank does not fit. ValueError: torch's own argument rules.
+
+    The condition number bounded is that of the flattened weight, not of the convolution as an operator.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+        *,
+        rank,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(groups, int) or groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{name}: groups must divide in_channels = {in_channels} and out_channels = {out_channels},"
+                f" got {groups!r}"
+            )
+        if padding_mode not in _PADDING_MODES:
+            raise ValueError(f"{name}: padding_mode must be one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = self._tuple("kernel_size", kernel_size, 1)
+        self.stride = self._tuple("stride", stride, 1)
+        self.dilation = self._tuple("dilation", dilation, 1)
+        if isinstance(padding, str):
+            if padding not in ("same", "valid"):
+                raise ValueError(f'{name}: padding must be ints, "valid" or "same", got {padding!r}')
+            if padding == "same" and any(s != 1 for s in self.stride):
+                raise ValueError(f'{name}: padding="same" needs stride 1, got stride {self.stride}')
+            self.padding = padding
+        else:
+            self.padding = self._tuple("padding", padding, 0)
+        self.padding_mode = padding_mode
+        self.weight_shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self._make_factors(rank, bias, device, dtype)
+
+    def _tuple(self, what: str, value, least: int) -> tuple[int, ...]:
+        return tuple(functional.as_ints(type(self).__name__, what, value, self._d, least))
+
+    @staticmethod
+    def _dense_arguments(module) -> tuple:
+        return (
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.groups,
+            module.bias is not None,
+            module.padding_mode,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros" and padding != "valid":
+            if padding == "same":
+                pads = functional.same_padding(self.kernel_size, self.dilation)
+            else:
+                pads = [p for p in reversed(padding) for _ in range(2)]
+            input, padding = F.pad(input, pads, mode=self.padding_mode), 0
+        return self._functional(
+            input,
+            self.U,
+            self.S,
+            self.V,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            kernel_size=self.kernel_size,
+        )
+
+    def extra_repr(self) -> str:
+        text = (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride},"
+            f" padding={self.padding}, dilation={self.dilation}, rank={self.rank}, bias={self.bias is not None}"
+        )
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        if self.padding_mode != "zeros":
+            text += f", padding_mode={self.padding_mode}"
+        return text
+
+
+class LowRankConv1d(_LowRankConv):
+    __doc__ = _LowRankConv.__doc__
+    _d, _dense, _functional = 1, nn.Conv1d, staticmethod(functional.low_rank_conv1d)
+
+
+class LowRankConv2d(_LowRankConv):
+    __doc__ = _LowRankConv.__doc__
+    _d, _dense, _functional = 2, nn.Conv2d, staticmethod(functional.low_rank_conv2d)
+
+
+class LowRankConv3d(_LowRankConv):
+    __doc__ = _LowRankConv.__doc__
+    _d, _dense, _functional = 3, nn.Conv3d, staticmethod(functional.low_rank_conv3d)

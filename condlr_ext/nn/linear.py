@@ -1,0 +1,41 @@
+"""LowRankLinear."""
+
+from torch import Tensor, nn
+
+from .. import functional
+from .layer import LowRankLayer
+
+
+class LowRankLinear(LowRankLayer):
+    """y = W x + b with W = U S Vᵀ: torch.nn.Linear with a rank.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as torch.nn.Linear.
+        rank: int in 1..min(in_features, out_features), or a fraction in (0, 1] of that minimum.
+
+    Raises:
+        RankError: the rank does not fit.
+
+    Source: Savostianova et al., NeurIPS 2023, section 3.
+    """
+
+    _dense = nn.Linear
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, rank):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_shape = (out_features, in_features)
+        self._make_factors(rank, bias, device, dtype)
+
+    @staticmethod
+    def _dense_arguments(module) -> tuple:
+        return module.in_features, module.out_features, module.bias is not None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.low_rank_linear(input, self.U, self.S, self.V, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank},"
+            f" bias={self.bias is not None}"
+        )

@@ -1,0 +1,18 @@
+"""torch.ops.condlr_ext.*: schema, fake, reference registration and choice of implementation, per op family."""
+
+from . import layers, linalg, step
+from ._dispatch import BACKENDS, COMPILED, OPS, Op, autocast_enabled, backend, can_check, current_backend
+
+__all__ = [
+    "BACKENDS",
+    "COMPILED",
+    "OPS",
+    "Op",
+    "autocast_enabled",
+    "backend",
+    "can_check",
+    "current_backend",
+    "layers",
+    "linalg",
+    "step",
+]

@@ -1,0 +1,158 @@
+"""Which implementation serves a call, and what keeps each of the others from it."""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from .. import _load
+from ..errors import BackendError
+
+BACKENDS = ("auto", "reference", "cpu", "triton")
+COMPILED = _load.load()
+LIB = torch.library.Library("condlr_ext", "FRAGMENT")
+OPS: dict[str, "Op"] = {}
+
+# process-wide, as torch.backends' flags: autograd runs backward in other threads, and compiled code guards on it
+_current = os.environ.get("CONDLR_EXT_BACKEND", "auto")
+
+
+def current_backend() -> str:
+    if _current not in BACKENDS:
+        raise ValueError(
+            f"condlr_ext: backend must be one of {', '.join(BACKENDS)}, got {_current!r} (from CONDLR_EXT_BACKEND)"
+        )
+    return _current
+
+
+class backend:
+    """Chooses the implementation of every op inside a `with` block (or until changed, when called plainly).
+
+    Args:
+        name: "auto" (the fastest that can serve each call), "reference" (plain PyTorch), "cpu" (compiled kernels
+            and torch's CPU products) or "triton". A named backend is strict: what it cannot serve raises
+            BackendError with the reason. The choice is process-wide; forward remembers it for its backward.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+
+    def __init__(self, name: str):
+        global _current
+        if name not in BACKENDS:
+            raise ValueError(f"condlr_ext.backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+        self._previous, _current = _current, name
+
+    def __enter__(self) -> "backend":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _current
+        _current = self._previous
+
+
+class Op:
+    """One op: `condlr_ext::name`, served by torch's dispatcher, and `condlr_ext::_reference_name`.
+
+    Args:
+        schema: the schema string without namespace.
+        reference: plain PyTorch implementation, registered for every device.
+        fake: shape and dtype propagation.
+        cpu: given the arguments, the reasons why the CPU implementation cannot serve them.
+        vmap: torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims); None for an op that mutates.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        reference: Callable,
+        fake: Callable,
+        cpu: Callable[..., list[str]],
+        vmap: Callable | None = None,
+    ):
+        self.name = schema.split("(")[0]
+        self._cpu = cpu
+        overloads = []
+        for name in (self.name, f"_reference_{self.name}"):
+            LIB.define(schema.replace(self.name, name, 1), tags=(torch.Tag.pt2_compliant_tag,))
+            LIB.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
+            torch.library.register_fake(f"condlr_ext::{name}", fake, lib=LIB)
+            if vmap is not None:
+                torch.library.register_vmap(f"condlr_ext::{name}", vmap, lib=LIB)
+            overloads.append(getattr(torch.ops.condlr_ext, name).default)
+        self.dispatched, self.reference = overloads
+        OPS[self.name] = self
+
+    def reasons_not(self, backend_name: str, *args) -> list[str]:
+        """Why this backend cannot serve these arguments; empty if it can."""
+        if backend_name == "cpu":
+            return self._cpu(*args)
+        if backend_name == "triton":
+            return [f"there is no Triton kernel for {self.name} in this version"]
+        return []
+
+    def automatic(self, *args) -> str:
+        """The backend that "auto" takes for these arguments."""
+        return "reference" if self.reasons_not("cpu", *args) else "cpu"
+
+    def choose(self, *args) -> str:
+        """The backend that serves these arguments now. Raises BackendError where a named one cannot."""
+        name = current_backend()
+        if name == "auto":
+            return self.automatic(*args)
+        reasons = self.reasons_not(name, *args)
+        if reasons:
+            raise BackendError(f"condlr_ext: backend {name!r} cannot serve {self.name}: {'; '.join(reasons)}")
+        return name
+
+    def run(self, backend_name: str, *args):
+        """Calls the implementation that `choose` named."""
+        return self.reference(*args) if backend_name == "reference" else self.dispatched(*args)
+
+    def __call__(self, *args):
+        return self.run(self.choose(*args), *args)
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether an autocast region is active; torch itself raises for devices that have none, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(fn: Callable) -> Callable:
+    """The arithmetic runs in the dtype it was handed, also inside an autocast region."""
+
+    def run(*args):
+        tensor = next((a for a in args if isinstance(a, torch.Tensor)), None)
+        if tensor is None or not autocast_enabled(tensor.device.type):
+            return fn(*args)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return fn(*args)
+
+    return run
+
+
+def reasons_not_compiled(tensors, dtypes=(torch.float32, torch.float64)) -> list[str]:
+    """Reasons shared by every kernel of the compiled CPU library."""
+    reasons = []
+    if COMPILED.ops_reason:
+        reasons.append(COMPILED.ops_reason)
+    for t in tensors:
+        if t.device.type != "cpu":
+            reasons.append(f"a tensor is on {t.device}")
+            break
+    for t in tensors:
+        if t.dtype not in dtypes:
+            reasons.append(f"a tensor is {t.dtype}, the kernel serves {', '.join(map(str, dtypes))}")
+            break
+    return reasons
+
+
+def can_check(t: torch.Tensor) -> bool:
+    """Whether looking at values costs no wait and breaks no trace: plain CPU tensors, nothing being transformed."""
+    return (
+        t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(t) in (torch.Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+    )

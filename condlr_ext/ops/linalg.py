@@ -1,0 +1,106 @@
+"""svd, qr, polar, clip_spectrum: reference everywhere, compiled Jacobi and Householder kernels on CPUs.
+
+`info` (int32, one per matrix): OK, NOT_CONVERGED, NOT_FINITE (outputs NaN; clip_spectrum returns its input) or
+ALL_ZERO (clip_spectrum only, input returned).
+"""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._dispatch import Op, reasons_not_compiled
+
+OK, NOT_CONVERGED, NOT_FINITE, ALL_ZERO = range(4)
+
+
+def _flagged(fn):
+    """Runs fn on the finite matrices of a batch; the outputs of the others are NaN and flagged."""
+
+    def run(A: Tensor):
+        finite = torch.isfinite(A).all(-1).all(-1)
+        outputs = fn(torch.where(finite[..., None, None], A, 0))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        masks = (finite.reshape(*finite.shape, *[1] * (o.dim() - finite.dim())) for o in outputs)
+        flagged = (torch.where(m, o, torch.nan).contiguous() for m, o in zip(masks, outputs, strict=True))
+        return *flagged, torch.where(finite, OK, NOT_FINITE).to(torch.int32)
+
+    return run
+
+
+def _clip_spectrum(A: Tensor, tau: float, band: int, sigma_max: float):
+    finite = torch.isfinite(A).all(-1).all(-1)
+    zero = (A == 0).all(-1).all(-1)
+    clipped = reference.clip_spectrum(torch.where(finite[..., None, None], A, 0), tau, reference.BANDS[band], sigma_max)
+    info = torch.where(zero, ALL_ZERO, torch.where(finite, OK, NOT_FINITE)).to(torch.int32)
+    return torch.where(finite[..., None, None], clipped, A).contiguous(), info
+
+
+def _info(A: Tensor) -> Tensor:
+    return A.new_empty(A.shape[:-2], dtype=torch.int32)
+
+
+def _svd_fake(A: Tensor):
+    *batch, m, n = A.shape
+    k = min(m, n)
+    return A.new_empty(*batch, m, k), A.new_empty(*batch, k), A.new_empty(*batch, n, k), _info(A)
+
+
+def _qr_fake(A: Tensor):
+    *batch, m, n = A.shape
+    k = min(m, n)
+    return A.new_empty(*batch, m, k), A.new_empty(*batch, k, n), _info(A)
+
+
+def _same_shape_fake(A: Tensor, *_):
+    return A.new_empty(A.shape), _info(A)
+
+
+# beyond it LAPACK's blocked algorithms win
+LARGEST = 512
+
+
+def _cpu(A: Tensor, *_) -> list[str]:
+    reasons = reasons_not_compiled((A,))
+    if min(A.shape[-2:]) > LARGEST:
+        reasons.append(f"min(m, n) = {min(A.shape[-2:])} exceeds {LARGEST}")
+    return reasons
+
+
+def _batch_first(name: str):
+    """vmap of a batched op: the mapped dimension is one more leading one."""
+
+    def rule(info, in_dims, A: Tensor, *args):
+        outputs = getattr(torch.ops.condlr_ext, name)(A.movedim(in_dims[0], 0), *args)
+        return outputs, (0,) * len(outputs)
+
+    return rule
+
+
+svd = Op(
+    "svd(Tensor A) -> (Tensor U, Tensor sigma, Tensor V, Tensor info)",
+    reference=_flagged(reference.svd),
+    fake=_svd_fake,
+    cpu=_cpu,
+    vmap=_batch_first("svd"),
+)
+qr = Op(
+    "qr(Tensor A) -> (Tensor Q, Tensor R, Tensor info)",
+    reference=_flagged(reference.qr),
+    fake=_qr_fake,
+    cpu=_cpu,
+    vmap=_batch_first("qr"),
+)
+polar = Op(
+    "polar(Tensor A) -> (Tensor Q, Tensor info)",
+    reference=_flagged(reference.polar),
+    fake=_same_shape_fake,
+    cpu=_cpu,
+    vmap=_batch_first("polar"),
+)
+clip_spectrum = Op(
+    "clip_spectrum(Tensor A, float tau, int band, float sigma_max) -> (Tensor out, Tensor info)",
+    reference=_clip_spectrum,
+    fake=_same_shape_fake,
+    cpu=_cpu,
+    vmap=_batch_first("clip_spectrum"),
+)

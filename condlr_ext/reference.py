@@ -1,0 +1,365 @@
+"""The mathematics in plain PyTorch: what readers read and what every kernel is tested against.
+
+Notation: W = U S Vᵀ, U [m, r] and V [n, r] orthonormal, S [r, r] the core, sigma its singular values (descending),
+kappa = sigma_1 / sigma_r <= 1 + tau. The last two dimensions are the matrix, leading ones are batch.
+Functions here take finite tensors; the ops above flag NaN and Inf.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.linalg import multi_dot
+
+BANDS = ("rms", "mean", "optimal")
+
+# ---------------------------------------------------------------------------------------------- layers
+
+
+def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None):
+    """Y = X V Sᵀ Uᵀ + b for X [*, n]. Returns (Y [*, m], P = X V [*, r])."""
+    X = input.reshape(-1, input.shape[-1])
+    P = X @ V
+    Y = multi_dot((P, S.mT, U.mT))  # the cheaper of (P Sᵀ) Uᵀ and P (U S)ᵀ
+    if bias is not None:
+        Y = Y + bias
+    lead = input.shape[:-1]
+    return Y.reshape(*lead, U.shape[0]), P.reshape(*lead, U.shape[1])
+
+
+def low_rank_linear_backward(grad: Tensor, input: Tensor, P: Tensor, U: Tensor, S: Tensor, V: Tensor, mask):
+    """Gradients of low_rank_linear. With Q = G U: dX = Q S Vᵀ, dU = Gᵀ P Sᵀ, dS = Qᵀ P, dV = Xᵀ Q S, db = Σ G.
+
+    mask: five bools for (input, U, S, V, bias); what is not asked for is None.
+    """
+    G, X, P2 = (t.reshape(-1, t.shape[-1]) for t in (grad, input, P))
+    Q = G @ U if mask[0] or mask[2] or mask[3] else None
+    dX = multi_dot((Q, S, V.mT)).reshape(input.shape) if mask[0] else None
+    dU = multi_dot((G.mT, P2, S.mT)) if mask[1] else None
+    dS = Q.mT @ P2 if mask[2] else None
+    dV = multi_dot((X.mT, Q, S)) if mask[3] else None
+    db = G.sum(0) if mask[4] else None
+    return dX, dU, dS, dV, db
+
+
+def _filters(V: Tensor, kernel_size) -> Tensor:
+    """V [n, r] as a bank of r filters [r, C_in / groups, *kernel_size]."""
+    return V.mT.reshape(V.shape[1], -1, *kernel_size)
+
+
+def _split_groups(input: Tensor, groups: int) -> Tensor:
+    """[B, groups C, ...] -> [B groups, C, ...]: the r filters are shared by the groups."""
+    return input.reshape(input.shape[0] * groups, input.shape[1] // groups, *input.shape[2:])
+
+
+def _join_groups(P: Tensor, groups: int) -> Tensor:
+    return P.reshape(P.shape[0] // groups, P.shape[1] * groups, *P.shape[2:])
+
+
+def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups):
+    """Convolution with the r filters of V, then a pointwise convolution with U S (group k has its rows of U).
+
+    input [B, C_in, *space], kernel_size, stride, padding, dilation: one int per space dimension.
+    Returns (Y [B, m, *out], P [B, groups r, *out]).
+    """
+    d = len(kernel_size)
+    one, zero = [1] * d, [0] * d
+    X = _split_groups(input, groups)
+    P = torch.convolution(X, _filters(V, kernel_size), None, stride, padding, dilation, False, zero, 1)
+    P = _join_groups(P, groups)
+    pointwise = (U @ S).reshape(*U.shape, *one)
+    return torch.convolution(P, pointwise, bias, one, zero, one, False, zero, groups), P
+
+
+def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
+    """Gradients of low_rank_conv by the same two convolutions; mask as in low_rank_linear_backward."""
+    d = len(kernel_size)
+    one, zero = [1] * d, [0] * d
+    backward = torch.ops.aten.convolution_backward
+    core = U @ S
+    dP, dcore, db = backward(
+        grad, P, core.reshape(*core.shape, *one), [U.shape[0]], one, zero, one, False, zero, groups,
+        [mask[0] or mask[3], mask[1] or mask[2], mask[4]],
+    )  # fmt: skip
+    dX = dU = dS = dV = None
+    if mask[1] or mask[2]:
+        dcore = dcore.reshape(core.shape)
+        dU = dcore @ S.mT if mask[1] else None
+        dS = U.mT @ dcore if mask[2] else None
+    if mask[0] or mask[3]:
+        dX, dfilters, _ = backward(
+            _split_groups(dP, groups), _split_groups(input, groups), _filters(V, kernel_size), None,
+            stride, padding, dilation, False, zero, 1, [mask[0], mask[3], False],
+        )  # fmt: skip
+        dX = dX.reshape(input.shape) if mask[0] else None
+        dV = dfilters.reshape(V.shape[1], V.shape[0]).mT if mask[3] else None
+    return dX, dU, dS, dV, db if mask[4] else None
+
+
+# ------------------------------------------------------------------------------------- linear algebra
+
+
+def qr(A: Tensor):
+    """A = Q R reduced with diag(R) >= 0 (a zero diagonal keeps sign +1, so no column is lost).
+
+    m < n: QR of the first m columns and R = Qᵀ A. Q is orthonormal also for rank-deficient A (Householder).
+    """
+    k = min(A.shape[-2:])
+    Q, R = torch.linalg.qr(A[..., :k])
+    sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)
+    Q, R = Q * sign.unsqueeze(-2), R * sign.unsqueeze(-1)
+    return Q, torch.cat((R, Q.mT @ A[..., k:]), dim=-1)
+
+
+def svd(A: Tensor):
+    """A = U diag(sigma) Vᵀ reduced, sigma descending; U [*, m, k], sigma [*, k], V [*, n, k].
+
+    LAPACK's divide and conquer can raise, or return NaN without a word, on clustered spectra, which are our
+    normal case; then float64 is tried, and one-sided Jacobi, which always converges, if that fails too.
+    """
+    for dtype in dict.fromkeys((A.dtype, torch.float64)):
+        try:
+            U, sigma, Vh = torch.linalg.svd(A.to(dtype), full_matrices=False)
+        except torch.linalg.LinAlgError:
+            continue
+        if _is_svd(A.to(dtype), U, sigma, Vh.mT):
+            return U.to(A.dtype), sigma.to(A.dtype), Vh.mT.to(A.dtype)
+    U, sigma, V = jacobi_svd(A.double())
+    return U.to(A.dtype), sigma.to(A.dtype), V.to(A.dtype)
+
+
+def _is_svd(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> bool:
+    """Whether the residual and the orthogonality are those of a backward stable method (NaN fails)."""
+    if A.numel() == 0:
+        return True
+    bound = 10 * max(A.shape[-2:]) * torch.finfo(A.dtype).eps
+    eye = torch.eye(sigma.shape[-1], dtype=A.dtype, device=A.device)
+    residual = (U * sigma.unsqueeze(-2) @ V.mT - A).abs().amax((-2, -1))
+    return bool(
+        (residual <= bound * A.abs().amax((-2, -1)) * math.sqrt(A.shape[-1])).all()
+        and ((U.mT @ U - eye).abs() <= bound).all()
+        and ((V.mT @ V - eye).abs() <= bound).all()
+    )
+
+
+def jacobi_svd(A: Tensor, max_sweeps: int = 60):
+    """SVD by one-sided Jacobi rotations in round-robin order; A as in svd.
+
+    The columns of A V are made orthogonal by plane rotations of column pairs; n / 2 disjoint pairs turn at once.
+    """
+    if A.shape[-2] < A.shape[-1]:
+        V, sigma, U = jacobi_svd(A.mT, max_sweeps)
+        return U, sigma, V
+    n = A.shape[-1]
+    scale = A.abs().amax((-2, -1), keepdim=True)
+    scale = torch.where(scale > 0, scale, 1)
+    W = A / scale
+    V = torch.eye(n, dtype=A.dtype, device=A.device).expand(*A.shape[:-2], n, n).clone()
+    tol = 4 * torch.finfo(A.dtype).eps
+    players = list(range(n + n % 2))
+    for _ in range(max_sweeps):
+        turned = False
+        for _ in range(len(players) - 1):
+            half = len(players) // 2
+            pairs = [p for p in zip(players[:half], reversed(players[half:]), strict=True) if max(p) < n]
+            players = [players[0], players[-1], *players[1:-1]]
+            i = torch.tensor([p[0] for p in pairs], dtype=torch.long, device=A.device)
+            j = torch.tensor([p[1] for p in pairs], dtype=torch.long, device=A.device)
+            a, b = W[..., i], W[..., j]
+            alpha, beta, gamma = (a * a).sum(-2), (b * b).sum(-2), (a * b).sum(-2)
+            active = gamma.abs() > tol * (alpha * beta).sqrt()
+            if not active.any():
+                continue
+            turned = True
+            zeta = (beta - alpha) / (2 * torch.where(active, gamma, 1))
+            t = torch.where(zeta < 0, -1.0, 1.0) / (zeta.abs() + (1 + zeta * zeta).sqrt())
+            c = torch.where(active, (1 + t * t).rsqrt(), 1).unsqueeze(-2)
+            s = torch.where(active, t * (1 + t * t).rsqrt(), 0).unsqueeze(-2)
+            W[..., i], W[..., j] = c * a - s * b, s * a + c * b
+            a, b = V[..., i], V[..., j]
+            V[..., i], V[..., j] = c * a - s * b, s * a + c * b
+        if not turned:
+            break
+    sigma, order = torch.linalg.vector_norm(W, dim=-2).sort(dim=-1, descending=True)
+    W = torch.gather(W, -1, order.unsqueeze(-2).expand_as(W))
+    V = torch.gather(V, -1, order.unsqueeze(-2).expand_as(V))
+    # U from the QR of the orthogonal columns: R is diagonal, and null columns come out orthonormal
+    U, _ = qr(W / torch.where(sigma > 0, sigma, 1).unsqueeze(-2))
+    return U, sigma * scale.squeeze(-1), V
+
+
+def polar(A: Tensor) -> Tensor:
+    """The orthonormal polar factor Q = U Vᵀ of A = U diag(sigma) Vᵀ (any completion where sigma = 0)."""
+    U, _, V = svd(A.double())
+    return (U @ V.mT).to(A.dtype)
+
+
+def cond(A: Tensor) -> Tensor:
+    """kappa = sigma_1 / sigma_k, Inf for a singular (also an all-zero) matrix."""
+    return cond_from_sigma(svd(A)[1])
+
+
+def cond_from_sigma(sigma: Tensor) -> Tensor:
+    largest, smallest = sigma[..., 0], sigma[..., -1]
+    safe = torch.where(smallest > 0, smallest, 1)
+    return torch.where(smallest > 0, largest / safe, math.inf)
+
+
+# ----------------------------------------------------------------------------------- the constraint set
+
+
+def band_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf):
+    """[lo, hi] with hi / lo <= 1 + tau for singular values sigma [*, k] (descending). Returns lo, hi [*].
+
+    rms: s = ‖sigma‖ / √k, e = tau s / (2 + tau), [s - e, s + e] (CondLR, NeurIPS 2023); mean: s = mean sigma;
+    optimal: the Frobenius projection onto {kappa <= 1 + tau}. sigma_max scales the band down to hi = sigma_max.
+    """
+    if math.isinf(tau):
+        lo = torch.zeros_like(sigma[..., 0])
+        hi = torch.full_like(lo, math.inf)
+    elif band == "optimal":
+        lo = _optimal_lower_edge(sigma, 1 + tau)
+        hi = (1 + tau) * lo
+    else:
+        s = sigma.mean(-1) if band == "mean" else torch.linalg.vector_norm(sigma, dim=-1) / sigma.shape[-1] ** 0.5
+        e = tau * s / (2 + tau)
+        lo, hi = s - e, s + e
+    capped = hi > sigma_max
+    lo = torch.where(capped, 0.0 if math.isinf(tau) else lo * (sigma_max / torch.where(hi > 0, hi, 1)), lo)
+    return lo, torch.where(capped, sigma_max, hi)
+
+
+def _optimal_lower_edge(sigma: Tensor, c: float) -> Tensor:
+    """The root a of g(a) = Σ_{σ<a} (a - σ) - c Σ_{σ>ca} (σ - c a), which increases piecewise linearly."""
+    knots = torch.cat((sigma, sigma / c), dim=-1).sort(dim=-1).values
+    below = (knots.unsqueeze(-1) - sigma.unsqueeze(-2)).clamp_min(0).sum(-1)
+    above = (sigma.unsqueeze(-2) - c * knots.unsqueeze(-1)).clamp_min(0).sum(-1)
+    # the last knot where g <= 0 starts the piece that holds the root; its middle tells who is below and above
+    # without a comparison at a knot, where rounding decides
+    start = ((below <= c * above).sum(-1, keepdim=True) - 1).clamp_min(0)
+    end = (start + 1).clamp_max(knots.shape[-1] - 1)
+    middle = (knots.gather(-1, start) + knots.gather(-1, end)) / 2
+    low, high = sigma < middle, sigma > c * middle
+    count = low.sum(-1, dtype=sigma.dtype) + c * c * high.sum(-1, dtype=sigma.dtype)
+    root = (torch.where(low, sigma, 0).sum(-1) + c * torch.where(high, sigma, 0).sum(-1)) / count.clamp_min(1)
+    # kappa <= c already: any band that holds all of sigma
+    return torch.where(sigma[..., 0] <= c * sigma[..., -1], sigma[..., -1], root)
+
+
+def clip_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf):
+    """band_edges, but for a single singular value, whose kappa is 1, only the cap acts."""
+    if sigma.shape[-1] == 1:
+        tau = math.inf
+    return band_edges(sigma, tau, band, sigma_max)
+
+
+def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf) -> Tensor:
+    """A with its singular values clipped to the band, in the correction form A + Σ_{i out} (f_i - σ_i) u_i v_iᵀ.
+
+    Directions inside the band change by rounding only, an in-band matrix comes back unchanged, a zero singular
+    value is lifted along a completed direction, an all-zero matrix stays zero.
+    """
+    A64 = A.double()
+    U, sigma, V = svd(A64)
+    if sigma.shape[-1] == 0:
+        return A.clone()
+    lo, hi = clip_edges(sigma, tau, band, sigma_max)
+    shift = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1)) - sigma
+    clipped = (A64 + (U * shift.unsqueeze(-2)) @ V.mT).to(A.dtype)
+    return torch.where((shift != 0).any(-1)[..., None, None], clipped, A)
+
+
+def tangent_projection(X: Tensor, Z: Tensor) -> Tensor:
+    """(I - X Xᵀ) Z without the m x m matrix."""
+    return Z - X @ (X.mT @ Z)
+
+
+# ----------------------------------------------------------------------------------------------- the step
+
+ROLES = ("U", "S", "V", "bias")
+HYPER = (
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "maximize",
+    "fresh",
+    "tau",
+    "band",
+    "sigma_max",
+)
+
+
+def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> None:
+    """One constrained SGD step of L layers, in place.
+
+    params, grads, momentum_buffers: 4 L tensors, U, S, V, bias of each layer in turn. An empty gradient leaves
+    its role alone, an empty bias means none, a buffer may be empty where momentum is 0.
+    hyper [L, 4, 10] float64: columns HYPER per layer and role; tau, band (index in BANDS) and sigma_max are read
+    in the S row; fresh = 1 starts the buffer. skipped [L] int64 counts steps that left a layer unchanged
+    because of a non-finite gradient or result or a singular core.
+    """
+    for layer, rows in enumerate(hyper.tolist()):
+        at = slice(4 * layer, 4 * layer + 4)
+        new = layer_step(params[at], grads[at], momentum_buffers[at], [dict(zip(HYPER, r, strict=True)) for r in rows])
+        if new is None:
+            skipped[layer] += 1
+            continue
+        for target, value in zip((*params[at], *momentum_buffers[at]), new, strict=True):
+            if value is not None:
+                target.copy_(value)
+
+
+def layer_step(params, grads, buffers, hyper):
+    """New (U, S, V, bias, and their four buffers) of one layer, None where unchanged; None if it must be skipped."""
+    if not all(torch.isfinite(g).all() for g in grads):
+        return None
+    U, S, V, bias = params
+    new, new_buffers, direction = [None] * 4, [None] * 4, [None] * 4
+    for i, role in enumerate(ROLES):
+        if grads[i].numel():
+            decay = 0.0 if role in "UV" else hyper[i]["weight_decay"]
+            direction[i], new_buffers[i] = sgd_direction(params[i], grads[i], buffers[i], hyper[i], decay)
+    tau, band, sigma_max = hyper[1]["tau"], BANDS[int(hyper[1]["band"])], hyper[1]["sigma_max"]
+    for i, X, core in ((0, U, S), (2, V, S.mT)):
+        if direction[i] is None:
+            continue
+        inverse = gram_inverse(core, damped=math.isinf(tau))
+        if inverse is None:
+            return None
+        D = tangent_projection(X, direction[i]) @ inverse
+        new[i] = qr(X - hyper[i]["lr"] * D)[0]
+    if direction[1] is not None:
+        trial = S - hyper[1]["lr"] * direction[1]
+        if not torch.isfinite(trial).all() or not trial.any():
+            return None
+        new[1] = clip_spectrum(trial, tau, band, sigma_max)
+    if direction[3] is not None:
+        new[3] = bias - hyper[3]["lr"] * direction[3]
+    new += new_buffers
+    if not all(torch.isfinite(t).all() for t in new if t is not None):
+        return None
+    return new
+
+
+def sgd_direction(param, grad, buffer, hyper, weight_decay: float):
+    """The direction torch.optim.SGD would take, and the new momentum buffer (None without momentum)."""
+    g = -grad if hyper["maximize"] else grad
+    if weight_decay:
+        g = g + weight_decay * param
+    mu = hyper["momentum"]
+    if not mu:
+        return g, None
+    B = g if hyper["fresh"] else mu * buffer + (1 - hyper["dampening"]) * g
+    return (g + mu * B if hyper["nesterov"] else B), B
+
+
+def gram_inverse(S: Tensor, damped: bool) -> Tensor | None:
+    """(S Sᵀ)⁻¹, with (1e-6 sigma_1)² added to the diagonal if damped; None for a singular core."""
+    S64 = S.double()
+    gram = S64 @ S64.mT
+    if damped:
+        gram = gram + (1e-6 * svd(S64)[1][0]) ** 2 * torch.eye(len(S), dtype=gram.dtype, device=S.device)
+    L, info = torch.linalg.cholesky_ex(gram)
+    return None if info else torch.cholesky_inverse(L).to(S.dtype)

@@ -1,0 +1,134 @@
+// Vectors as wide as the instruction set in use, and the vector primitives of the factorisations.
+//
+// Everything under core/ is compiled once per instruction set, in the namespace CONDLR_ISA, and uses no
+// inline code of the standard library: the linker could merge such code across instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "workspace.h"
+
+#if defined(__FAST_MATH__)
+#error "condlr_ext finds NaN and Inf by arithmetic: do not compile it with -ffast-math"
+#endif
+
+#if defined(__clang__)
+#define CONDLR_UNROLL _Pragma("unroll")
+#else
+#define CONDLR_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace condlr {
+namespace CONDLR_ISA {
+
+template <class T>
+struct Vec {
+  static constexpr int kLanes = CONDLR_VECTOR_BYTES / sizeof(T);
+  typedef T type __attribute__((vector_size(CONDLR_VECTOR_BYTES)));
+
+  static inline type load(const T* p) {
+    type v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static inline void store(T* p, const type& v) { std::memcpy(p, &v, sizeof v); }
+};
+
+inline double sum_lanes(const Vec<double>::type& v) {
+  double sum = 0;
+  for (int i = 0; i < Vec<double>::kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+inline double dot(const double* x, const double* y, int64_t n) {
+  using V = Vec<double>;
+  constexpr int kStep = 4 * V::kLanes;
+  typename V::type sum[4] = {};
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    CONDLR_UNROLL
+    for (int k = 0; k < 4; ++k) sum[k] += V::load(x + i + k * V::kLanes) * V::load(y + i + k * V::kLanes);
+  }
+  for (; i + V::kLanes <= n; i += V::kLanes) sum[0] += V::load(x + i) * V::load(y + i);
+  double total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
+// xx = x·x, yy = y·y, xy = x·y in one pass.
+inline void gram_pair(const double* x, const double* y, int64_t n, double& xx, double& yy, double& xy) {
+  using V = Vec<double>;
+  constexpr int kStep = 2 * V::kLanes;
+  typename V::type a[2] = {}, b[2] = {}, c[2] = {};
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    CONDLR_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      const typename V::type u = V::load(x + i + k * V::kLanes), v = V::load(y + i + k * V::kLanes);
+      a[k] += u * u;
+      b[k] += v * v;
+      c[k] += u * v;
+    }
+  }
+  xx = sum_lanes(a[0] + a[1]);
+  yy = sum_lanes(b[0] + b[1]);
+  xy = sum_lanes(c[0] + c[1]);
+  for (; i < n; ++i) {
+    xx += x[i] * x[i];
+    yy += y[i] * y[i];
+    xy += x[i] * y[i];
+  }
+}
+
+// y += a x
+inline void axpy(int64_t n, double a, const double* __restrict x, double* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+inline void scale(int64_t n, double a, double* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] *= a;
+}
+
+// (x, y) <- (c x - s y, s x + c y) with c = 1 - s h, h = s / (1 + c): in this form the lengths of x and y do
+// not drift over many small rotations.
+inline void rotate(int64_t n, double s, double h, double* __restrict x, double* __restrict y) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double a = x[i], b = y[i];
+    x[i] = a - s * (b + h * a);
+    y[i] = b + s * (a - h * b);
+  }
+}
+
+template <class T>
+inline bool all_finite(const T* x, int64_t n) {
+  int bad = 0;
+  for (int64_t i = 0; i < n; ++i) bad |= !(x[i] - x[i] == 0);
+  return bad == 0;
+}
+
+template <class T>
+inline void fill(T* x, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) x[i] = value;
+}
+
+// Memory of a workspace that is given back at the end of the scope.
+class Scratch {
+ public:
+  explicit Scratch(Workspace& workspace) : workspace_(workspace), mark_(workspace.mark()) {}
+  ~Scratch() { workspace_.release(mark_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T>
+  T* take(int64_t n) {
+    return static_cast<T*>(workspace_.take(sizeof(T) * static_cast<std::size_t>(n)));
+  }
+
+ private:
+  Workspace& workspace_;
+  Workspace::Mark mark_;
+};
+
+}  // namespace CONDLR_ISA
+}  // namespace condlr

@@ -1,0 +1,32 @@
+// Scratch memory that a caller hands to the core: a stack of blocks which grows on demand and is reused.
+#pragma once
+
+#include <cstddef>
+
+namespace condlr {
+
+// Defined out of line in workspace.cpp, so that no code of it is compiled for a particular instruction set.
+class Workspace {
+ public:
+  struct Block;
+  struct Mark {
+    Block* block;
+    std::size_t used;
+  };
+
+  Workspace();
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // Uninitialised memory, aligned to a cache line, valid until release() to an earlier mark.
+  void* take(std::size_t bytes);
+  Mark mark() const;
+  void release(Mark mark);
+
+ private:
+  Block* first_;
+  Block* current_;
+};
+
+}  // namespace condlr

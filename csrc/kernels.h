@@ -1,0 +1,52 @@
+// The entry points of the core as a table of function pointers, one table per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "core/hyper.h"
+#include "core/info.h"
+#include "core/workspace.h"
+
+namespace condlr {
+
+// Matrices are row-major and contiguous. The linear algebra returns an Info; a step returns false where the
+// layer must be skipped (non-finite gradient or result, singular core, no convergence).
+template <class T>
+struct Kernels {
+  int (*svd)(const T* A, int64_t m, int64_t n, T* U, T* sigma, T* V, Workspace&);
+  int (*qr)(const T* A, int64_t m, int64_t n, T* Q, T* R, Workspace&);
+  int (*polar)(const T* A, int64_t m, int64_t n, T* Q, Workspace&);
+  int (*clip_spectrum)(const T* A, int64_t m, int64_t n, double tau, int band, double sigma_max, T* out,
+                       Workspace&);
+  // role, param, grad, buffer, new_param, new_buffer; rows of param and rank; S and tau for U and V
+  bool (*step)(Role role, const T* param, const T* grad, const T* buffer, T* new_param, T* new_buffer,
+               int64_t rows, int64_t rank, const T* S, double tau, const Hyper& hyper, Workspace&);
+};
+
+struct KernelSet {
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <class T>
+  const Kernels<T>& get() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return f32;
+    } else {
+      return f64;
+    }
+  }
+};
+
+namespace baseline {
+extern const KernelSet kernels;
+}
+#ifdef CONDLR_X86_LEVELS
+namespace avx2 {
+extern const KernelSet kernels;
+}
+namespace avx512 {
+extern const KernelSet kernels;
+}
+#endif
+
+}  // namespace condlr

@@ -1,0 +1,45 @@
+"""Fixtures of all tests: seeds, poisoned uninitialised memory, backends, matrices of every kind."""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a build without compiled parts says so once; test_build.py looks at it
+    import condlr_ext
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The tensors are tiny: a second thread adds only waiting. Tests about threads set their own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_poisoned():
+    """Fixed seed; torch fills memory from torch.empty with NaN, so a lane nobody wrote shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request):
+    """Runs the test on each implementation."""
+    reason = condlr_ext.ops.COMPILED.ops_reason
+    if request.param == "cpu" and reason and os.environ.get("CONDLR_EXT_BUILD") == "none":
+        pytest.skip(reason)
+    with condlr_ext.backend(request.param):
+        yield request.param
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

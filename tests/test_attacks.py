@@ -1,0 +1,280 @@
+"""FGSM and PGD against closed forms, and what an attack must leave alone."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from condlr_ext.attacks import fgsm, pgd
+from condlr_ext.attacks.losses import dlr
+from condlr_ext.errors import NonFiniteError, ShapeError
+
+ATTACKS = {
+    "fgsm": fgsm,
+    "pgd-linf": pgd,
+    "pgd-l2": lambda *a, **k: pgd(*a, norm="l2", **k),
+    "pgd-dlr": lambda *a, **k: pgd(*a, loss="dlr", **k),
+}
+every_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def linear_model(d=12, dtype=torch.float64):
+    """Two classes, logits (w·x, -w·x): grad_x CE is a negative multiple of w for y = 0."""
+    w = torch.randn(d, dtype=dtype)
+    return Function(lambda x: torch.stack((x @ w, -(x @ w)), dim=1)), w
+
+
+def network(classes=5, dtype=torch.float64):
+    return nn.Sequential(nn.Linear(9, 20), nn.Tanh(), nn.Linear(20, classes)).to(dtype)
+
+
+def batch(n=7, d=9, classes=5, dtype=torch.float64):
+    return torch.rand(n, d, dtype=dtype), torch.randint(classes, (n,))
+
+
+def test_linear_classifier_has_a_closed_form():
+    model, w = linear_model()
+    x = 0.3 + 0.4 * torch.rand(6, 12, dtype=torch.float64)
+    y = torch.tensor([0, 1, 0, 1, 1, 0])
+    down = torch.where(y == 0, -1.0, 1.0)[:, None]
+    linf = x + 0.1 * down * w.sign()
+    torch.testing.assert_close(fgsm(model, x, y, 0.1), linf)
+    # 2.5 eps of travel is enough to cross the ball from any random start
+    torch.testing.assert_close(pgd(model, x, y, 0.1, steps=10, restarts=2), linf)
+    l2 = x + 0.2 * down * w / w.norm()
+    torch.testing.assert_close(pgd(model, x, y, 0.2, norm="l2", steps=10, random_start=False), l2)
+
+
+@every_attack
+def test_result_stays_in_the_ball_and_in_the_box(attack):
+    x, y = batch(n=40, dtype=torch.float32)
+    x = x.round(decimals=1)  # many pixels on the boundary
+    eps = torch.tensor([0.05, 0.3, 2.0])
+    adversarial = attack(network(dtype=torch.float32), x, y, eps)
+    assert adversarial.shape == (3, *x.shape) and adversarial.dtype == x.dtype
+    assert adversarial.min() >= 0 and adversarial.max() <= 1
+    delta = (adversarial - x).flatten(2)
+    size = delta.norm(dim=2) if attack is ATTACKS["pgd-l2"] else delta.abs().amax(2)
+    assert (size <= eps[:, None] + 4 * torch.finfo(x.dtype).eps).all()
+
+
+def test_l2_random_start_is_uniform_in_the_ball():
+    from condlr_ext.attacks.gradient import _l2_noise
+
+    noise = _l2_noise(torch.zeros(4000, 3, dtype=torch.float64), None)
+    radius = noise.norm(dim=1)
+    assert radius.max() <= 1
+    # P(radius <= t) = t^3; 5 standard deviations of the empirical distribution function
+    for t in (0.5, 0.8):
+        assert abs((radius <= t).double().mean() - t**3) < 5 * math.sqrt(t**3 * (1 - t**3) / 4000)
+    assert noise.mean(0).abs().max() < 5 * math.sqrt(0.2 / 4000)  # variance of one coordinate is 1/5
+
+
+@every_attack
+def test_many_budgets_equal_a_loop(attack):
+    model, (x, y), eps = network(), batch(), [0.0, 0.03, 0.2]
+
+    def run(budget):
+        torch.manual_seed(3)
+        return attack(model, x, y, budget)
+
+    together = run(eps)
+    for i, budget in enumerate(eps):
+        torch.testing.assert_close(together[i], run(budget), rtol=0, atol=1e-12)
+    torch.testing.assert_close(together, run(torch.tensor(eps, dtype=torch.float64)), rtol=0, atol=0)
+
+
+@every_attack
+def test_zero_budget_returns_the_input(attack):
+    x, y = batch(dtype=torch.float32)
+    assert torch.equal(attack(network(dtype=torch.float32), x, y, 0), x)
+
+
+@every_attack
+def test_attacks_lower_accuracy_monotonically_on_a_trained_net(attack):
+    x, y = batch(n=60)
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(300):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    adversarial = attack(model, x, y, [0.0, 0.02, 0.5])
+    accuracy = (model(adversarial).argmax(-1) == y).double().mean(1)
+    assert accuracy[0] > 0.9 and accuracy[0] >= accuracy[1] >= accuracy[2] and accuracy[2] < 0.3
+
+
+def test_dlr_by_hand():
+    logits = torch.tensor([[3.0, 1.0, 0.0, -1.0]] * 3, dtype=torch.float64)
+    expected = torch.tensor([-2 / 3, 2 / 3, 4 / 3], dtype=torch.float64)
+    torch.testing.assert_close(dlr(logits, torch.tensor([0, 1, 3])), expected)
+    torch.testing.assert_close(dlr(1e3 * logits + 5, torch.tensor([0, 1, 3])), expected)
+    with pytest.raises(ValueError, match="at least 3 classes, got 2"):
+        dlr(logits[:, :2], torch.tensor([0, 0, 0]))
+    assert torch.isfinite(dlr(torch.zeros(1, 3), torch.tensor([0]))).all()
+
+
+def test_dlr_finds_what_a_saturated_softmax_hides():
+    def logits(x):
+        s = 1e6 * (x.sum(1) - 6)
+        return torch.stack((s, -s, 0 * s - 1e9), dim=1)
+
+    loud = Function(logits)
+    x, y = torch.full((1, 12), 0.51), torch.tensor([0])
+    assert loud(x).softmax(1).max() == 1
+    assert torch.equal(fgsm(loud, x, y, 0.1), x)  # its gradient is exactly 0
+    assert loud(pgd(loud, x, y, 0.1, random_start=False, loss="dlr")).argmax(1) != y
+
+
+def test_the_best_iterate_is_kept_not_the_last():
+    # class 1 only within 0.025 of 0.6; steps of 0.08 from 0.5 visit 0.58, then 0.66
+    model = Function(lambda x: torch.stack((0 * x, 0.025 - (x - 0.6).abs()), dim=1))
+    x, y = torch.tensor([0.5]), torch.tensor([0])
+    found = pgd(model, x, y, 0.3, steps=2, step_size=0.08, random_start=False)
+    torch.testing.assert_close(found, torch.tensor([0.58]))
+    assert model(found).argmax(1) == 1
+
+
+def test_misclassified_beats_higher_loss():
+    # ascent goes from (0, 0.1, -3), misclassified, to (0, -0.01, -0.01), correct but of higher cross-entropy
+    def logits(x):
+        t = ((x - 0.5) / 0.2).clamp(0, 1)
+        return torch.stack((0 * t, 0.1 - 0.11 * t, -3 + 2.99 * t), dim=1)
+
+    model, x, y = Function(logits), torch.tensor([0.5 + 1e-6]), torch.tensor([0])
+    assert nn.functional.cross_entropy(model(x + 0.2), y) > nn.functional.cross_entropy(model(x), y)
+    found = pgd(model, x, y, 0.3, steps=8, random_start=False)
+    assert model(found).argmax(1) == 1
+
+
+def test_tiny_gradients_keep_their_l2_direction():
+    w = torch.randn(8)
+    model = Function(lambda x: torch.stack((1e-25 * (x @ w), -1e-25 * (x @ w)), dim=1))
+    x, y = torch.full((1, 8), 0.5), torch.tensor([0])
+    moved = pgd(model, x, y, 0.2, norm="l2", steps=1, random_start=False)
+    assert torch.equal(moved, x)  # float32 cross-entropy does not see logits of 1e-25: no better, so x is kept
+    from condlr_ext.attacks.gradient import _l2_direction
+
+    direction = _l2_direction(1e-25 * w[None])
+    torch.testing.assert_close(direction, (w / w.norm())[None])
+    assert torch.equal(_l2_direction(torch.zeros(1, 8)), torch.zeros(1, 8))
+
+
+@every_attack
+def test_the_model_is_left_as_it_was(attack):
+    model = nn.Sequential(nn.Linear(9, 20), nn.BatchNorm1d(20), nn.Dropout(0.5), nn.Linear(20, 5)).double()
+    model.train()
+    model[1].eval()
+    model[3].weight.requires_grad_(False)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x, y = batch()
+    seen = []
+    model[2].register_forward_hook(lambda m, args, out: seen.append(m.training))
+    attack(model, x, y, [0.1, 0.2])
+    assert seen and not any(seen)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert model[0].bias.grad is None and not x.requires_grad and x.grad is None
+
+    model[2].register_forward_hook(lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        attack(model, x, y, 0.1)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+@every_attack
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_attacks_work_where_gradients_are_off(attack, context):
+    model, (x, y) = network(), batch()
+    torch.manual_seed(1)
+    expected = attack(model, x, y, 0.1)
+    with context():
+        x2, y2 = x * 1, y * 1
+        torch.manual_seed(1)
+        assert torch.equal(attack(model, x2, y2, 0.1), expected)
+
+
+def test_generator_leaves_the_global_state_alone():
+    model, (x, y) = network(), batch()
+    before = torch.get_rng_state()
+    a, b = (pgd(model, x, y, 0.1, steps=3, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(torch.get_rng_state(), before)
+
+
+@every_attack
+@pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 1, 3, 2), (0, 3), (1, 2)], ids=str)
+def test_any_input_shape(attack, shape):
+    model = Function(lambda x: x.reshape(len(x), -1)[:, :1] * torch.tensor([1.0, -1.0, 0.5, 0.2]))
+    x, y = torch.rand(shape), torch.zeros(shape[0], dtype=torch.int32)
+    assert attack(model, x, y, 0.1).shape == shape
+    assert attack(model, x, y, [0.1, 0.2, 0.3]).shape == (3, *shape)
+
+
+def x_is(value):
+    return {"x": torch.full((7, 9), value, dtype=torch.float64)}
+
+
+@every_attack
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (x_is(1.5), ValueError, r"x must lie in \[0, 1\], got values in \[1.5, 1.5\]"),
+        (x_is(-0.1), ValueError, "normalisation into the model"),
+        (x_is(math.nan), ValueError, r"x must lie in \[0, 1\]"),
+        ({"x": torch.ones(7, 9, dtype=torch.int64)}, TypeError, "x must be a floating-point .* torch.int64"),
+        ({"y": torch.zeros(7)}, TypeError, "y must be an integer tensor of labels, got torch.float32"),
+        ({"y": torch.zeros(6, dtype=torch.int64)}, ShapeError, r"needs y \[B\], got x \[7, 9\] and y \[6\]"),
+        ({"y": torch.zeros(7, 1, dtype=torch.int64)}, ShapeError, r"and y \[7, 1\]"),
+        ({"y": torch.full((7,), 5)}, ValueError, r"labels must be in 0..4 .*got 5..5"),
+        ({"y": torch.full((7,), -1)}, ValueError, r"labels must be in 0..4 .*got -1..-1"),
+        ({"eps": -0.1}, ValueError, "eps must be finite and >= 0, got -0.1"),
+        ({"eps": [0.1, math.inf]}, ValueError, "eps must be finite"),
+        ({"eps": []}, ShapeError, "non-empty 1-D"),
+        ({"eps": torch.zeros(2, 2)}, ShapeError, r"got shape \[2, 2\]"),
+        ({"eps": "large"}, TypeError, "eps must be a number .* got 'large'"),
+        ({"model": lambda x: x}, TypeError, "must be a torch.nn.Module"),
+        ({"model": Function(lambda x: x.sum(1))}, ShapeError, r"must return logits \[7, C\], got \[7\]"),
+        ({"model": Function(lambda x: x / 0)}, NonFiniteError, "non-finite logits"),
+        ({"model": Function(lambda x: x.detach())}, ValueError, "carries no gradient"),
+        ({"model": Function(lambda x: (x * 0).sqrt())}, NonFiniteError, "gradient .* is not finite"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(attack, change, error, message):
+    x, y = batch()
+    arguments = {"model": network(), "x": x, "y": y, "eps": 0.1} | change
+    with pytest.raises(error, match=message):
+        attack(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"norm": "l1"}, "norm must be one of linf, l2, got 'l1'"),
+        ({"loss": "cw"}, "loss must be one of ce, dlr, got 'cw'"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"restarts": 1.5}, "restarts must be an integer >= 1, got 1.5"),
+        ({"step_size": 0.0}, "step_size must be finite and > 0, got 0.0"),
+        ({"restarts": 2, "random_start": False}, "restarts=2 needs random_start=True"),
+    ],
+)
+def test_bad_options_of_pgd(options, message):
+    with pytest.raises(ValueError, match=message):
+        pgd(network(), *batch(), 0.1, **options)
+    with pytest.raises(ValueError, match="at least 3 classes, got 2"):
+        pgd(linear_model(d=9)[0], *batch(classes=2), 0.1, loss="dlr")

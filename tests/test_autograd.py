@@ -1,0 +1,185 @@
+"""Gradients: gradcheck in float64 on every backend, double backward, torch.func, only what is asked for."""
+
+import math
+
+import pytest
+import torch
+from matrices import SPECTRA, with_spectrum
+from torch.autograd import gradcheck, gradgradcheck
+
+from condlr_ext import functional, linalg, reference
+
+F64 = torch.float64
+
+
+def factors(m, n, r, requires_grad=True):
+    shapes = ((m, r), (r, r), (n, r), (m,))
+    return [torch.randn(s, dtype=F64, requires_grad=requires_grad) for s in shapes]
+
+
+@pytest.mark.parametrize(
+    "lead,m,n,r", [((4,), 3, 5, 2), ((2, 3), 5, 3, 3), ((), 4, 4, 1), ((0,), 3, 5, 2), ((9,), 2, 2, 2)]
+)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear(backend, lead, m, n, r, with_bias):
+    U, S, V, b = factors(m, n, r)
+    X = torch.randn(*lead, n, dtype=F64, requires_grad=True)
+    args = (X, U, S, V, b if with_bias else None)
+    assert gradcheck(functional.low_rank_linear, args)
+    assert gradgradcheck(functional.low_rank_linear, args)
+
+
+CONVS = [
+    dict(d=1, stride=2, padding=1, dilation=2, groups=1, k=(3,)),
+    dict(d=2, stride=1, padding="same", dilation=1, groups=1, k=(2, 3)),
+    dict(d=2, stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2, k=(3, 2)),
+    dict(d=3, stride=1, padding=0, dilation=1, groups=1, k=(1, 2, 2)),
+]
+
+
+@pytest.mark.parametrize("conv", CONVS, ids=str)
+def test_conv(backend, conv):
+    d, k, g = conv["d"], conv["k"], conv["groups"]
+    m, c, r = 4, 2, 2
+    U, S, V, b = factors(m, c * math.prod(k), r)
+    X = torch.randn(2, c * g, *[5, 4, 3][:d], dtype=F64, requires_grad=True)
+    fn = getattr(functional, f"low_rank_conv{d}d")
+
+    def call(X, U, S, V, b):
+        return fn(X, U, S, V, b, conv["stride"], conv["padding"], conv["dilation"], g, kernel_size=k)
+
+    dense = getattr(torch.nn.functional, f"conv{d}d")
+    W = (U @ S @ V.mT).reshape(m, c, *k)
+    torch.testing.assert_close(
+        call(X, U, S, V, b), dense(X, W, b, conv["stride"], conv["padding"], conv["dilation"], g)
+    )
+    assert gradcheck(call, (X, U, S, V, b))
+    assert gradgradcheck(call, (X, U, S, V, b))
+
+
+def test_only_the_gradients_asked_for(backend):
+    for wanted in range(5):
+        U, S, V, b = factors(4, 5, 2, requires_grad=False)
+        args = [torch.randn(3, 5, dtype=F64), U, S, V, b]
+        args[wanted].requires_grad_()
+        functional.low_rank_linear(*args).sum().backward()
+        assert [a.grad is not None for a in args] == [i == wanted for i in range(5)]
+
+
+def test_backward_contiguous_factor_gradients(backend):
+    """The step takes them as they come."""
+    U, S, V, b = factors(6, 7, 3)
+    functional.low_rank_linear(torch.randn(5, 7, dtype=F64), U, S, V, b).sum().backward()
+    assert all(p.grad.is_contiguous() for p in (U, S, V, b))
+
+
+def invariant(fn):
+    """Outputs of an SVD made independent of the signs of its vectors."""
+
+    def call(A):
+        U, sigma, V = fn(A)
+        return sigma, U.pow(2), V.pow(2), (U * sigma.unsqueeze(-2) ** 2) @ V.mT
+
+    return call
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5), (1, 1), (2, 4, 3), (0, 3, 3)], ids=str)
+def test_decompositions(backend, shape):
+    A = torch.randn(shape, dtype=F64, requires_grad=True)
+    assert gradcheck(invariant(linalg.svd), A)
+    assert gradcheck(lambda A: tuple(linalg.qr(A)), A)
+    assert gradcheck(lambda A: tuple(linalg.polar(A)), A)
+    assert gradcheck(linalg.cond, A)
+    assert gradcheck(lambda A: linalg.svd(A).U.pow(2), A) and gradcheck(lambda A: linalg.svd(A).V.pow(2), A)
+    assert gradcheck(lambda A: linalg.qr(A).Q, A) and gradcheck(lambda A: linalg.qr(A).R, A)
+
+
+def test_second_derivatives_of_svd_and_qr(backend):
+    A = torch.randn(4, 3, dtype=F64, requires_grad=True)
+    assert gradgradcheck(lambda A: linalg.svd(A).sigma, A)
+    assert gradgradcheck(lambda A: tuple(linalg.qr(A)), A)
+
+
+def test_svd_at_repeated_singular_values(backend):
+    A = with_spectrum(SPECTRA["repeated"](4), 4, 4).requires_grad_()
+    linalg.svd(A).sigma.sum().backward()  # the nuclear norm: its gradient is the polar factor
+    torch.testing.assert_close(A.grad, linalg.polar(A.detach()).Q, rtol=0, atol=1e-12)
+    with pytest.raises(ArithmeticError, match="equal singular values"):
+        linalg.svd(A).U.sum().backward()
+
+
+def test_polar_at_repeated_singular_values(backend):
+    A = with_spectrum(SPECTRA["repeated"](4), 4, 4).requires_grad_()
+    assert gradcheck(lambda A: linalg.polar(A).Q, A)
+
+
+def clip_between(A, lo, hi):
+    """Clipping between constant edges, by a decomposition whose vectors are constants only to first order."""
+    U, sigma, V = reference.svd(A)
+    return (U * sigma.clamp(lo, hi).unsqueeze(-2)) @ V.mT
+
+
+@pytest.mark.parametrize("band", range(3))
+@pytest.mark.parametrize(
+    "shape,kind", [((4, 4), "random"), ((6, 4), "random"), ((4, 6), "random"), ((5, 5), "two_values")]
+)
+def test_clip_spectrum_with_constant_edges(backend, shape, kind, band):
+    """Finite differences of the clip between the edges of this matrix, also where singular values repeat."""
+    spectrum = SPECTRA[kind](min(shape))
+    A = with_spectrum(spectrum, *shape)
+    tau = 0.3 if kind == "random" else 0.05
+    lo, hi = reference.clip_edges(reference.svd(A)[1], tau, reference.BANDS[band])
+    G = torch.randn(shape, dtype=F64)
+    X = A.clone().requires_grad_()
+    (linalg.clip_spectrum(X, tau, reference.BANDS[band]) * G).sum().backward()
+    h = 1e-5
+    for _ in range(5):
+        D = torch.randn(shape, dtype=F64)
+        slope = ((clip_between(A + h * D, lo, hi) - clip_between(A - h * D, lo, hi)) * G).sum() / (2 * h)
+        assert abs((X.grad * D).sum() - slope) <= 1e-6 * (1 + abs(slope))
+
+
+def test_clip_spectrum_gradient_of_an_unclipped_matrix_is_the_identity(backend):
+    A = with_spectrum(torch.linspace(1.02, 1, 5, dtype=F64), 5, 5).requires_grad_()
+    G = torch.randn(5, 5, dtype=F64)
+    (linalg.clip_spectrum(A, 0.5) * G).sum().backward()
+    torch.testing.assert_close(A.grad, G, rtol=0, atol=1e-12)
+
+
+def test_zero_core_gradient_is_finite(backend):
+    A = torch.zeros(3, 3, dtype=F64, requires_grad=True)
+    linalg.clip_spectrum(A, 0.1).sum().backward()
+    assert torch.isfinite(A.grad).all()
+
+
+def test_func_transforms(backend):
+    from torch.func import functional_call, grad, jacrev, vmap
+
+    U, S, V, b = factors(4, 5, 2, requires_grad=False)
+    X = torch.randn(6, 5, dtype=F64)
+
+    def loss(x, S):
+        return functional.low_rank_linear(x, U, S, V, b).pow(2).sum()
+
+    per_sample = vmap(grad(loss, argnums=1), (0, None))(X, S)
+    one_by_one = torch.stack([grad(loss, argnums=1)(x, S) for x in X])
+    torch.testing.assert_close(per_sample, one_by_one)
+    torch.testing.assert_close(per_sample.sum(0), torch.autograd.functional.jacobian(lambda S: loss(X, S), S))
+    cores = torch.randn(3, 2, 2, dtype=F64)
+    ensemble = vmap(lambda S: functional.low_rank_linear(X, U, S, V, b))(cores)
+    torch.testing.assert_close(ensemble, torch.stack([functional.low_rank_linear(X, U, c, V, b) for c in cores]))
+    A = torch.randn(3, 4, 4, dtype=F64)
+    torch.testing.assert_close(vmap(lambda A: linalg.svd(A).sigma)(A), linalg.svd(A).sigma)
+    torch.testing.assert_close(
+        vmap(grad(lambda A: linalg.polar(A).Q.pow(3).sum()))(A),
+        torch.stack([grad(lambda A: linalg.polar(A).Q.pow(3).sum())(a) for a in A]),
+    )
+    assert jacrev(lambda A: linalg.qr(A).R)(A[0]).shape == (4, 4, 4, 4)
+
+    import condlr_ext
+
+    conv = condlr_ext.LowRankConv2d(2, 4, 3, rank=2).double()
+    images = torch.randn(3, 1, 2, 5, 5, dtype=F64)
+    params = dict(conv.named_parameters())
+    batched = vmap(lambda x: functional_call(conv, params, (x,)))(images)
+    torch.testing.assert_close(batched, torch.stack([conv(x) for x in images]))

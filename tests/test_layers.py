@@ -1,0 +1,226 @@
+"""Layers against their dense twins: function, gradients, shapes, dtypes, autocast, meta device, errors."""
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from matrices import backward_error, kappa, non_orthonormality
+from torch import nn
+
+import condlr_ext
+from condlr_ext import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear, functional
+from condlr_ext.errors import NonFiniteError, RankError, ShapeError
+
+CONVS = [
+    dict(kernel_size=3),
+    dict(kernel_size=3, padding=1, bias=False),
+    dict(kernel_size=3, stride=2, padding=2, dilation=2),
+    dict(kernel_size=2, padding="same", dilation=3),
+    dict(kernel_size=3, padding="valid", groups=2),
+    dict(kernel_size=3, padding=2, padding_mode="reflect"),
+    dict(kernel_size=3, padding="same", padding_mode="circular", groups=2),
+    dict(kernel_size=3, padding=1, padding_mode="replicate", stride=2),
+    dict(kernel_size=1),
+]
+
+
+def randomise(layer):
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn_like(p))
+    return layer
+
+
+@pytest.mark.parametrize("options", CONVS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("cls", [LowRankConv1d, LowRankConv2d, LowRankConv3d])
+def test_conv_is_its_dense_twin(backend, cls, options):
+    d = cls._d
+    layer = randomise(cls(4, 6, **options, rank=3, dtype=torch.float64))
+    dense = layer.to_dense()
+    assert type(dense) is cls._dense and (dense.bias is None) == (options.get("bias") is False)
+    x = torch.randn(2, 4, *[9, 8, 7][:d], dtype=torch.float64)
+    torch.testing.assert_close(layer(x), dense(x))
+    torch.testing.assert_close(layer(x[0]), dense(x[0]))
+    if d == 2:
+        nhwc = x.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(layer(nhwc), dense(x))
+    assert layer.weight.shape == dense.weight.shape
+    back = cls.from_dense(dense, rank=3)
+    torch.testing.assert_close(back.weight, dense.weight)
+    assert max(non_orthonormality(back.U), non_orthonormality(back.V)) < 1e-12
+
+
+@pytest.mark.parametrize("m,n,r", [(1, 1, 1), (3, 17, 2), (33, 5, 5), (10, 64, 10), (63, 100, 17)])
+@pytest.mark.parametrize("lead", [(), (7,), (2, 3), (0,), (300,)], ids=str)
+def test_linear_is_its_dense_twin(backend, m, n, r, lead):
+    for bias in (True, False):
+        layer = randomise(LowRankLinear(n, m, bias, rank=r, dtype=torch.float64))
+        dense = layer.to_dense()
+        x = torch.randn(*lead, n, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), dense(x))
+        wide = torch.randn(*lead, 2 * n, dtype=torch.float64)[..., ::2]
+        torch.testing.assert_close(layer(wide), dense(wide))
+
+
+def gradients(fn, tensors):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    fn(*leaves).pow(2).sum().backward()
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows,m,n,r", [(3, 33, 17, 5), (64, 20, 30, 20), (40, 100, 7, 3)])
+def test_error_is_that_of_plain_pytorch(backend, dtype, rows, m, n, r):
+    """Outputs and gradients: at most twice the error of the plain three products at the same dtype."""
+
+    def plain(X, U, S, V, b):
+        return X @ V @ S.mT @ U.mT + b
+
+    shapes = ((rows, n), (m, r), (r, r), (n, r), (m,))
+    exact = [torch.randn(s, dtype=dtype).double() / s[-1] ** 0.5 for s in shapes]
+    low = [t.to(dtype) for t in exact]
+    truth = [plain(*exact), *gradients(plain, exact)]
+    ours = [functional.low_rank_linear(*low), *gradients(functional.low_rank_linear, low)]
+    theirs = [plain(*low), *gradients(plain, low)]
+    for o, p, t in zip(ours, theirs, truth, strict=True):
+        assert o.dtype == dtype
+        # the order of the products may differ: one rounding of the result is always allowed
+        atol = torch.finfo(dtype).eps * t.abs().max()
+        assert (o.double() - t).abs().max() <= 2 * (p.double() - t).abs().max() + atol
+
+
+def test_fresh_layers_are_on_the_constraint_set_at_torchs_scale():
+    for layer in (LowRankLinear(200, 300, rank=40), LowRankConv2d(16, 32, 3, groups=2, rank=20)):
+        assert max(non_orthonormality(layer.U), non_orthonormality(layer.V)) < 1e-6
+        assert kappa(layer.S.detach()) <= 1 + 1e-6 and layer.condition_number() <= 1 + 1e-6
+    x = torch.randn(2000, 200)
+    variance = LowRankLinear(200, 300, bias=False, rank=40)(x).var()
+    assert variance.item() == pytest.approx(nn.Linear(200, 300, bias=False)(x).var().item(), rel=0.1)
+
+
+def test_from_dense_is_the_best_approximation():
+    dense = nn.Linear(30, 20).double()
+    sigma = torch.linalg.svdvals(dense.weight)
+    for r in (1, 7, 20):
+        layer = LowRankLinear.from_dense(dense, rank=r)
+        error = (layer.weight - dense.weight).norm()
+        assert error.item() == pytest.approx(sigma[r:].norm().item(), abs=1e-12)
+        assert torch.equal(layer.bias, dense.bias) and layer.rank == r
+    assert LowRankLinear.from_dense(dense, rank=0.3).rank == 6
+
+
+def test_from_dense_keeps_mode_grad_and_dtype():
+    dense = nn.Conv2d(3, 8, 3, padding=1).to(torch.bfloat16).eval().requires_grad_(False)
+    layer = LowRankConv2d.from_dense(dense, rank=4)
+    assert not layer.training and not layer.S.requires_grad and layer.U.dtype == torch.bfloat16
+    assert layer.padding == (1, 1)
+    with pytest.raises(TypeError, match="LowRankLinear.from_dense: module must be Linear, got Conv2d"):
+        LowRankLinear.from_dense(dense, rank=2)
+
+
+def test_weight_is_differentiable_and_read_only():
+    layer = LowRankLinear(5, 4, rank=2)
+    layer.weight.sum().backward()
+    assert all(p.grad is not None for p in (layer.U, layer.S, layer.V))
+    with pytest.raises(AttributeError):
+        layer.weight = torch.zeros(4, 5)
+
+
+def test_autocast_runs_in_its_dtype(backend):
+    layer = LowRankLinear(20, 10, rank=4)
+    conv = LowRankConv2d(2, 4, 3, rank=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, z = layer(torch.randn(3, 20)), conv(torch.randn(1, 2, 5, 5))
+    assert y.dtype == z.dtype == torch.bfloat16
+    (y.float().sum() + z.float().sum()).backward()
+    assert layer.S.grad.dtype == torch.float32 and torch.isfinite(conv.V.grad).all()
+
+
+def test_meta_device_then_materialise():
+    layer = LowRankLinear(6, 5, rank=2, device="meta")
+    assert layer(torch.randn(3, 6, device="meta")).shape == (3, 5)
+    layer = layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    assert non_orthonormality(layer.U) < 1e-6
+    assert torch.isfinite(layer(torch.randn(3, 6))).all()
+
+
+def test_state_dict_pickle_deepcopy():
+    layer = randomise(LowRankConv2d(2, 3, 3, rank=2))
+    x = torch.randn(1, 2, 5, 5)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+    other = LowRankConv2d(2, 3, 3, rank=2)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x)) and set(layer.state_dict()) == {"U", "S", "V", "bias"}
+
+
+def test_repr_names_the_rank():
+    assert "rank=2" in repr(LowRankLinear(6, 5, rank=2))
+    assert "rank=2, bias=False, groups=2" in repr(LowRankConv2d(2, 4, 3, groups=2, bias=False, rank=2))
+
+
+U, S, V = torch.randn(4, 2), torch.randn(2, 2), torch.randn(5, 2)
+X = torch.randn(3, 5)
+linear, conv = functional.low_rank_linear, functional.low_rank_conv2d
+image, Vc = torch.randn(1, 2, 6, 6), torch.randn(18, 2)
+
+
+@pytest.mark.parametrize(
+    "call,error,text",
+    [
+        (lambda: LowRankLinear(6, 5, rank=6), RankError, r"LowRankLinear: rank must be in 1..min\(m, n\) = 5 for a 5 x 6 weight, got 6"),
+        (lambda: LowRankLinear(6, 5, rank=0), RankError, "got 0"),
+        (lambda: LowRankLinear(6, 5, rank=1.5), RankError, r"a fraction must be in \(0, 1\], got 1.5"),
+        (lambda: LowRankLinear(6, 5, rank=True), TypeError, "rank must be an int or a fraction"),
+        (lambda: LowRankConv2d(4, 6, 3, groups=3, rank=2), ValueError, "groups must divide in_channels = 4 and out_channels = 6, got 3"),
+        (lambda: LowRankConv2d(4, 6, 3, padding="half", rank=2), ValueError, "padding must be ints"),
+        (lambda: LowRankConv2d(4, 6, 3, padding="same", stride=2, rank=2), ValueError, "needs stride 1"),
+        (lambda: LowRankConv2d(4, 6, (3, 3, 3), rank=2), ValueError, "kernel_size must be an int or 2 ints >= 1"),
+        (lambda: LowRankConv2d(4, 6, 3, padding_mode="mirror", rank=2), ValueError, "padding_mode must be one of"),
+        (lambda: linear(torch.randn(3, 4), U, S, V), ShapeError, r"input must be \[\*, 5\] to fit V \[5, 2\], got \[3, 4\]"),
+        (lambda: linear(X, U, torch.randn(3, 3), V), ShapeError, "must share r"),
+        (lambda: linear(X, U[0], S, V), ShapeError, "U, S, V must be matrices"),
+        (lambda: linear(X, U, S, V, torch.randn(3)), ShapeError, r"bias must be \[4\] to fit U, got \[3\]"),
+        (lambda: linear(X, torch.randn(4, 6), torch.randn(6, 6), torch.randn(5, 6)), RankError, "= 4, got 6"),
+        (lambda: linear(X.double(), U, S, V), TypeError, "one dtype, got input torch.float64, U torch.float32"),
+        (lambda: linear(X.int(), U, S, V), TypeError, "input must be a real floating-point tensor, got torch.int32"),
+        (lambda: linear(X.to("meta"), U, S, V), ValueError, "one device, got cpu, meta"),
+        (lambda: conv(image, U, S, Vc, kernel_size=2), ShapeError, "multiple of prod|must have 3 or 4 dimensions"),
+        (lambda: conv(image[:, :1], U, S, Vc, kernel_size=3), ShapeError, "with 2 channels to fit V"),
+        (lambda: conv(image, U, S, Vc, groups=3, kernel_size=3), ValueError, "groups must be a positive divisor of C_out = 4"),
+        (lambda: conv(image, U, S, Vc, dilation=4, kernel_size=3), ShapeError, "is smaller than the kernel"),
+        (lambda: conv(image, U, S, Vc, stride=0, kernel_size=3), ValueError, "stride must be an int or 2 ints >= 1, got 0"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_nan_core_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), LowRankLinear(4, 4, rank=2))
+    model[1].S.data[0, 1] = math.nan
+    with pytest.raises(NonFiniteError, match="layer 1: .*A must be finite"):
+        condlr_ext.condition_numbers(model)
+
+
+def test_conv_of_one_tap_is_a_linear_map():
+    layer = randomise(LowRankConv2d(5, 4, 1, rank=3, dtype=torch.float64))
+    x = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    flat = F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias).movedim(-1, 1)
+    torch.testing.assert_close(layer(x), flat)
+
+
+def test_float32_conv_error_is_that_of_plain_pytorch(backend):
+    for groups, padding in itertools.product((1, 2), (0, 1)):
+        layer = randomise(LowRankConv2d(6, 8, 3, padding=padding, groups=groups, rank=5))
+        x = torch.randn(2, 6, 9, 9)
+        exact = copy.deepcopy(layer).double()(x.double())
+        plain = layer.to_dense()(x)
+        bound = 2 * (plain.double() - exact).abs().max() + backward_error(torch.float32, 5) * exact.abs().max()
+        assert (layer(x).double() - exact).abs().max() <= bound

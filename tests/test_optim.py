@@ -1,0 +1,355 @@
+"""CondLRSGD as a torch optimiser: groups, schedulers, resume, start, precision, errors; and that it learns."""
+
+import copy
+import math
+
+import pytest
+import torch
+from matrices import kappa, non_orthonormality
+from torch import nn
+from torch.nn import functional as F
+
+import condlr_ext
+from condlr_ext import LowRankConv2d, LowRankLinear
+from condlr_ext.errors import BackendError, NonFiniteError
+from condlr_ext.optim import CondLRSGD, param_groups
+
+
+def make_model(seed=0, dtype=None):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        LowRankConv2d(1, 6, 3, padding=1, rank=4, dtype=dtype),
+        nn.ReLU(),
+        nn.Flatten(),
+        LowRankLinear(6 * 16, 12, rank=5, dtype=dtype),
+        nn.ReLU(),
+        nn.Linear(12, 3, dtype=dtype),
+    )
+
+
+def batches(count, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        x = torch.randn(16, 1, 4, 4, generator=generator)
+        yield x.to(dtype), x.flatten(1)[:, :3].argmax(1)
+
+
+def train(model, optimizer, data, scheduler=None):
+    losses = []
+    for x, y in data:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_constraint(model, tau, atol=2e-6):
+    for module in model.modules():
+        if isinstance(module, condlr_ext.nn.LowRankLayer):
+            assert kappa(module.S) <= (1 + tau) * (1 + 5e-6)
+            assert max(non_orthonormality(module.U), non_orthonormality(module.V)) <= atol
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.1, 0.5, math.inf])
+def test_learns_under_the_constraint(backend, tau):
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.2, 0.3, tau=tau)
+    losses = train(model, optimizer, batches(150))
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+    assert_constraint(model, tau)
+    assert optimizer.skipped == 0 and isinstance(optimizer, torch.optim.Optimizer)
+
+
+def test_backends_give_the_same_training():
+    runs = []
+    for name in ("reference", "cpu"):
+        with condlr_ext.backend(name):
+            model = make_model()
+            runs.append(train(model, CondLRSGD(model, 0.1, 0.9, tau=0.1), batches(20)))
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_start_puts_the_factors_on_the_constraint_set_without_changing_the_function():
+    model = nn.Sequential(LowRankLinear(9, 8, rank=4, dtype=torch.float64))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p))
+    weight = model[0].weight.detach().clone()
+    CondLRSGD(model, 0.1, tau=math.inf)  # no bound: only the factors are made orthonormal
+    assert max(non_orthonormality(model[0].U), non_orthonormality(model[0].V)) < 1e-13
+    torch.testing.assert_close(model[0].weight, weight)
+    CondLRSGD(model, 0.1, tau=0.2)
+    assert kappa(model[0].S) <= 1.2 * (1 + 1e-12)
+    S = model[0].S.detach().clone()
+    CondLRSGD(model, 0.1, tau=0.2)
+    assert torch.equal(model[0].S, S)  # already inside: a resumed model stays bit for bit
+    CondLRSGD(model, 0.1, tau=0.2, sigma_max=0.5)
+    assert torch.linalg.matrix_norm(model[0].S, 2) <= 0.5 * (1 + 1e-12)
+
+
+def test_frozen_layers_are_not_touched():
+    model = make_model()
+    model[0].requires_grad_(False)
+    with torch.no_grad():
+        model[0].S.copy_(torch.diag(torch.arange(1.0, 5.0)))
+    before = [p.clone() for p in model[0].parameters()]
+    train(model, CondLRSGD(model, 0.1, 0.9, tau=0.0), batches(2))
+    assert all(torch.equal(p, q) for p, q in zip(model[0].parameters(), before, strict=True))
+
+
+def test_dense_parameters_follow_torch_sgd_exactly():
+    options = dict(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.01, nesterov=True)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    twin = copy.deepcopy(dense)
+    ours, theirs = CondLRSGD(dense, **options, tau=0.1), torch.optim.SGD(twin.parameters(), **options)
+    for _ in range(5):
+        x = torch.randn(3, 4)
+        for model, optimizer in ((dense, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            model(x).pow(2).sum().backward()
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(dense.parameters(), twin.parameters(), strict=True))
+
+
+def test_bias_of_a_low_rank_layer_follows_torch_sgd(backend):
+    layer = LowRankLinear(4, 3, rank=2)
+    twin = nn.Parameter(layer.bias.detach().clone())
+    options = dict(lr=0.1, momentum=0.9, dampening=0.1, weight_decay=0.01, maximize=True)
+    ours, theirs = CondLRSGD(layer, **options, tau=0.1), torch.optim.SGD([twin], **options)
+    for _ in range(4):
+        for p in layer.parameters():
+            p.grad = torch.randn_like(p)
+        twin.grad = layer.bias.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(layer.bias, twin)
+
+
+def test_closure_and_state_dict_keys():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, 0.9, tau=0.1)
+    x, y = next(iter(batches(1)))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert first.item() > optimizer.step(closure).item()
+    assert set(optimizer.state_dict()["state"][0]) == {"momentum_buffer"}
+
+
+@pytest.mark.parametrize("order", ["optimizer last", "optimizer first"])
+def test_resume_is_bit_exact(backend, order, tmp_path):
+    def fresh():
+        model = make_model(seed=5)
+        optimizer = CondLRSGD(param_groups(model, factors={"lr": 0.05}), 0.1, 0.9, tau=0.1, sigma_max=2.0)
+        return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+
+    data = list(batches(12))
+    model, optimizer, scheduler = fresh()
+    train(model, optimizer, data[:6], scheduler)
+    path = tmp_path / "state.pt"
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        },
+        path,
+    )
+    expected = train(model, optimizer, data[6:], scheduler)
+
+    saved = torch.load(path, weights_only=True)
+    if order == "optimizer last":
+        again = make_model(seed=9)
+        again.load_state_dict(saved["model"])
+        resumed = CondLRSGD(param_groups(again, factors={"lr": 0.05}), 0.1, 0.9, tau=0.1, sigma_max=2.0)
+        plan = torch.optim.lr_scheduler.StepLR(resumed, 3, 0.5)
+    else:
+        again, resumed, plan = fresh()
+        again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    plan.load_state_dict(saved["scheduler"])
+    assert train(again, resumed, data[6:], plan) == expected
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_pickle_and_deepcopy_keep_training():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, 0.9, tau=0.1)
+    data = list(batches(6))
+    train(model, optimizer, data[:3])
+    pair = copy.deepcopy((model, optimizer))
+    assert train(*pair, data[3:]) == train(model, optimizer, data[3:])
+
+
+def test_groups_by_role_have_their_own_options():
+    model = make_model()
+    groups = param_groups(model, factors={"lr": 0.0}, cores={"tau": 0.5, "lr": 1.0}, other={"weight_decay": 0.1})
+    assert [set(g["roles"]) for g in groups] == [{"U", "V"}, {"S"}, {"other"}]
+    optimizer = CondLRSGD(groups, 0.1, tau=0.1)
+    U = model[3].U.detach().clone()
+    train(model, optimizer, batches(30))
+    assert non_orthonormality(model[3].U) < 2e-6 and (model[3].U - U).abs().max() < 1e-6
+    assert kappa(model[3].S) > 1.11 and kappa(model[3].S) <= 1.5 * (1 + 5e-6)
+
+
+def test_scheduler_and_tensor_lr_are_read_at_each_step():
+    model = make_model()
+    optimizer = CondLRSGD(model, torch.tensor(0.1), tau=0.1)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2], gamma=0.0)
+    data = list(batches(4))
+    train(model, optimizer, data[:2], scheduler)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, data[2:], scheduler)
+    for p, q in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_add_param_group():
+    model = make_model()
+    late = nn.Sequential(LowRankLinear(3, 3, rank=2))
+    late[0].S.data = torch.diag(torch.tensor([5.0, 1.0]))
+    optimizer = CondLRSGD(model, 0.1, tau=0.1)
+    optimizer.add_param_group({"params": [(f"late.{n}", p) for n, p in late.named_parameters()], "tau": 0.3})
+    assert kappa(late[0].S) == pytest.approx(1.3, rel=1e-5)
+    with pytest.raises(ValueError, match="layer 'x' has U in the parameter groups but not S, V"):
+        optimizer.add_param_group({"params": [("x.U", nn.Parameter(torch.randn(4, 2)))]})
+    assert len(optimizer.param_groups) == 2
+    train(model, optimizer, batches(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_parameters_have_float32_masters(dtype):
+    model = make_model(dtype=dtype)
+    optimizer = CondLRSGD(model, 0.1, 0.5, tau=0.1)
+    data = list(batches(8, dtype))
+    train(model, optimizer, data[:4])
+    for module in (model[0], model[3]):
+        U, S = (optimizer.state[p]["master"] for p in (module.U, module.S))
+        assert U.dtype == torch.float32 and non_orthonormality(U) < 2e-6 and kappa(S) <= 1.1 * (1 + 5e-6)
+        assert torch.equal(module.U, U.to(dtype))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(model, optimizer, data[4:])
+    again = make_model(seed=3, dtype=dtype)
+    resumed = CondLRSGD(again, 0.1, 0.5, tau=0.1)
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    assert train(again, resumed, data[4:]) == expected
+
+
+def test_non_finite_gradient_is_counted_or_raised():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, 0.9, tau=0.1)
+    train(model, optimizer, batches(1))
+    before = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    model[3].S.grad[0, 0] = math.nan
+    optimizer.step()
+    after = model.state_dict()
+    assert all(torch.equal(after[k], before[k]) == k.startswith("3.") for k in before)
+    assert optimizer.skipped == 1
+
+    strict = CondLRSGD(model, 0.1, 0.9, tau=0.1, check_finite=True)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NonFiniteError, match="the gradient of 3.S must be finite.*nothing was changed"):
+        strict.step()
+    assert all(torch.equal(model.state_dict()[k], before[k]) for k in before)
+    model[3].S.grad.zero_()
+    with torch.no_grad():
+        model[3].S.zero_()
+    with pytest.raises(NonFiniteError, match="left unchanged, because the core is singular.*'3'"):
+        strict.step()
+
+
+def test_grad_scaler_skips_the_step():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, tau=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    ((x, y),) = batches(1)
+    for poison in (True, False):
+        before = copy.deepcopy(model.state_dict())
+        optimizer.zero_grad()
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+        if poison:
+            model[5].weight.grad[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        same = all(torch.equal(model.state_dict()[k], before[k]) for k in before)
+        assert same == poison
+
+
+def test_parameters_without_gradients_and_clipping():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, tau=0.1)
+    optimizer.step()  # nothing has a gradient
+    F.cross_entropy(model(next(iter(batches(1)))[0]), torch.zeros(16, dtype=torch.long)).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    assert_constraint(model, 0.1)
+
+
+def test_meta_model_can_have_an_optimizer():
+    CondLRSGD(nn.Sequential(LowRankLinear(5, 4, rank=2, device="meta")), 0.1, tau=0.1)
+
+
+def test_foreign_parameters_named_like_factors():
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.U, self.S, self.V = (nn.Parameter(torch.randn(3, k)) for k in (3, 2, 4))
+
+    cell = Cell()  # no U S Vᵀ: the shapes do not fit
+    optimizer = CondLRSGD(cell, 0.1, tau=0.1)
+    assert optimizer.param_groups[0]["roles"] == ["other"] * 3
+
+
+model = make_model()
+
+
+def nan_core():
+    broken = make_model()
+    broken[3].S.data[1, 1] = math.nan
+    return broken
+
+
+@pytest.mark.parametrize(
+    "call,error,text",
+    [
+        (lambda: CondLRSGD(model, -0.1, tau=0.1), ValueError, "lr must be >= 0, got -0.1"),
+        (lambda: CondLRSGD(model, math.nan, tau=0.1), ValueError, "lr must be >= 0, got nan"),
+        (lambda: CondLRSGD(model, 0.1, -1, tau=0.1), ValueError, "momentum must be >= 0"),
+        (lambda: CondLRSGD(model, 0.1, weight_decay=-1, tau=0.1), ValueError, "weight_decay must be >= 0"),
+        (lambda: CondLRSGD(model, 0.1, nesterov=True, tau=0.1), ValueError, "nesterov needs momentum > 0 and dampening 0"),
+        (lambda: CondLRSGD(model, 0.1, tau=-0.5), ValueError, "tau must be a number >= 0 .* got -0.5"),
+        (lambda: CondLRSGD(model, 0.1, tau=0.1, band="max"), ValueError, "band must be one of"),
+        (lambda: CondLRSGD(model, 0.1, tau=0.1, sigma_max=-1), ValueError, "sigma_max must be None or a number > 0"),
+        (lambda: CondLRSGD(model.parameters(), 0.1, tau=0.1), ValueError, "need their names: pass the model"),
+        (lambda: CondLRSGD([(n, p) for n, p in model.named_parameters() if n != "3.V"], 0.1, tau=0.1), ValueError, "layer '3' has S, U .* but not V"),
+        (lambda: CondLRSGD(nan_core(), 0.1, tau=0.1), NonFiniteError, "S of layer '3' must be finite, got NaN or Inf"),
+        (lambda: CondLRSGD(model, 0.1, tau=0.1, capturable=True), BackendError, "capturable=True needs the Triton step"),
+        (lambda: CondLRSGD([], 0.1, tau=0.1), ValueError, "empty parameter list"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_state_of_another_model_is_refused():
+    a = CondLRSGD(make_model(), 0.1, tau=0.1)
+    b = CondLRSGD(nn.Sequential(*list(make_model().children())[:-1], nn.Sequential(nn.Linear(12, 3))), 0.1, tau=0.1)
+    with pytest.raises(
+        ValueError,
+        match="group 0 holds parameter '5.weight' in the state where the optimizer has '5.0.weight'",
+    ):
+        b.load_state_dict(a.state_dict())

@@ -1,0 +1,281 @@
+"""Registration: opcheck of every op, torch.compile without graph breaks, which implementation served a call."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import condlr_ext
+from condlr_ext import functional, linalg, ops, reference
+from condlr_ext.errors import BackendError
+
+ROOT = Path(__file__).parents[1]
+
+
+def layer_tensors(dtype=torch.float32, m=6, n=5, r=3):
+    U, _ = torch.linalg.qr(torch.randn(m, r, dtype=dtype))
+    V, _ = torch.linalg.qr(torch.randn(n, r, dtype=dtype))
+    return [U.contiguous(), torch.eye(r, dtype=dtype), V.contiguous(), torch.zeros(m, dtype=dtype)]
+
+
+def step_arguments(dtype=torch.float32):
+    params = layer_tensors(dtype) + layer_tensors(dtype, 4, 4, 2)
+    hyper = torch.zeros(2, 4, 10, dtype=torch.float64)
+    for column, value in {"lr": 0.1, "momentum": 0.3, "tau": 0.1, "sigma_max": math.inf}.items():
+        hyper[..., reference.HYPER.index(column)] = value
+    grads = [torch.randn_like(p) for p in params]
+    return params, grads, [torch.zeros_like(p) for p in params], hyper, torch.zeros(2, dtype=torch.int64)
+
+
+def arguments(name):
+    U, S, V, b = layer_tensors()
+    X = torch.randn(2, 4, 5)
+    mask = [True, False, True, True, True]
+    image = torch.randn(2, 2, 6, 6)
+    Vc = torch.randn(2 * 9, 3)
+    geometry = ([3, 3], [1, 2], [1, 1], [1, 1], 1)
+    if name == "low_rank_linear":
+        return [(X, U, S, V, b), (X[:0], U, S, V, None)]
+    if name == "low_rank_linear_backward":
+        return [
+            (torch.randn(2, 4, 6), X, X @ V, U, S, V, mask),
+            (torch.randn(2, 4, 6), X, X @ V, U, S, V, [False] * 5),
+        ]
+    if name == "low_rank_conv":
+        nhwc = image.to(memory_format=torch.channels_last)
+        return [(image, U, S, Vc, b, *geometry), (nhwc, U, S, Vc, None, *geometry)]
+    if name == "low_rank_conv_backward":
+        Y, P = reference.low_rank_conv(image, U, S, Vc, b, *geometry)
+        return [(torch.randn_like(Y), image, P, U, S, Vc, mask, *geometry)]
+    if name == "step":
+        return [step_arguments(), step_arguments(torch.float64)]
+    constraint = (0.1, 0, math.inf) if name == "clip_spectrum" else ()
+    return [
+        (torch.randn(s, dtype=d), *constraint)
+        for s in ((4, 4), (2, 5, 3), (3, 5), (0, 2, 2))
+        for d in (torch.float32, torch.float64)
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["", "_reference_"])
+@pytest.mark.parametrize("name", ops.OPS)
+def test_opcheck(name, prefix):
+    for args in arguments(name):
+        opcheck(getattr(torch.ops.condlr_ext, prefix + name).default, args)
+
+
+def test_every_op_is_tagged_and_has_a_reference_twin():
+    for name in ops.OPS:
+        for full in (name, f"_reference_{name}"):
+            op = getattr(torch.ops.condlr_ext, full).default
+            assert torch.Tag.pt2_compliant_tag in op.tags
+
+
+class Calls(TorchDispatchMode):
+    """Names of the package's ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "condlr_ext":
+            self.names.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def one_of_each():
+    """Runs every op of the package once through the public functions and the optimiser."""
+    torch.manual_seed(0)
+    A = torch.randn(4, 4)
+    linalg.svd(A), linalg.qr(A), linalg.polar(A), linalg.clip_spectrum(A, 0.1)
+    model = torch.nn.Sequential(
+        condlr_ext.LowRankConv2d(1, 4, 3, rank=3), torch.nn.Flatten(), condlr_ext.LowRankLinear(16, 5, rank=2)
+    )
+    optimizer = condlr_ext.optim.CondLRSGD(model, 0.1, tau=0.1)
+    model(torch.randn(3, 1, 4, 4)).sum().backward()
+    optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+COMPILED = ("svd", "qr", "polar", "clip_spectrum", "step")
+
+
+@pytest.mark.parametrize("name", ["auto", "cpu", "reference"])
+def test_which_op_is_called(name):
+    with condlr_ext.backend(name), Calls() as calls:
+        one_of_each()
+    prefix = "_reference_" if name == "reference" else ""
+    assert set(calls.names) == {prefix + op for op in ops.OPS}
+
+
+_SERVED = """
+import sys, torch, condlr_ext
+from condlr_ext import reference
+sys.path.insert(0, {tests!r})
+from test_registration import COMPILED, one_of_each
+assert condlr_ext.ops.COMPILED.ops_path, condlr_ext.ops.COMPILED.ops_reason
+for op in COMPILED:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("condlr_ext::" + op, "CPU"), op
+served = []
+def watch(name):
+    fn = getattr(reference, name)
+    def wrapped(*args, **kwargs):
+        served.append(name)
+        return fn(*args, **kwargs)
+    return wrapped
+for name in ("svd", "qr", "layer_step", "clip_spectrum"):
+    setattr(reference, name, watch(name))
+for backend, by_reference in (("auto", False), ("cpu", False), ("reference", True)):
+    served.clear()
+    with condlr_ext.backend(backend):
+        one_of_each()
+    # layer_step and clip_spectrum are looked up at call time, so their trace shows whether the reference arithmetic ran
+    assert ("layer_step" in served, "clip_spectrum" in served) == (by_reference, by_reference), (backend, served)
+print(condlr_ext.ops.COMPILED.ops_path)
+"""
+
+
+@pytest.mark.skipif(os.environ.get("CONDLR_EXT_BUILD") == "none", reason="built without compiled parts")
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_which_implementation_serves(where, tmp_path):
+    """In a process started in the repository root and in one started elsewhere."""
+    cwd = ROOT if where == "root" else tmp_path
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CONDLR_EXT_BACKEND")}
+    code = _SERVED.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).name.startswith("_C.")
+
+
+def test_backends_agree():
+    with condlr_ext.backend("reference"):
+        expected = one_of_each()
+    with condlr_ext.backend("cpu"):
+        got = one_of_each()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+def test_named_backends_are_strict():
+    with (
+        condlr_ext.backend("triton"),
+        pytest.raises(BackendError, match="'triton' cannot serve svd: there is no Triton"),
+    ):
+        linalg.svd(torch.eye(3))
+    big = torch.eye(513)
+    with condlr_ext.backend("cpu"), pytest.raises(BackendError, match=r"min\(m, n\) = 513 exceeds 512"):
+        linalg.svd(big)
+    assert ops.linalg.svd.choose(big) == "reference"
+
+
+def test_backend_names_and_nesting():
+    with pytest.raises(ValueError, match="must be one of auto, reference, cpu, triton, got 'gpu'"):
+        condlr_ext.backend("gpu")
+    before = ops.current_backend()
+    with condlr_ext.backend("reference"):
+        with pytest.raises(RuntimeError), condlr_ext.backend("cpu"):
+            assert ops.current_backend() == "cpu"
+            raise RuntimeError
+        assert ops.current_backend() == "reference"
+    assert ops.current_backend() == before
+
+
+def test_environment_variable():
+    code = "import torch, condlr_ext; print(condlr_ext.ops.linalg.svd.choose(torch.eye(2)))"
+    for value, expected in (("reference", "reference"), ("nonsense", None)):
+        env = os.environ | {"CONDLR_EXT_BACKEND": value}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+        if expected:
+            assert done.stdout.strip() == expected
+        else:
+            assert done.returncode and "backend must be one of auto" in done.stderr and "'nonsense'" in done.stderr
+
+
+def test_backward_keeps_the_backend_of_forward():
+    layer = condlr_ext.LowRankLinear(5, 4, rank=2)
+    with condlr_ext.backend("reference"):
+        loss = layer(torch.randn(3, 5)).sum()
+    with Calls() as calls:
+        loss.backward()
+    assert calls.names == ["_reference_low_rank_linear_backward"]
+
+
+FUNCTIONS = {
+    "linear": lambda x: functional.low_rank_linear(x, *TENSORS),
+    "svd": lambda x: linalg.svd(x).sigma,
+    "qr": lambda x: linalg.qr(x).Q,
+    "polar": lambda x: linalg.polar(x).Q,
+    "clip": lambda x: linalg.clip_spectrum(x, 0.1),
+    "cond": lambda x: linalg.cond(x),
+}
+TENSORS = [t.requires_grad_() for t in layer_tensors()]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compile_fullgraph(name):
+    torch._dynamo.reset()
+    fn = FUNCTIONS[name]
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    x = torch.randn(7, 5)
+    results = []
+    for f in (fn, compiled):
+        x = x.detach().requires_grad_()
+        y = f(x)
+        y.pow(2).sum().backward()
+        results.append((y.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def make_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        condlr_ext.LowRankConv2d(1, 4, 3, padding="same", rank=3),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        condlr_ext.LowRankLinear(4 * 16, 5, rank=3),
+    )
+
+
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compiled_training_does_not_recompile(engine):
+    """A model's forward and backward without graph breaks, the same losses as eager, one compilation for all steps."""
+    torch._dynamo.reset()
+    x, y = torch.randn(8, 1, 4, 4), torch.randint(0, 5, (8,))
+    losses = []
+    for compile_it in (False, True):
+        model = make_model()
+        optimizer = condlr_ext.optim.CondLRSGD(model, 0.1, 0.3, tau=0.1)
+        forward = torch.compile(model, fullgraph=True, backend=engine) if compile_it else model
+        run = []
+        with torch._dynamo.config.patch(error_on_recompile=compile_it):
+            for _ in range(4):
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(forward(x), y)
+                loss.backward()
+                optimizer.step()
+                run.append(loss.item())
+        losses.append(run)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_compiled_code_follows_the_backend():
+    """The choice is made at call time: a guard sees it change."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: functional.low_rank_linear(x, *TENSORS), fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 5)
+    seen = []
+    for name in ("auto", "reference", "auto"):
+        # a dispatch mode would keep torch.compile from running: the profiler sees the names
+        with condlr_ext.backend(name):
+            compiled(x)  # compiles where it has to
+            with torch.autograd.profiler.profile() as profile:
+                compiled(x)
+        seen.append([e.name.split("::")[1] for e in profile.function_events if e.name.startswith("condlr_ext::")])
+    assert seen == [["low_rank_linear"], ["_reference_low_rank_linear"], ["low_rank_linear"]]

@@ -1,0 +1,108 @@
+"""evaluate: counts on models whose robustness is known."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from condlr_ext.errors import NonFiniteError
+from condlr_ext.robustness import evaluate, evaluation
+
+
+class Threshold(nn.Module):
+    """Class 0 where the mean of x is above 1/2, else class 1; a budget eps moves the mean by eps."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x):
+        s = self.gain * (x.mean(1) - 0.5)
+        return torch.stack((s, -s, 0 * s - 10), dim=1)
+
+
+def samples():
+    """Margins .05, .15, .25, .35, and one that is misclassified to begin with."""
+    shift = torch.tensor([0.05, -0.15, 0.25, -0.35, 0.1])
+    return (0.5 + shift)[:, None].expand(5, 6).clone(), torch.tensor([0, 1, 0, 1, 1])
+
+
+def test_known_margins():
+    x, y = samples()
+    result = evaluate(Threshold(), x, y, [0.1, 0.2, 0.3], steps=10)
+    assert result["n"] == 5 and result["eps"] == [0.1, 0.2, 0.3]
+    assert result["clean"] == 4 / 5
+    for attack in ("pgd-ce", "pgd-dlr", "worst"):
+        assert result[attack] == [3 / 5, 2 / 5, 1 / 5]
+    assert result["fgsm"] == [3 / 5, 2 / 5, 1 / 5]
+    assert result["saturated"] == result["zero_gradient"] == result["tiny_gradient"] == 0
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 100])
+def test_short_last_batch_counts_samples_not_batches(batch_size):
+    x, y = samples()
+    result = evaluate(Threshold(), x, y, [0.1, 0.2], steps=5, batch_size=batch_size)
+    assert (result["n"], result["clean"], result["worst"]) == (5, 4 / 5, [3 / 5, 2 / 5])
+
+
+def test_saturation_and_vanishing_gradients_are_counted():
+    # logit gaps 3, 30 and 300: the last two saturate float32; e^-30 leaves a tiny gradient, e^-300 none
+    x = torch.tensor([[0.01], [0.1], [1.0]])
+    model = nn.Linear(1, 3, bias=False)
+    model.weight.data = torch.tensor([[0.0], [-300.0], [-300.0]])
+    assert model(x).softmax(1).amax(1).eq(1).tolist() == [False, True, True]
+    result = evaluate(model, x, torch.zeros(3, dtype=torch.int64), 0.0, attacks=["fgsm"])
+    assert result["saturated"] == 2 / 3
+    assert result["tiny_gradient"] == 2 / 3
+    assert result["zero_gradient"] == 1 / 3
+    assert result["eps"] == [0.0] and result["fgsm"] == [1.0] and "worst" not in result
+
+
+def test_worst_is_the_intersection_per_sample(monkeypatch):
+    x, y = samples()
+    x, y = x[:4], y[:4]
+
+    def one_each(model, x, y, eps, *, loss, **_):
+        attacked = x.expand(len(eps), *x.shape).clone()
+        victim = {"ce": 0, "dlr": 1}[loss]
+        attacked[:, victim] = 1 - attacked[:, victim]
+        return attacked
+
+    monkeypatch.setattr(evaluation, "pgd", one_each)
+    result = evaluate(Threshold(), x, y, [0.1, 0.2])
+    assert result["pgd-ce"] == result["pgd-dlr"] == [3 / 4, 3 / 4]
+    assert result["worst"] == [2 / 4, 2 / 4]
+
+
+def test_seed_decides_everything_and_nothing_leaks():
+    class Wavy(nn.Linear):  # so many local maxima that the random start decides
+        def forward(self, x):
+            return super().forward(torch.sin(300 * x))
+
+    model = Wavy(6, 4)
+    x, y = torch.rand(200, 6), torch.randint(4, (200,))
+    before = torch.get_rng_state()
+    runs = [evaluate(model, x, y, [0.02, 0.04], steps=2, seed=seed, restarts=1) for seed in (7, 7, 8)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert runs[0] == runs[1] != runs[2]
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"attacks": ["pgd"]}, ValueError, "attacks must be a list of names out of fgsm, pgd-ce, pgd-dlr"),
+        ({"attacks": "fgsm"}, ValueError, "attacks must be a list"),
+        ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
+        ({"x": torch.rand(0, 6), "y": torch.zeros(0, dtype=torch.int64)}, ValueError, "at least one sample"),
+        ({"x": 3 * torch.ones(5, 6)}, ValueError, r"evaluate: x must lie in \[0, 1\]"),
+        ({"model": Threshold(float("nan"))}, NonFiniteError, "non-finite logits"),
+        ({"model": nn.Linear(6, 2)}, ValueError, "at least 3 classes, got 2"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    x, y = samples()
+    with pytest.raises(error, match=message):
+        evaluate(**({"model": Threshold(), "x": x, "y": y, "eps": 0.1, "steps": 2} | change))
