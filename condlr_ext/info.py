@@ -54,7 +54,7 @@ def report() -> str:
     for device, table in data["ops"].items():
         lines += ["", f"ops on {device} (float32 tensors, backend auto)"]
         for name, entry in table.items():
-            lines.append(f"  {name:<26} {entry['served_by']}")
+            lines.append(f"  {name:<26} {entry['served_by']} ({entry['what']})")
             lines += [f"  {'':<26}   not {other}: {'; '.join(why)}" for other, why in entry["not"].items()]
     return "\n".join(lines)
 
@@ -69,7 +69,9 @@ def _version(name: str) -> str | None:
 def _serving(op: ops.Op, device: str) -> dict:
     args = _sample(op.name, device)
     reasons = {name: op.reasons_not(name, *args) for name in ops.BACKENDS if name != "auto"}
-    return {"served_by": op.automatic(*args), "not": {name: why for name, why in reasons.items() if why}}
+    served_by = op.automatic(*args)
+    what = op.cpu_is if served_by == "cpu" else "plain PyTorch"
+    return {"served_by": served_by, "what": what, "not": {name: why for name, why in reasons.items() if why}}
 
 
 def _sample(name: str, device: str) -> tuple:

@@ -3,6 +3,8 @@
 import os
 import warnings
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads spin, and time out each other's slices
+
 import pytest
 import torch
 

@@ -130,6 +130,16 @@ def test_bias_of_a_low_rank_layer_follows_torch_sgd(backend):
     torch.testing.assert_close(layer.bias, twin)
 
 
+def test_autograd_notices_a_step_between_forward_and_backward(backend):
+    model = nn.Sequential(LowRankLinear(4, 4, rank=2), nn.Tanh(), LowRankLinear(4, 4, rank=2))
+    optimizer = CondLRSGD(model, 0.1, tau=0.1)
+    loss = model(torch.randn(3, 4)).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_closure_and_state_dict_keys():
     model = make_model()
     optimizer = CondLRSGD(model, 0.1, 0.9, tau=0.1)

@@ -3,6 +3,7 @@
 import copy
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable
 
@@ -58,7 +59,9 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
         initial = mlp(split.x_train.shape[1], split.classes)
     prepared = [_prepare(spec, initial) for spec in config.runs]  # a rank that does not fit fails here
     records = []
-    bar = require("tqdm").tqdm(total=len(config.runs) * config.epochs, unit="epoch", disable=not progress)
+    interval = 0.1 if sys.stderr.isatty() else 10  # seconds: a log file gets few lines
+    total = len(config.runs) * config.epochs
+    bar = require("tqdm").tqdm(total=total, unit="epoch", disable=not progress, mininterval=interval)
     with bar:
         for done, (spec, (model, record)) in enumerate(zip(config.runs, prepared, strict=True), start=1):
             bar.set_description(f"{spec.label} ({done}/{len(config.runs)})")

@@ -59,6 +59,7 @@ class Op:
         reference: plain PyTorch implementation, registered for every device.
         fake: shape and dtype propagation.
         cpu: given the arguments, the reasons why the CPU implementation cannot serve them.
+        cpu_is: what that implementation is, for people to read.
         vmap: torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims); None for an op that mutates.
     """
 
@@ -69,10 +70,11 @@ class Op:
         reference: Callable,
         fake: Callable,
         cpu: Callable[..., list[str]],
+        cpu_is: str = "compiled kernel",
         vmap: Callable | None = None,
     ):
         self.name = schema.split("(")[0]
-        self._cpu = cpu
+        self._cpu, self.cpu_is = cpu, cpu_is
         overloads = []
         for name in (self.name, f"_reference_{self.name}"):
             LIB.define(schema.replace(self.name, name, 1), tags=(torch.Tag.pt2_compliant_tag,))
@@ -115,8 +117,8 @@ class Op:
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """Whether an autocast region is active; torch itself raises for devices that have none, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Whether an autocast region is active; the meta device has none, and torch raises when asked."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _without_autocast(fn: Callable) -> Callable:

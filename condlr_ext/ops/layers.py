@@ -27,6 +27,7 @@ def _conv_backward(grad, input, P, U, S, V, mask, *geometry):
     return _or_empty(reference.low_rank_conv_backward(grad, input, P, U, S, V, mask, *geometry), input)
 
 
+_LIBRARIES = "torch's products, oneDNN or MKL"
 _GRADS = "(Tensor dX, Tensor dU, Tensor dS, Tensor dV, Tensor db)"
 _SAVED = "Tensor grad, Tensor input, Tensor P, Tensor U, Tensor S, Tensor V, bool[5] mask"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
@@ -36,12 +37,14 @@ low_rank_linear = Op(
     reference=reference.low_rank_linear,
     fake=reference.low_rank_linear,
     cpu=_cpu,
+    cpu_is=_LIBRARIES,
 )
 low_rank_linear_backward = Op(
     f"low_rank_linear_backward({_SAVED}) -> {_GRADS}",
     reference=_linear_backward,
     fake=_linear_backward,
     cpu=_cpu,
+    cpu_is=_LIBRARIES,
 )
 low_rank_conv = Op(
     "low_rank_conv(Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias, "
@@ -49,10 +52,12 @@ low_rank_conv = Op(
     reference=reference.low_rank_conv,
     fake=reference.low_rank_conv,
     cpu=_cpu,
+    cpu_is=_LIBRARIES,
 )
 low_rank_conv_backward = Op(
     f"low_rank_conv_backward({_SAVED}, {_GEOMETRY}) -> {_GRADS}",
     reference=_conv_backward,
     fake=_conv_backward,
     cpu=_cpu,
+    cpu_is=_LIBRARIES,
 )

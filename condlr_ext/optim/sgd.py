@@ -211,6 +211,8 @@ class CondLRSGD(Optimizer):
         whole = index == list(range(len(self._layers)))
         delta = counts if whole else torch.zeros(len(entries), dtype=torch.int64, device=device)
         ops.step.step(params, grads, buffers, table, delta)
+        # autograd must notice: compiled kernels write through raw pointers
+        torch.autograd.graph.increment_version([t for t in (*params, *buffers) if t.numel()])
         if not whole:
             counts[index] += delta
         for p, master in copies:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FLOOR = (2, 10)
+_INSTALL = ("-m", "pip", "install", "-q", "--no-cache-dir", "--disable-pip-version-check")
 
 
 def audit(wheel: Path, folder: Path) -> None:
@@ -33,8 +34,8 @@ def audit(wheel: Path, folder: Path) -> None:
     undefined = run("nm", "-D", "--undefined-only", str(libraries[0]))
     assert " Py" not in undefined, "_C uses Python symbols"
     run(sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "torch-abi-audit")
-    report = run(sys.executable, "-m", "torch_abi_audit", "--json", "--check", "torch", str(libraries[0]))
-    print(report)
+    auditor = Path(sys.executable).parent / "torch-abi-audit"
+    report = run(str(auditor), "--json", "--check", "torch", str(libraries[0]))
     floor = find(json.loads(report), "min_torch")
     assert floor is not None and tuple(map(int, floor.split(".")[:2])) <= FLOOR, f"_C needs torch {floor}"
     print(f"audit: {wheel.name}: stable ABI, torch >= {floor}")
