@@ -27,7 +27,8 @@ def collect() -> dict:
     host = compiled.host
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _SOFTWARE},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__}
+        | {name: _version(name) for name in _SOFTWARE},
         "package": os.path.dirname(os.path.abspath(__file__)),
         "_C": compiled.ops_path or compiled.ops_reason,
         "_host": host.__file__ if host else compiled.host_reason,
