@@ -34,6 +34,16 @@ def clamped_core(r: int) -> torch.Tensor:
     return (S + 1e-2 * torch.linalg.norm(S) / r * torch.randn(r, r, dtype=torch.float64)).float()
 
 
+def on_cpu(fn):
+    """fn on the compiled kernels, also where "auto" would leave it to LAPACK."""
+
+    def call(A):
+        with condlr_ext.backend("cpu"):
+            return fn(A)
+
+    return call
+
+
 def linalg_rows(quick: bool):
     """name, providers {name: function of a batch}, check(result, batch) -> error, batch, multiply-adds."""
     for r in (8, 32) if quick else (8, 16, 32, 64, 128):
@@ -65,10 +75,24 @@ def linalg_rows(quick: bool):
             return torch.from_numpy(U), torch.from_numpy(sigma), torch.from_numpy(Vh).mT
 
         flops = 16 * 9 * r**3
-        svds = {"ours": condlr_ext.linalg.svd, "torch.linalg": torch_svd, "numpy": numpy_svd}
+        svds = {"ours": on_cpu(condlr_ext.linalg.svd), "torch.linalg": torch_svd, "numpy": numpy_svd}
         yield f"svd 16 x {r}x{r}", svds, svd_error, A, flops
-        clips = {"ours": lambda A: condlr_ext.linalg.clip_spectrum(A, 0.1), "torch.linalg": torch_clip}
+        clips = {"ours": on_cpu(lambda A: condlr_ext.linalg.clip_spectrum(A, 0.1)), "torch.linalg": torch_clip}
         yield f"clip 16 x {r}x{r}", clips, clip_error, A, flops
+
+
+def qr_rows(quick: bool):
+    """As linalg_rows; the error is that of the product and of the orthonormality."""
+
+    def error(out, A):
+        Q, R = out
+        eye = torch.eye(Q.shape[-1])
+        return max((Q @ R - A).abs().max().item(), (Q.mT @ Q - eye).abs().max().item())
+
+    for m, n in ((256, 32),) if quick else ((64, 64), (256, 32), (512, 52), (4608, 103)):
+        A = torch.randn(m, n) / m**0.5
+        providers = {"ours": on_cpu(condlr_ext.linalg.qr), "torch.linalg": torch.linalg.qr}
+        yield f"qr {m}x{n}", providers, lambda out, A=A: error(out, A), A, 2 * m * n * n
 
 
 def step_rows(quick: bool):
@@ -140,7 +164,7 @@ def measure(quick: bool) -> list[dict]:
                 }
             )
 
-    for name, providers, error, A, flops in linalg_rows(quick):
+    for name, providers, error, A, flops in (*linalg_rows(quick), *qr_rows(quick)):
         add(
             name,
             providers,

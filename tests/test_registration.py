@@ -175,6 +175,16 @@ def test_named_backends_are_strict():
     assert ops.linalg.svd.choose(big) == "reference"
 
 
+def test_auto_leaves_to_lapack_what_lapack_does_faster():
+    """Sizes on both sides of the measured crossings; a named backend is not affected."""
+    for op in (ops.linalg.svd, ops.linalg.polar):
+        assert op.choose(torch.eye(32)) == "cpu" and op.choose(torch.eye(33)) == "reference"
+    assert ops.linalg.qr.choose(torch.eye(100)) == "cpu"
+    assert ops.linalg.qr.choose(torch.ones(4608, 103)) == "reference"
+    with condlr_ext.backend("cpu"):
+        assert ops.linalg.svd.choose(torch.eye(33)) == "cpu"
+
+
 def test_backend_names_and_nesting():
     with pytest.raises(ValueError, match="must be one of auto, reference, cpu, triton, got 'gpu'"):
         condlr_ext.backend("gpu")

@@ -60,6 +60,8 @@ class Op:
         fake: shape and dtype propagation.
         cpu: given the arguments, the reasons why the CPU implementation cannot serve them.
         cpu_is: what that implementation is, for people to read.
+        slower: given the arguments, whether the CPU implementation was measured to be slower than the reference,
+            so that "auto" does not take it.
         vmap: torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims); None for an op that mutates.
     """
 
@@ -71,10 +73,11 @@ class Op:
         fake: Callable,
         cpu: Callable[..., list[str]],
         cpu_is: str = "compiled kernel",
+        slower: Callable[..., bool] = lambda *args: False,
         vmap: Callable | None = None,
     ):
         self.name = schema.split("(")[0]
-        self._cpu, self.cpu_is = cpu, cpu_is
+        self._cpu, self.cpu_is, self._slower = cpu, cpu_is, slower
         overloads = []
         for name in (self.name, f"_reference_{self.name}"):
             LIB.define(schema.replace(self.name, name, 1), tags=(torch.Tag.pt2_compliant_tag,))
@@ -96,7 +99,7 @@ class Op:
 
     def automatic(self, *args) -> str:
         """The backend that "auto" takes for these arguments."""
-        return "reference" if self.reasons_not("cpu", *args) else "cpu"
+        return "reference" if self.reasons_not("cpu", *args) or self._slower(*args) else "cpu"
 
     def choose(self, *args) -> str:
         """The backend that serves these arguments now. Raises BackendError where a named one cannot."""

@@ -55,8 +55,7 @@ def _same_shape_fake(A: Tensor, *_):
     return A.new_empty(A.shape), _info(A)
 
 
-# beyond it LAPACK's blocked algorithms win
-LARGEST = 512
+LARGEST = 512  # unblocked Jacobi sweeps take seconds there
 
 
 def _cpu(A: Tensor, *_) -> list[str]:
@@ -64,6 +63,15 @@ def _cpu(A: Tensor, *_) -> list[str]:
     if min(A.shape[-2:]) > LARGEST:
         reasons.append(f"min(m, n) = {min(A.shape[-2:])} exceeds {LARGEST}")
     return reasons
+
+
+# LAPACK is faster from here on: bench/cpu.py, bench/results
+def _svd_slower(A: Tensor, *_) -> bool:
+    return min(A.shape[-2:]) > 32
+
+
+def _qr_slower(A: Tensor) -> bool:
+    return A.shape[-2] * min(A.shape[-2:]) ** 2 > 1.5e6
 
 
 def _batch_first(name: str):
@@ -81,6 +89,7 @@ svd = Op(
     reference=_flagged(reference.svd),
     fake=_svd_fake,
     cpu=_cpu,
+    slower=_svd_slower,
     vmap=_batch_first("svd"),
 )
 qr = Op(
@@ -88,6 +97,7 @@ qr = Op(
     reference=_flagged(reference.qr),
     fake=_qr_fake,
     cpu=_cpu,
+    slower=_qr_slower,
     vmap=_batch_first("qr"),
 )
 polar = Op(
@@ -95,6 +105,7 @@ polar = Op(
     reference=_flagged(reference.polar),
     fake=_same_shape_fake,
     cpu=_cpu,
+    slower=_svd_slower,
     vmap=_batch_first("polar"),
 )
 clip_spectrum = Op(
@@ -102,5 +113,6 @@ clip_spectrum = Op(
     reference=_clip_spectrum,
     fake=_same_shape_fake,
     cpu=_cpu,
+    slower=_svd_slower,
     vmap=_batch_first("clip_spectrum"),
 )
