@@ -7,7 +7,6 @@ thread. The linear-algebra backwards are closed forms for full-rank input.
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import ops, reference
 from .ops import layers, linalg
@@ -38,10 +37,6 @@ class LowRankLinear(Function):
             return None, *reference.low_rank_linear_backward(grad, input, P, U, S, V, mask)
         gradients = layers.low_rank_linear_backward.run(ctx.backend, grad, input, P, U, S, V, mask)
         return None, *(g if needed else None for g, needed in zip(gradients, mask, strict=True))
-
-    @staticmethod
-    def vmap(info, in_dims, backend, *args):
-        return _vmap_plain(reference.low_rank_linear, info, in_dims[1:], args)
 
 
 class LowRankConv(Function):
@@ -75,14 +70,15 @@ class LowRankConv(Function):
         gradients = layers.low_rank_conv_backward.run(ctx.backend, grad, input, P, U, S, V, mask, *ctx.geometry)
         return None, *(g if needed else None for g, needed in zip(gradients, mask, strict=True)), *rest
 
-    @staticmethod
-    def vmap(info, in_dims, backend, *args):
-        return _vmap_plain(reference.low_rank_conv, info, in_dims[1:], args)
 
+def _full_precision(backward):
+    """A backward whose products stay in the dtype of its tensors, also inside an autocast region."""
 
-def _vmap_plain(fn, info, in_dims, args):
-    """vmap of a layer through differentiable plain products, which torch knows how to batch."""
-    return torch.vmap(fn, in_dims, randomness=info.randomness)(*args), (0, 0)
+    def run(ctx, *grads):
+        with ops.no_autocast(ctx.saved_tensors[0].device.type):
+            return backward(ctx, *grads)
+
+    return run
 
 
 class SVD(Function):
@@ -102,6 +98,7 @@ class SVD(Function):
         ctx.save_for_backward(inputs[1], U, sigma, V)
 
     @staticmethod
+    @_full_precision
     def backward(ctx, dU, dsigma, dV, _):
         A, U, sigma, V = ctx.saved_tensors
         core = None
@@ -109,7 +106,7 @@ class SVD(Function):
         if dsigma is not None:
             core = torch.diag_embed(dsigma)
         if dU is not None or dV is not None:
-            _refuse_equal(sigma)
+            _refuse_undefined(sigma, alone=U.shape[-2] == V.shape[-2])
             gap = sigma.unsqueeze(-2) ** 2 - sigma.unsqueeze(-1) ** 2
             off = ~torch.eye(sigma.shape[-1], dtype=torch.bool, device=A.device)
             F = torch.where(off, 1 / torch.where(off, gap, 1), 0)
@@ -128,14 +125,17 @@ class SVD(Function):
         return None, None if core is None else U @ core @ V.mT + dA
 
 
-def _refuse_equal(sigma: Tensor) -> None:
-    """Raises where neighbouring singular values agree to rounding; CPU tensors outside of tracing only."""
-    if not ops.can_check(sigma) or sigma.shape[-1] < 2:
+def _refuse_undefined(sigma: Tensor, alone: bool) -> None:
+    """Raises where the gradient through U or V does not exist; CPU tensors outside of tracing only.
+
+    alone: the matrix is square, so that a single zero singular value does no harm.
+    """
+    if not ops.can_check(sigma) or sigma.numel() == 0:
         return
-    if (-sigma.diff() <= torch.finfo(sigma.dtype).eps * sigma[..., :1]).any():
+    if (-sigma.diff() <= torch.finfo(sigma.dtype).eps * sigma[..., :-1]).any() or (not alone and (sigma == 0).any()):
         raise ArithmeticError(
-            "linalg.svd: the gradient through U or V is not defined at equal singular values; use sigma alone, or"
-            " polar or clip_spectrum, whose gradients are"
+            "linalg.svd: the gradient through U or V is not defined at equal singular values, nor at zero ones of a"
+            " matrix that is not square; use sigma alone, or polar or clip_spectrum, whose gradients are"
         )
 
 
@@ -156,11 +156,14 @@ class QR(Function):
         ctx.save_for_backward(inputs[1], Q, R)
 
     @staticmethod
+    @_full_precision
     def backward(ctx, dQ, dR, _):
         if dQ is None and dR is None:
             return None, None
         A, Q, R = ctx.saved_tensors
         k = Q.shape[-1]
+        if ops.can_check(R) and (R.diagonal(dim1=-2, dim2=-1) == 0).any():
+            raise ArithmeticError("linalg.qr: the gradient is not defined for a matrix without full rank")
         dQ = torch.zeros_like(Q) if dQ is None else dQ
         dR = torch.zeros_like(R) if dR is None else dR
         # m < n: R = Qᵀ A, so the columns of A past the first m act through Q alone
@@ -189,11 +192,11 @@ class Polar(Function):
         ctx.save_for_backward(A)
 
     @staticmethod
-    @once_differentiable
+    @_full_precision
     def backward(ctx, dQ, _):
         if dQ is None:
             return None, None
-        U, sigma, V, _ = linalg.svd.run(ctx.backend, *ctx.saved_tensors)
+        U, sigma, V, _ = SVD.apply(ctx.backend, *ctx.saved_tensors)
         return None, _spectral_gradient(dQ, U, sigma, V, torch.ones_like(sigma), torch.zeros_like(sigma))
 
 
@@ -214,16 +217,18 @@ class ClipSpectrum(Function):
         ctx.save_for_backward(A)
 
     @staticmethod
-    @once_differentiable
+    @_full_precision
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 5
         tau, band, sigma_max = ctx.constraint
-        U, sigma, V, _ = linalg.svd.run(ctx.backend, *ctx.saved_tensors)
-        lo, hi = reference.clip_edges(sigma, tau, reference.BANDS[band], sigma_max)
-        clipped = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1))
-        slope = ((sigma >= lo.unsqueeze(-1)) & (sigma <= hi.unsqueeze(-1))).to(sigma.dtype)
-        return None, _spectral_gradient(grad, U, sigma, V, clipped, slope), None, None, None
+        U, sigma, V, _ = SVD.apply(ctx.backend, *ctx.saved_tensors)
+        lo, hi = (e.unsqueeze(-1) for e in reference.clip_edges(sigma.detach(), tau, reference.BANDS[band], sigma_max))
+        # the edges belong to the band, to the rounding of sigma; a band narrower than that (tau = 0) has no inside
+        slack = 16 * torch.finfo(sigma.dtype).eps * sigma.detach()[..., :1]
+        inside = (sigma >= lo - slack) & (sigma <= hi + slack) & (hi - lo > 2 * slack)
+        clipped = torch.where(inside, sigma, sigma.clamp(lo, hi))
+        return None, _spectral_gradient(grad, U, sigma, V, clipped, inside.to(sigma.dtype)), None, None, None
 
 
 def _spectral_gradient(grad: Tensor, U: Tensor, sigma: Tensor, V: Tensor, f: Tensor, slope: Tensor) -> Tensor:

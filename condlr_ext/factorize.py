@@ -1,5 +1,7 @@
 """Turns the dense layers of any module into low-rank ones, in place, and back."""
 
+import math
+import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,6 +19,9 @@ _LOW_RANK = {
     nn.Conv2d: LowRankConv2d,
     nn.Conv3d: LowRankConv3d,
 }
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,10 @@ def factorize(
             raise ValueError(f"factorize: rank names layers that are not there or not eligible: {', '.join(unknown)}")
         targets = {name: targets[name] for name in targets if name in rank}
     if not targets:
-        raise ValueError("factorize: no layer to factorise; nothing matches include/exclude")
+        raise ValueError(
+            f"factorize: no layer to factorise with include={include!r}, exclude={exclude!r}, rank={rank!r}"
+            + "".join(f"; {name}: {reason}" for name, reason in skipped.items())
+        )
     shapes = {name: _matrix_shape(module) for name, module in targets.items()}
     if rank is None:
         budget = 0.3 if budget is None else budget
@@ -170,7 +178,7 @@ def allocate_ranks(shapes: dict[str, tuple[int, int]], budget: float) -> dict[st
     Raises:
         ValueError: budget <= 0.
     """
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not budget > 0:
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 0 < budget < math.inf:
         raise ValueError(f"factorize: budget must be a number > 0, got {budget!r}")
     left = budget * sum(m * n for m, n in shapes.values())
     full = {name: min(shape) for name, shape in shapes.items()}
@@ -217,6 +225,8 @@ def _targets(model: nn.Module, include, exclude) -> tuple[dict[str, nn.Module], 
             skipped[name] = f"a {type(module).__name__} may do more than its base class"
         elif "weight" not in dict(module.named_parameters(recurse=False)):
             skipped[name] = "its weight is not a plain parameter"
+        elif any(getattr(module, hooks) for hooks in _HOOKS):
+            skipped[name] = "it has hooks, which would be lost"
         elif len(owners[id(module.weight)]) > 1:
             others = [n for n in owners[id(module.weight)] if n != name]
             skipped[name] = f"its weight is tied to that of {', '.join(others)}"
@@ -263,8 +273,7 @@ def _build(module: nn.Module, rank: int, init: str) -> LowRankLayer:
     if init == "svd":
         return cls.from_dense(module, rank=rank)
     weight = module.weight
-    layer = cls(*cls._dense_arguments(module), device=weight.device, dtype=weight.dtype, rank=rank)
-    return layer.train(module.training)
+    return cls(*cls._dense_arguments(module), device=weight.device, dtype=weight.dtype, rank=rank).like(module)
 
 
 def _replace(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -> None:

@@ -1,10 +1,12 @@
 """Functional forms of the low-rank layers: argument checks, autocast, then autograd."""
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, ops
+from . import autograd, ops, reference
 from .errors import RankError, ShapeError
 
 __all__ = ["low_rank_conv1d", "low_rank_conv2d", "low_rank_conv3d", "low_rank_linear"]
@@ -31,6 +33,8 @@ def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor
             f"low_rank_linear: input must be [*, {V.shape[0]}] to fit V {list(V.shape)}, got {list(input.shape)}"
         )
     args = (input, U, S, V, bias)
+    if _transformed():
+        return reference.low_rank_linear(*args)[0]
     output, _ = autograd.LowRankLinear.apply(ops.layers.low_rank_linear.choose(*args), *args)
     return output
 
@@ -110,8 +114,18 @@ def _conv(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kern
                 f" {tuple(kernel_size)} with dilation {tuple(dilation)}"
             )
     args = (batched, U, S, V, bias, kernel_size, stride, padding, dilation, groups)
-    output, _ = autograd.LowRankConv.apply(ops.layers.low_rank_conv.choose(*args), *args)
+    if _transformed():
+        output, _ = reference.low_rank_conv(*args)
+    else:
+        output, _ = autograd.LowRankConv.apply(ops.layers.low_rank_conv.choose(*args), *args)
     return output if input.dim() == d + 2 else output.squeeze(0)
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work: plain products have every derivative and batching rule."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _string_padding(name, input, padding, kernel_size, stride, dilation):
@@ -128,12 +142,12 @@ def _string_padding(name, input, padding, kernel_size, stride, dilation):
 
 
 def as_ints(name: str, what: str, value, d: int, least: int) -> list[int]:
-    values = [value] * d if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) == 1:
         values *= d
-    if len(values) != d or not all(isinstance(v, int) and v >= least for v in values):
+    if len(values) != d or not all(isinstance(v, numbers.Integral) and v >= least for v in values):
         raise ValueError(f"{name}: {what} must be an int or {d} ints >= {least}, got {value!r}")
-    return values
+    return [int(v) for v in values]
 
 
 def _prepare(name: str, input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None):

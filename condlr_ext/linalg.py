@@ -3,6 +3,7 @@
 The last two dimensions are the matrix, leading ones are batch. float32 and float64 are computed as they are,
 float16 and bfloat16 in float32 and rounded back; autocast has no effect. NaN or Inf in a CPU tensor raises; on
 other devices, where a check would wait for the device, and in compiled code the result of that matrix is NaN.
+torch.func.grad, vmap and their compositions work; forward-mode derivatives (jvp) do not.
 """
 
 import math
@@ -110,7 +111,8 @@ def polar(A: Tensor) -> PolarResult:
     """
     _check_matrix("polar", A)
     (Q,) = _apply("polar", ops.linalg.polar, autograd.Polar, A)
-    H = Q.mT @ A
+    with ops.no_autocast(A.device.type):
+        H = Q.mT @ A
     return PolarResult(Q, (H + H.mT) / 2)
 
 

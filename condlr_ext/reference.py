@@ -202,7 +202,8 @@ def cond(A: Tensor) -> Tensor:
 def cond_from_sigma(sigma: Tensor) -> Tensor:
     largest, smallest = sigma[..., 0], sigma[..., -1]
     safe = torch.where(smallest > 0, smallest, 1)
-    return torch.where(smallest > 0, largest / safe, math.inf)
+    singular = torch.where(smallest.isnan(), math.nan, math.inf)
+    return torch.where(smallest > 0, largest / safe, singular)
 
 
 # ----------------------------------------------------------------------------------- the constraint set
@@ -222,8 +223,8 @@ def band_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = 
         hi = (1 + tau) * lo
     else:
         s = sigma.mean(-1) if band == "mean" else torch.linalg.vector_norm(sigma, dim=-1) / sigma.shape[-1] ** 0.5
-        e = tau * s / (2 + tau)
-        lo, hi = s - e, s + e
+        lo = 2 * s / (2 + tau)  # s - e and s + e without the cancellation
+        hi = (1 + tau) * lo
     capped = hi > sigma_max
     lo = torch.where(capped, 0.0 if math.isinf(tau) else lo * (sigma_max / torch.where(hi > 0, hi, 1)), lo)
     return lo, torch.where(capped, sigma_max, hi)
@@ -240,8 +241,10 @@ def _optimal_lower_edge(sigma: Tensor, c: float) -> Tensor:
     end = (start + 1).clamp_max(knots.shape[-1] - 1)
     middle = (knots.gather(-1, start) + knots.gather(-1, end)) / 2
     low, high = sigma < middle, sigma > c * middle
-    count = low.sum(-1, dtype=sigma.dtype) + c * c * high.sum(-1, dtype=sigma.dtype)
-    root = (torch.where(low, sigma, 0).sum(-1) + c * torch.where(high, sigma, 0).sum(-1)) / count.clamp_min(1)
+    # both sides over c, which keeps c² out
+    weight = low.sum(-1, dtype=sigma.dtype) / c + c * high.sum(-1, dtype=sigma.dtype)
+    target = torch.where(low, sigma, 0).sum(-1) / c + torch.where(high, sigma, 0).sum(-1)
+    root = target / torch.where(weight > 0, weight, 1)
     # kappa <= c already: any band that holds all of sigma
     return torch.where(sigma[..., 0] <= c * sigma[..., -1], sigma[..., -1], root)
 
@@ -264,9 +267,17 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = m
     if sigma.shape[-1] == 0:
         return A.clone()
     lo, hi = clip_edges(sigma, tau, band, sigma_max)
+    # sigma is known to a few rounding errors of the largest one: closer than that to an edge is in band
+    slack = 8 * torch.finfo(torch.float64).eps * sigma[..., 0]
+    inside = (sigma[..., 0] <= hi + slack) & (sigma[..., -1] >= lo - slack)
+    # Storing the result moves each singular value by at most `stored`. Where that would be felt in kappa (a lower
+    # edge far below the upper one) the lower edge rises by as much.
+    clipped = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1))
+    stored = torch.finfo(A.dtype).eps / 2 * torch.linalg.vector_norm(clipped, dim=-1)
+    lo = torch.where((lo > 0) & (stored > 2e-6 * lo), torch.minimum(lo + stored, hi), lo)
     shift = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1)) - sigma
-    clipped = (A64 + (U * shift.unsqueeze(-2)) @ V.mT).to(A.dtype)
-    return torch.where((shift != 0).any(-1)[..., None, None], clipped, A)
+    out = (A64 + (U * shift.unsqueeze(-2)) @ V.mT).to(A.dtype)
+    return torch.where(inside[..., None, None] | (sigma[..., :1, None] == 0), A, out)
 
 
 def tangent_projection(X: Tensor, Z: Tensor) -> Tensor:
@@ -300,12 +311,16 @@ def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> Non
     in the S row; fresh = 1 starts the buffer. skipped [L] int64 counts steps that left a layer unchanged
     because of a non-finite gradient or result or a singular core.
     """
+    results = []
     for layer, rows in enumerate(hyper.tolist()):
         at = slice(4 * layer, 4 * layer + 4)
-        new = layer_step(params[at], grads[at], momentum_buffers[at], [dict(zip(HYPER, r, strict=True)) for r in rows])
+        options = [dict(zip(HYPER, row, strict=True)) for row in rows]
+        results.append(layer_step(params[at], grads[at], momentum_buffers[at], options))
+    for layer, new in enumerate(results):  # an error above has changed nothing
         if new is None:
             skipped[layer] += 1
             continue
+        at = slice(4 * layer, 4 * layer + 4)
         for target, value in zip((*params[at], *momentum_buffers[at]), new, strict=True):
             if value is not None:
                 target.copy_(value)
@@ -325,7 +340,7 @@ def layer_step(params, grads, buffers, hyper):
     for i, X, core in ((0, U, S), (2, V, S.mT)):
         if direction[i] is None:
             continue
-        inverse = gram_inverse(core, damped=math.isinf(tau))
+        inverse = gram_inverse(core, tau, band, sigma_max)
         if inverse is None:
             return None
         D = tangent_projection(X, direction[i]) @ inverse
@@ -355,11 +370,26 @@ def sgd_direction(param, grad, buffer, hyper, weight_decay: float):
     return (g + mu * B if hyper["nesterov"] else B), B
 
 
-def gram_inverse(S: Tensor, damped: bool) -> Tensor | None:
-    """(S Sᵀ)⁻¹, with (1e-6 sigma_1)² added to the diagonal if damped; None for a singular core."""
-    S64 = S.double()
-    gram = S64 @ S64.mT
-    if damped:
-        gram = gram + (1e-6 * svd(S64)[1][0]) ** 2 * torch.eye(len(S), dtype=gram.dtype, device=S.device)
+def gram_inverse(S: Tensor, tau: float, band: str, sigma_max: float) -> Tensor | None:
+    """(S Sᵀ)⁻¹ in S's dtype; None for an all-zero core.
+
+    tau = Inf: (1e-6 sigma_1)² is added to the diagonal. Else a singular core, which a clipped one never is, counts
+    as what it is on the constraint set.
+    """
+    C = S.double()
+    gram = C @ C.mT
+    if math.isinf(tau):
+        gram.diagonal().add_((1e-6 * svd(C)[1][0]) ** 2)
+        inverse = _positive_inverse(gram)
+    else:
+        inverse = _positive_inverse(gram)
+        # a singular Gram matrix comes out above 1e15 √r, while its pivots may look healthy
+        if inverse is None or gram.norm() * inverse.norm() > 1e14 * len(C) ** 0.5:
+            C = clip_spectrum(C, tau, band, sigma_max)
+            inverse = _positive_inverse(C @ C.mT)
+    return None if inverse is None else inverse.to(S.dtype)
+
+
+def _positive_inverse(gram: Tensor) -> Tensor | None:
     L, info = torch.linalg.cholesky_ex(gram)
-    return None if info else torch.cholesky_inverse(L).to(S.dtype)
+    return None if info else torch.cholesky_inverse(L)

@@ -22,6 +22,9 @@ double cost_of(const Layer& layer, Role role) {
   }
 }
 
+// Whole cache lines: every result is aligned, whatever the type of the one before it.
+std::size_t space_of(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 }  // namespace
 
 NetworkStep::NetworkStep(std::vector<Layer> layers, const KernelSet& kernels)
@@ -35,19 +38,18 @@ NetworkStep::NetworkStep(std::vector<Layer> layers, const KernelSet& kernels)
       const std::size_t bytes =
           static_cast<std::size_t>(size) * (layer.is_double ? sizeof(double) : sizeof(float));
       tasks_.push_back({l, role, cost_of(layer, role), bytes, nullptr, nullptr});
-      total += bytes * (layer.hyper[role].momentum != 0 ? 2 : 1);
+      total += space_of(bytes) * (layer.hyper[role].momentum != 0 ? 2 : 1);
     }
   }
-  memory_.reset(new char[total]);
-  char* next = memory_.get();
+  char* next = static_cast<char*>(results_.take(total));
   for (Task& task : tasks_) {
     task.new_param = next;
-    next += task.bytes;
+    next += space_of(task.bytes);
   }
   for (Task& task : tasks_) {
     if (layers_[task.layer].hyper[task.role].momentum == 0) continue;
     task.new_buffer = next;
-    next += task.bytes;
+    next += space_of(task.bytes);
   }
   std::stable_sort(tasks_.begin(), tasks_.end(),
                    [](const Task& a, const Task& b) { return a.cost > b.cost; });
@@ -59,9 +61,9 @@ bool NetworkStep::run_as(const Task& task, Workspace& workspace) const {
   const Role role = task.role;
   return kernels_.get<T>().step(
       role, static_cast<const T*>(layer.param[role]), static_cast<const T*>(layer.grad[role]),
-      static_cast<const T*>(layer.buffer[role]), reinterpret_cast<T*>(task.new_param),
-      reinterpret_cast<T*>(task.new_buffer), layer.rows[role], layer.rank,
-      static_cast<const T*>(layer.param[kS]), layer.hyper[kS].tau, layer.hyper[role], workspace);
+      static_cast<const T*>(layer.buffer[role]), static_cast<T*>(task.new_param),
+      static_cast<T*>(task.new_buffer), layer.rows[role], layer.rank,
+      static_cast<const T*>(layer.param[kS]), layer.hyper, workspace);
 }
 
 void NetworkStep::run(int64_t index, Workspace& workspace) {

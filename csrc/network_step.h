@@ -38,8 +38,8 @@ class NetworkStep {
     Role role;
     double cost;
     std::size_t bytes;
-    char* new_param;
-    char* new_buffer;  // null without momentum
+    void* new_param;
+    void* new_buffer;  // null without momentum
   };
 
   template <class T>
@@ -49,7 +49,7 @@ class NetworkStep {
   const KernelSet& kernels_;
   std::vector<Task> tasks_;
   std::unique_ptr<std::atomic<bool>[]> failed_;  // by layer
-  std::unique_ptr<char[]> memory_;
+  Workspace results_;  // one block
 };
 
 }  // namespace condlr

@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <exception>
+#include <new>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -40,25 +42,42 @@ bool is_float(const Tensor& t) {
 }
 
 // Calls work(task, workspace) for every task; each thread takes the next one, with a workspace of its own.
+// An exception stops the others at their next task and leaves with its text, which parallel_for would drop.
 template <class Work>
-void for_each_task(int64_t tasks, const Work& work) {
+void for_each_task(const char* op, int64_t tasks, const Work& work) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    Workspace workspace;
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) work(task, workspace);
+    try {
+      Workspace workspace;
+      for (int64_t worker = begin; worker < end; ++worker) {
+        for (int64_t task; (task = next.fetch_add(1)) < tasks;) work(task, workspace);
+      }
+    } catch (...) {
+      next = tasks;
+      if (!failed.exchange(true)) error = std::current_exception();
     }
   });
+  if (!error) return;
+  try {
+    std::rethrow_exception(error);
+  } catch (const std::bad_alloc&) {
+    STD_TORCH_CHECK(false, op, ": out of memory");
+  } catch (const std::exception& e) {
+    STD_TORCH_CHECK(false, op, ": ", e.what());
+  }
 }
 
 // A batch of matrices: the checked, contiguous input and the sizes that its outputs need.
 struct Batch {
+  const char* op;
   Tensor A;
   std::vector<int64_t> sizes;  // leading dimensions
   int64_t count, m, n, k;
 
-  Batch(const char* op, const Tensor& input) : A(input) {
+  Batch(const char* name, const Tensor& input) : op(name), A(input) {
     STD_TORCH_CHECK(is_float(A), op, ": A must be float32 or float64, got ",
                     torch::headeronly::toString(A.scalar_type()));
     STD_TORCH_CHECK(A.dim() >= 2, op, ": A must be a matrix or a batch of matrices, got ", describe(A));
@@ -89,7 +108,7 @@ Tensor run_batch(const Batch& batch, const Work& work) {
   const Tensor info = batch.empty_info();
   int32_t* result = info.mutable_data_ptr<int32_t>();
   const bool is_double = batch.A.scalar_type() == ScalarType::Double;
-  for_each_task(batch.count, [&](int64_t i, Workspace& workspace) {
+  for_each_task(batch.op, batch.count, [&](int64_t i, Workspace& workspace) {
     result[i] =
         is_double ? work(kernels.f64, double{}, i, workspace) : work(kernels.f32, float{}, i, workspace);
   });
@@ -183,6 +202,9 @@ Layer make_layer(const std::vector<Tensor>& params, const std::vector<Tensor>& g
           V.size(1) == S.size(1) && U.size(0) >= S.size(0) && V.size(0) >= S.size(0) && is_float(U),
       "step: layer ", index, ": U, S, V must be [m, r], [r, r], [n, r], r <= m, n, float32 or float64; got ",
       describe(U), ", ", describe(S), ", ", describe(V));
+  STD_TORCH_CHECK(bias.numel() == 0 || bias.numel() == U.size(0), "step: layer ", index,
+                  ": bias must have one element for each of the ", U.size(0), " rows of U, got ",
+                  describe(bias));
   check_constraint("step: layer " + std::to_string(index), hyper[kS].tau, hyper[kS].band,
                    hyper[kS].sigma_max);
 
@@ -229,8 +251,9 @@ void step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
     list.push_back(make_layer(params, grads, buffers, rows + kRoles * l, l));
 
   NetworkStep network(std::move(list), *default_isa().kernels);
-  for_each_task(network.tasks(), [&](int64_t task, Workspace& workspace) { network.run(task, workspace); });
-  for_each_task(network.tasks(), [&](int64_t task, Workspace&) { network.commit(task); });
+  for_each_task("step", network.tasks(),
+                [&](int64_t task, Workspace& workspace) { network.run(task, workspace); });
+  for_each_task("step", network.tasks(), [&](int64_t task, Workspace&) { network.commit(task); });
   int64_t* counter = skipped.mutable_data_ptr<int64_t>();
   for (int64_t l = 0; l < layers; ++l) counter[l] += network.failed(l) ? 1 : 0;
 }

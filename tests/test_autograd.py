@@ -146,6 +146,105 @@ def test_clip_spectrum_gradient_of_an_unclipped_matrix_is_the_identity(backend):
     torch.testing.assert_close(A.grad, G, rtol=0, atol=1e-12)
 
 
+def test_second_derivatives_of_polar_and_clip(backend):
+    A = with_spectrum(torch.tensor([2.0, 1.5, 1.2, 0.7], dtype=F64), 5, 4).requires_grad_()
+    assert gradgradcheck(lambda A: linalg.polar(A).Q, A)
+    G = torch.randn(5, 4, dtype=F64)
+
+    def slope(A):  # the edges are constants in backward: differentiate that backward
+        (dA,) = torch.autograd.grad((linalg.clip_spectrum(A, 0.3) * G).sum(), A, create_graph=True)
+        return dA
+
+    lo, hi = reference.band_edges(reference.svd(A.detach())[1], 0.3)
+    h, D = 1e-5, torch.randn(5, 4, dtype=F64)
+    (second,) = torch.autograd.grad((slope(A) * D).sum(), A)
+
+    def fixed(X):
+        X = X.detach().requires_grad_()
+        U, sigma, V = linalg.svd(X)
+        (dX,) = torch.autograd.grad(((U * sigma.clamp(lo, hi)) @ V.mT * G).sum(), X)
+        return (dX * D).sum()
+
+    E = torch.randn(5, 4, dtype=F64)
+    expected = (fixed(A.detach() + h * E) - fixed(A.detach() - h * E)) / (2 * h)
+    torch.testing.assert_close((second * E).sum(), expected, rtol=1e-5, atol=1e-7)
+    W = torch.randn(4, 4, dtype=F64)
+    B = torch.randn(4, 4, dtype=F64)
+    hessian = torch.func.jacrev(torch.func.grad(lambda X: (linalg.polar(X).Q * W).sum()))(B)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(lambda X: (linalg.polar(X).Q * W).sum(), B))
+    assert hessian.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_clip_gradient_at_tau_zero_is_that_of_the_polar_direction(backend, dtype):
+    """All sigma on both edges at once: no direction is inside, whatever rounding says."""
+    A = (2 * linalg.orthonormalize(torch.randn(6, 6, dtype=F64))).to(dtype).requires_grad_()
+    G, D = (torch.randn(6, 6, dtype=F64).to(dtype) for _ in range(2))
+    (linalg.clip_spectrum(A, 0.0) * G).sum().backward()
+    h, X = 1e-6, A.detach().double()
+    lo = hi = torch.tensor(X.norm() / 6**0.5)
+    slope = ((clip_between(X + h * D, lo, hi) - clip_between(X - h * D, lo, hi)) * G).sum() / (2 * h)
+    torch.testing.assert_close(
+        (A.grad * D).sum().double(), slope, rtol=1e-4 if dtype == torch.float32 else 1e-6, atol=0
+    )
+
+
+def test_clip_gradient_of_its_own_result_is_the_identity(backend):
+    """What a clip returns has sigma on the edges to rounding, and is in band."""
+    A = linalg.clip_spectrum(torch.randn(6, 6, dtype=F64), 0.3, "optimal").requires_grad_()
+    G = torch.randn(6, 6, dtype=F64)
+    (linalg.clip_spectrum(A, 0.3, "optimal") * G).sum().backward()
+    torch.testing.assert_close(A.grad, G, rtol=0, atol=1e-10)
+
+
+def test_undefined_gradients_raise(backend):
+    tall = with_spectrum(torch.tensor([2.0, 1.0, 0.0], dtype=F64), 5, 3)
+    tall[:, 2] = 0
+    tall.requires_grad_()
+    with pytest.raises(ArithmeticError, match="linalg.qr: the gradient is not defined"):
+        linalg.qr(tall).Q.sum().backward()
+    with pytest.raises(ArithmeticError, match="at zero ones of a matrix that is not square"):
+        linalg.svd(torch.diag(torch.tensor([2.0, 1.0, 0.0]))[:, :3].repeat(2, 1).requires_grad_()).U.sum().backward()
+    close = torch.diag(torch.tensor([1.0, 1e-8, 3e-9])).requires_grad_()
+    linalg.svd(close).U.sum().backward()
+    assert torch.isfinite(close.grad).all()
+
+
+def test_autocast_does_not_reach_the_backwards(backend):
+    A = torch.randn(20, 20)
+    for fn in (
+        lambda A: linalg.svd(A).sigma.sum(),
+        lambda A: linalg.qr(A).Q.sum(),
+        lambda A: linalg.polar(A).Q.sum(),
+        lambda A: linalg.clip_spectrum(A, 0.1).sum(),
+    ):
+        grads = []
+        for enabled in (False, True):
+            X = A.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                fn(X).backward()
+            grads.append(X.grad)
+        torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-5)
+
+
+def test_forward_mode_and_hessian_of_the_layers():
+    from torch.func import hessian, jvp
+
+    U, S, V, b = factors(4, 5, 2, requires_grad=False)
+    x, t = torch.randn(3, 5, dtype=F64), torch.randn(3, 5, dtype=F64)
+    layer = lambda x: functional.low_rank_linear(x, U, S, V, b)  # noqa: E731
+    value, slope = jvp(layer, (x,), (t,))
+    torch.testing.assert_close(value, layer(x))
+    torch.testing.assert_close(slope, t @ (U @ S @ V.mT).mT)
+    curvature = hessian(lambda S: functional.low_rank_linear(x, U, S, V, b).pow(2).sum())(S)
+    expected = torch.autograd.functional.hessian(lambda S: functional.low_rank_linear(x, U, S, V, b).pow(2).sum(), S)
+    torch.testing.assert_close(curvature, expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, t)
+        tangent = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+    torch.testing.assert_close(tangent, slope)
+
+
 def test_zero_core_gradient_is_finite(backend):
     A = torch.zeros(3, 3, dtype=F64, requires_grad=True)
     linalg.clip_spectrum(A, 0.1).sum().backward()

@@ -89,13 +89,14 @@ def test_an_integer_rank_is_no_fraction():
         ("condlr:tau=x", "tau must be a number, got 'x'"),
         ("condlr:tau=0,tau=1", "given once"),
         ("condlr:tau", "each option must be KEY=VALUE"),
-        ("condlr:tau=0,gamma=1", "KEY one of tau, budget, rank, sigma_max, band, got 'gamma=1'"),
+        ("condlr:tau=0,gamma=1", "KEY one of tau, budget, rank, sigma_max, band, lr, got 'gamma=1'"),
         ("condlr:tau=0,band=max", "band must be one of rms, mean, optimal"),
         ("condlr:tau=0,sigma_max=0", "sigma_max must be"),
         ("condlr:tau=0,budget=0", "budget must be > 0, got 0.0"),
         ("vanilla:budget=0.2,rank=3", "budget or rank, not both"),
-        ("vanilla:tau=0.1", "vanilla takes budget, rank, got tau"),
-        ("dense:rank=3", "dense takes no options, got rank"),
+        ("vanilla:tau=0.1", "vanilla takes budget, rank, lr, got tau"),
+        ("dense:rank=3", "dense takes lr, got rank"),
+        ("dense:lr=0", "lr must be finite and > 0, got 0.0"),
     ],
 )
 def test_bad_run_texts(text, message):
@@ -124,11 +125,22 @@ def test_bad_settings(change, message):
         TrainConfig(**change)
 
 
+def test_a_run_may_have_its_own_rate(split):
+    """The same rate, given either way, trains the same network."""
+    losses = []
+    for spec, lr in ((RunSpec("dense", lr=0.05), 0.2), (RunSpec("dense"), 0.05), (RunSpec("dense"), 0.2)):
+        torch.manual_seed(0)
+        model = mlp(64, 10)
+        losses.append(fit(model, spec, TrainConfig(epochs=1, lr=lr), split)["step_loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_the_default_is_the_demo():
     config = TrainConfig()
     assert [str(run) for run in config.runs] == [
         "dense",
         "vanilla:budget=0.27",
+        "vanilla:budget=0.27,lr=0.1",
         "condlr:tau=0.0,budget=0.27",
         "condlr:tau=0.1,budget=0.27",
         "condlr:tau=0.5,budget=0.27",

@@ -126,6 +126,42 @@ def test_subclasses_are_left_alone_with_a_reason():
     assert "NonDynamicallyQuantizableLinear" in report.skipped["attention.out_proj"]
 
 
+def test_hooks_are_not_lost():
+    model = mlp()
+    model[0].register_forward_hook(lambda *_: None)
+    report = factorize(model, rank=2)
+    assert report.skipped == {"0": "it has hooks, which would be lost"} and type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("init", ["svd", "random"])
+def test_what_is_trained_and_the_mode_are_kept(init):
+    model = mlp().eval()
+    model[0].requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    factorize(model, rank=2, init=init, exclude="4")
+    assert not any(p.requires_grad for p in model[0].parameters()) and not model[0].training
+    assert {n: p.requires_grad for n, p in model[2].named_parameters()} == {
+        "U": True,
+        "S": True,
+        "V": True,
+        "bias": False,
+    }
+    to_dense(model)
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == {
+        "0.weight": False, "0.bias": False, "2.weight": True, "2.bias": False, "4.weight": True, "4.bias": True,
+    }  # fmt: skip
+    assert not model[0].training and not model[2].training
+
+
+def test_parametrised_and_meta_modules():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)), nn.Linear(6, 6))
+    report = factorize(model, rank=2)
+    assert [x.name for x in report.layers] == ["1"] and "0" in report.skipped
+    meta = nn.Sequential(nn.Linear(6, 6, device="meta"))
+    factorize(meta, rank=2)
+    assert meta[0].U.is_meta and meta[0].rank == 2
+
+
 def test_random_init_and_dtype():
     model = mlp().double()
     weight = model[0].weight.detach().clone()
@@ -143,7 +179,9 @@ def test_random_init_and_dtype():
         (dict(rank={"0": 3, "nine": 2}), ValueError, "rank names layers that are not there or not eligible: nine"),
         (dict(rank=2, include="nine"), ValueError, "include 'nine' matches no module"),
         (dict(rank=2, exclude=3), TypeError, "exclude must be a name, a type"),
-        (dict(rank=2, include=nn.Conv2d), ValueError, "no layer to factorise"),
+        (dict(rank=2, include=nn.Conv2d), ValueError, "no layer to factorise with include=<class"),
+        (dict(rank={}), ValueError, "no layer to factorise with include=None, exclude=None, rank={}"),
+        (dict(budget=float("inf")), ValueError, "budget must be a number > 0, got inf"),
         (dict(rank=2, init="zeros"), ValueError, 'init must be "svd" or "random"'),
     ],
 )  # fmt: skip

@@ -140,6 +140,21 @@ def test_autocast_runs_in_its_dtype(backend):
     assert layer.S.grad.dtype == torch.float32 and torch.isfinite(conv.V.grad).all()
 
 
+def test_autocast_does_not_reach_to_dense_and_the_start():
+    layer = LowRankLinear(20, 10, rank=4)
+    exact = layer.to_dense().weight
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.to_dense().weight, exact)
+        S = layer.S.detach().clone()
+        condlr_ext.optim.CondLRSGD(layer, 0.1, tau=0.1)
+    assert torch.equal(layer.S, S)
+
+
+def test_factors_are_orthonormal_in_their_own_precision():
+    layer = LowRankLinear(30, 20, rank=5, dtype=torch.float64)
+    assert max(non_orthonormality(layer.U), non_orthonormality(layer.V)) < 1e-14
+
+
 def test_meta_device_then_materialise():
     layer = LowRankLinear(6, 5, rank=2, device="meta")
     assert layer(torch.randn(3, 6, device="meta")).shape == (3, 5)
@@ -177,6 +192,11 @@ image, Vc = torch.randn(1, 2, 6, 6), torch.randn(18, 2)
         (lambda: LowRankLinear(6, 5, rank=0), RankError, "got 0"),
         (lambda: LowRankLinear(6, 5, rank=1.5), RankError, r"a fraction must be in \(0, 1\], got 1.5"),
         (lambda: LowRankLinear(6, 5, rank=True), TypeError, "rank must be an int or a fraction"),
+        (lambda: LowRankLinear("a", 5, rank=1), ValueError, "in_features must be an int >= 1, got 'a'"),
+        (lambda: LowRankLinear(3, -5, rank=1), ValueError, "out_features must be an int >= 1, got -5"),
+        (lambda: LowRankConv2d(0, 6, 3, rank=1), ValueError, "in_channels must be an int >= 1, got 0"),
+        (lambda: LowRankConv2d(4, 6, 3, stride=1.5, rank=2), ValueError, "stride must be an int or 2 ints >= 1, got 1.5"),
+        (lambda: LowRankConv2d(4, 6, None, rank=2), ValueError, "kernel_size must be an int or 2 ints >= 1, got None"),
         (lambda: LowRankConv2d(4, 6, 3, groups=3, rank=2), ValueError, "groups must divide in_channels = 4 and out_channels = 6, got 3"),
         (lambda: LowRankConv2d(4, 6, 3, padding="half", rank=2), ValueError, "padding must be ints"),
         (lambda: LowRankConv2d(4, 6, 3, padding="same", stride=2, rank=2), ValueError, "needs stride 1"),
@@ -205,7 +225,7 @@ def test_bad_input(call, error, text):
 def test_nan_core_is_named():
     model = nn.Sequential(nn.Linear(4, 4), LowRankLinear(4, 4, rank=2))
     model[1].S.data[0, 1] = math.nan
-    with pytest.raises(NonFiniteError, match="layer 1: .*A must be finite"):
+    with pytest.raises(NonFiniteError, match="layer 1: .*S must be finite"):
         condlr_ext.condition_numbers(model)
 
 

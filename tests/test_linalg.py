@@ -160,6 +160,18 @@ def test_clip_sigma_max(backend, band):
     torch.testing.assert_close(singular_values(below), singular_values(A).clamp(max=1.5), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("band", reference.BANDS)
+@pytest.mark.parametrize("tau", [100.0, 1e4, 1e6, 1e17, 1e200])
+def test_the_bound_is_hard_for_large_tau_too(backend, tau, band):
+    """Storing the clipped matrix rounds every entry: the lower edge makes room for it."""
+    for _ in range(5):
+        A = with_spectrum(torch.logspace(0, -7, 12, dtype=torch.float64), 12, 12).float()
+        A[:, 3] = 0
+        out = linalg.clip_spectrum(A, tau, band)
+        assert kappa(out) <= (1 + tau) * (1 + 5e-6) or tau > 1e6
+        assert torch.isfinite(out).all() and (out - A).abs().max() < A.abs().max()
+
+
 def test_clip_leaves_what_is_in_the_band(backend):
     A = with_spectrum(torch.linspace(1.04, 1.0, 12, dtype=torch.float64), 12, 12)
     for dtype in DTYPES:
@@ -229,9 +241,13 @@ def test_half_precision_is_computed_in_float32(backend, dtype):
 
 def test_autocast_has_no_effect(backend):
     A = torch.randn(20, 20)
+
+    def everything():
+        return linalg.clip_spectrum(A, 0.1), *linalg.svd(A), *linalg.qr(A), *linalg.polar(A), linalg.cond(A)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = linalg.clip_spectrum(A, 0.1), *linalg.svd(A)
-    outside = linalg.clip_spectrum(A, 0.1), *linalg.svd(A)
+        inside = everything()
+    outside = everything()
     for a, b in zip(inside, outside, strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
 
@@ -253,6 +269,13 @@ def test_cond(backend):
     kappas = linalg.cond(A)
     torch.testing.assert_close(kappas[0], torch.tensor(4.0, dtype=torch.float64))
     assert kappas[1] == math.inf and kappas[2] > 1e15
+
+
+def test_nan_under_vmap_stays_nan(backend):
+    A = torch.eye(3).repeat(2, 1, 1)
+    A[1, 0, 0] = math.nan
+    kappas = torch.vmap(linalg.cond)(A)
+    assert kappas[0] == 1 and kappas[1].isnan()
 
 
 def test_threads_do_not_change_the_result(backend):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -277,7 +278,7 @@ def test_non_finite_gradient_is_counted_or_raised():
     model[3].S.grad.zero_()
     with torch.no_grad():
         model[3].S.zero_()
-    with pytest.raises(NonFiniteError, match="left unchanged, because the core is singular.*'3'"):
+    with pytest.raises(NonFiniteError, match="left unchanged, because the core is zero.*'3'"):
         strict.step()
 
 
@@ -312,6 +313,203 @@ def test_meta_model_can_have_an_optimizer():
     CondLRSGD(nn.Sequential(LowRankLinear(5, 4, rank=2, device="meta")), 0.1, tau=0.1)
 
 
+def test_two_models_need_different_names():
+    a, b = (nn.Sequential(LowRankLinear(4, 4, rank=2)) for _ in range(2))
+    optimizer = CondLRSGD(a, 0.1, tau=0.1)
+    with pytest.raises(ValueError, match="two parameters are called '0.U'; give those of a second model a prefix"):
+        optimizer.add_param_group({"params": list(b.named_parameters())})
+    for p in (*a.parameters(), *b.parameters()):
+        p.grad = torch.randn_like(p)
+    optimizer.add_param_group({"params": [(f"b.{n}", p) for n, p in b.named_parameters()]})
+    for _ in range(3):
+        optimizer.step()
+    assert_constraint(a, 0.1)
+    assert_constraint(b, 0.1)
+
+
+@pytest.mark.parametrize("pick", ["reversed", "one", "two groups", "deep copy", "roles without names"])
+def test_bare_factors_are_refused(pick):
+    layer = copy.deepcopy(LowRankLinear(5, 4, rank=2))
+    with torch.no_grad():
+        layer.U.add_(0.1)  # trained by something else: no longer orthonormal
+    U, S, V, _ = layer.parameters()
+    groups = {
+        "reversed": [V, S, U],
+        "one": [V],
+        "two groups": [{"params": [U, V]}, {"params": [S]}],
+        "deep copy": list(copy.deepcopy(layer).parameters()),
+        "roles without names": [{"params": [nn.Parameter(torch.ones(2, 2))], "roles": ["S"]}],
+    }[pick]
+    with pytest.raises(ValueError, match="need their names"):
+        CondLRSGD(groups, 0.1, tau=0.1)
+
+
+def test_roles_that_do_not_fit_are_named():
+    layer = LowRankLinear(5, 4, rank=2)
+    named = [(f"e_{n}", p) for n, p in layer.named_parameters()]
+    with pytest.raises(ValueError, match="parameter 'e_U' has the role 'U'; the name of such a factor ends in 'U'"):
+        CondLRSGD([{"params": named, "roles": ["U", "S", "V", "other"]}], 0.1, tau=0.1)
+    with pytest.raises(ValueError, match='roles must name "U", "S", "V" or "other" for each of 4 parameters'):
+        CondLRSGD([{"params": list(layer.named_parameters()), "roles": ["U"]}], 0.1, tau=0.1)
+    square = [(n, nn.Parameter(torch.ones(3, k))) for n, k in (("U", 3), ("S", 2), ("V", 4))]
+    with pytest.raises(ValueError, match=r"layer '' must have U \[m, r\], S \[r, r\], V \[n, r\], got S \[3, 2\]"):
+        CondLRSGD([{"params": square, "roles": ["U", "S", "V"]}], 0.1, tau=0.1)
+    with pytest.raises(ValueError, match="tau belong in cores, got them in factors"):
+        param_groups(layer, factors={"tau": 0.1})
+
+
+def test_a_module_with_foreign_factors_is_told_apart_by_its_layers():
+    class Cell(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.U, self.S, self.V = (nn.Parameter(torch.randn(3, 3)) for _ in range(3))
+            self.low = LowRankLinear(3, 3, rank=2)
+
+    cell = Cell()
+    before = cell.U.detach().clone()
+    optimizer = CondLRSGD(cell, 0.1, tau=0.1)
+    assert torch.equal(cell.U, before) and optimizer.param_groups[0]["roles"].count("U") == 1
+
+
+def test_options_survive_pickle_and_deepcopy():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, 0.9, tau=0.1, check_finite=True)
+    train(model, optimizer, batches(1))
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.check_finite and twin.skipped == 0
+        for group in twin.param_groups:
+            for p in group["params"]:
+                p.grad = torch.full_like(p, math.nan)
+        with pytest.raises(NonFiniteError):
+            twin.step()
+
+
+def test_weights_loaded_after_construction_reach_the_masters():
+    model, other = make_model(dtype=torch.bfloat16), make_model(seed=4, dtype=torch.bfloat16)
+    optimizer = CondLRSGD(model, 0.0, tau=0.1)
+    CondLRSGD(other, 0.0, tau=0.1)
+    model.load_state_dict(other.state_dict())
+    train(model, optimizer, batches(1, torch.bfloat16))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.02)
+
+
+def test_masters_and_momentum_are_restored_in_float32():
+    model = make_model(dtype=torch.bfloat16)
+    optimizer = CondLRSGD(model, 0.1, 0.5, tau=0.1)
+    train(model, optimizer, batches(3, torch.bfloat16))
+    again = copy.deepcopy(model)
+    resumed = CondLRSGD(again, 0.1, 0.5, tau=0.1)
+    resumed.load_state_dict(optimizer.state_dict())
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        for key in optimizer.state[p]:
+            assert torch.equal(optimizer.state[p][key], resumed.state[q][key])
+            assert optimizer.state[p][key].dtype == resumed.state[q][key].dtype
+    assert optimizer.state[model[0].U]["momentum_buffer"].dtype == torch.float32
+
+
+def test_float32_momentum_goes_with_a_model_made_double():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, 0.5, tau=0.1)
+    train(model, optimizer, batches(2))
+    model.double()
+    train(model, optimizer, batches(2, torch.float64))
+    assert optimizer.state[model[3].S]["momentum_buffer"].dtype == torch.float64 and optimizer.skipped == 0
+
+
+def test_singular_core_loaded_after_construction_trains_again(backend):
+    model = nn.Sequential(LowRankLinear(6, 5, rank=3))
+    optimizer = CondLRSGD(model, 0.01, tau=0.1)
+    with torch.no_grad():
+        model[0].S.copy_(torch.diag(torch.tensor([1.0, 0.5, 0.0])))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert optimizer.skipped == 0
+    assert_constraint(model, 0.1)
+
+
+def test_a_layer_unfrozen_later_starts_on_the_constraint_set():
+    layer = LowRankLinear(6, 5, rank=3, dtype=torch.float64).requires_grad_(False)
+    with torch.no_grad():
+        layer.U.copy_(torch.randn_like(layer.U))
+    weight = layer.weight.clone()
+    optimizer = CondLRSGD(layer, 0.0, tau=math.inf)
+    layer.requires_grad_()
+    for p in layer.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight, weight)
+    assert non_orthonormality(layer.U) < 1e-13
+
+
+def test_a_skipped_first_step_does_not_start_the_momentum(backend):
+    layer = LowRankLinear(4, 3, rank=2)
+    twin = nn.Parameter(layer.bias.detach().clone())
+    options = dict(lr=0.1, momentum=0.9, dampening=0.5)
+    ours, theirs = CondLRSGD(layer, **options, tau=0.1), torch.optim.SGD([twin], **options)
+    for p in layer.parameters():
+        p.grad = torch.randn_like(p)
+    good = layer.S.grad.clone()
+    layer.S.grad = good * math.nan
+    ours.step()
+    assert ours.skipped == 1 and "momentum_buffer" not in ours.state[layer.bias]
+    layer.S.grad, twin.grad = good, layer.bias.grad.clone()
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(layer.bias, twin)
+
+
+def test_skipped_counts_also_when_some_layers_have_no_gradient():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, 0.9, tau=0.1)
+    for p in model[3].parameters():
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    late = LowRankLinear(3, 3, rank=2)
+    optimizer.add_param_group({"params": [(f"late.{n}", p) for n, p in late.named_parameters()]})
+    optimizer.step()
+    assert optimizer.skipped == 2
+
+
+def test_check_finite_takes_sparse_gradients():
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4, sparse=True), "low": LowRankLinear(4, 3, rank=2)})
+    optimizer = CondLRSGD(model, 0.1, tau=0.1, check_finite=True)
+    for poison in (False, True):
+        optimizer.zero_grad()
+        (model["low"](model["embed"](torch.tensor([1, 2]))).sum() * (math.nan if poison else 1)).backward()
+        if poison:
+            with pytest.raises(NonFiniteError, match="gradient of embed.weight"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def test_state_of_torch_sgd_can_be_loaded():
+    model = make_model()
+    sgd = torch.optim.SGD(model.named_parameters(), 0.05, 0.9)
+    train(model, sgd, batches(2))
+    optimizer = CondLRSGD(model, 0.1, 0.5, tau=0.2)
+    optimizer.load_state_dict(sgd.state_dict())
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["tau"]) == (0.05, 0.9, 0.2)
+    train(model, optimizer, batches(2))
+    broken = optimizer.state_dict()
+    broken["param_groups"][0]["tau"] = -1
+    with pytest.raises(ValueError, match="tau must be a number >= 0"):
+        optimizer.load_state_dict(broken)
+    assert optimizer.param_groups[0]["tau"] == 0.2
+
+
+def test_momentum_changed_in_place_is_read():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, torch.tensor(0.9), tau=0.1)
+    train(model, optimizer, batches(1))
+    optimizer.param_groups[0]["momentum"].fill_(0.25)
+    train(model, optimizer, batches(1))
+    assert (optimizer._table_value[..., 1] == 0.25).all()
+
+
 def test_foreign_parameters_named_like_factors():
     class Cell(nn.Module):
         def __init__(self):
@@ -319,8 +517,9 @@ def test_foreign_parameters_named_like_factors():
             self.U, self.S, self.V = (nn.Parameter(torch.randn(3, k)) for k in (3, 2, 4))
 
     cell = Cell()  # no U S Vᵀ: the shapes do not fit
-    optimizer = CondLRSGD(cell, 0.1, tau=0.1)
-    assert optimizer.param_groups[0]["roles"] == ["other"] * 3
+    for source in (cell, cell.named_parameters()):
+        optimizer = CondLRSGD(source, 0.1, tau=0.1)
+        assert optimizer.param_groups[0]["roles"] == ["other"] * 3
 
 
 model = make_model()
@@ -335,10 +534,10 @@ def nan_core():
 @pytest.mark.parametrize(
     "call,error,text",
     [
-        (lambda: CondLRSGD(model, -0.1, tau=0.1), ValueError, "lr must be >= 0, got -0.1"),
-        (lambda: CondLRSGD(model, math.nan, tau=0.1), ValueError, "lr must be >= 0, got nan"),
-        (lambda: CondLRSGD(model, 0.1, -1, tau=0.1), ValueError, "momentum must be >= 0"),
-        (lambda: CondLRSGD(model, 0.1, weight_decay=-1, tau=0.1), ValueError, "weight_decay must be >= 0"),
+        (lambda: CondLRSGD(model, -0.1, tau=0.1), ValueError, "lr must be finite and >= 0, got -0.1"),
+        (lambda: CondLRSGD(model, math.nan, tau=0.1), ValueError, "lr must be finite and >= 0, got nan"),
+        (lambda: CondLRSGD(model, 0.1, -1, tau=0.1), ValueError, "momentum must be finite and >= 0"),
+        (lambda: CondLRSGD(model, 0.1, weight_decay=-1, tau=0.1), ValueError, "weight_decay must be finite and >= 0"),
         (lambda: CondLRSGD(model, 0.1, nesterov=True, tau=0.1), ValueError, "nesterov needs momentum > 0 and dampening 0"),
         (lambda: CondLRSGD(model, 0.1, tau=-0.5), ValueError, "tau must be a number >= 0 .* got -0.5"),
         (lambda: CondLRSGD(model, 0.1, tau=0.1, band="max"), ValueError, "band must be one of"),

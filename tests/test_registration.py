@@ -154,6 +154,36 @@ def test_which_implementation_serves(where, tmp_path):
     assert Path(done.stdout.strip()).name.startswith("_C.")
 
 
+def test_vmap_keeps_the_backend():
+    A = torch.randn(3, 4, 4)
+    for name, prefix in (("reference", "_reference_"), ("cpu", "")):
+        with condlr_ext.backend(name), Calls() as calls:
+            torch.vmap(lambda A: linalg.svd(A).sigma)(A)
+            torch.vmap(torch.func.grad(lambda A: linalg.polar(A).Q.sum()))(A)
+        assert set(calls.names) == {prefix + "svd", prefix + "polar"}
+
+
+def test_direct_calls_are_checked():
+    raw = torch.ops.condlr_ext
+    params, grads, buffers, hyper, skipped = step_arguments()
+    for call, text in (
+        (lambda op: op("svd")(torch.ones(3)), "A must be a matrix"),
+        (lambda op: op("polar")(torch.ones(3, 3, dtype=torch.complex64)), "real floating point|float32 or float64"),
+        (lambda op: op("clip_spectrum")(torch.eye(3), -1.0, 0, 1.0), "tau must be >= 0"),
+        (lambda op: op("clip_spectrum")(torch.eye(3), 0.1, -1, 1.0), "band must be 0"),
+        (lambda op: op("clip_spectrum")(torch.eye(3), 0.1, 0, -1.0), "sigma_max must be > 0"),
+        (lambda op: op("step")(params, grads, buffers, hyper.float(), skipped), "hyper must be"),
+        (lambda op: op("step")(params, grads, buffers, hyper, skipped[:1]), "skipped must be"),
+        (lambda op: op("step")(params, [grads[0][:2], *grads[1:]], buffers, hyper, skipped), "layer 0: grad"),
+        (lambda op: op("step")(params, grads, [*buffers[:5], buffers[4], *buffers[6:]], hyper, skipped), "layer 1: "),
+    ):
+        before = [p.clone() for p in params]
+        for prefix in ("", "_reference_"):
+            with pytest.raises(RuntimeError, match=text):
+                call(lambda name, prefix=prefix: getattr(raw, prefix + name))
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
 def test_backends_agree():
     with condlr_ext.backend("reference"):
         expected = one_of_each()
@@ -195,6 +225,11 @@ def test_backend_names_and_nesting():
             raise RuntimeError
         assert ops.current_backend() == "reference"
     assert ops.current_backend() == before
+    twice = condlr_ext.backend("cpu")
+    for _ in range(2):
+        assert ops.current_backend() == before  # nothing happens until the block
+        with twice, twice:
+            assert ops.current_backend() == "cpu"
 
 
 def test_environment_variable():

@@ -8,7 +8,7 @@ import torch
 from matrices import SPECTRA, kappa, non_orthonormality, orthonormal, with_spectrum
 
 import condlr_ext
-from condlr_ext import ops
+from condlr_ext import linalg, ops
 from condlr_ext.reference import BANDS, HYPER
 
 SHAPES = [(6, 5, 3), (40, 40, 7), (17, 100, 17), (64, 9, 9), (1, 3, 1), (130, 70, 33), (3, 3, 3)]
@@ -210,6 +210,20 @@ def test_layers_that_cannot_move_are_counted(backend, why):
     assert not torch.equal(params[0], before[0])
 
 
+@pytest.mark.parametrize("smallest", [0.0, 1e-12])
+def test_a_singular_core_is_lifted(backend, smallest):
+    """The preconditioner takes the core as it is on the constraint set."""
+    params, grads, buffers = network(torch.float64, SHAPES[:3])
+    params[5] = with_spectrum(torch.tensor([2.0, 1.5, 1.2, 1.1, 1.0, 0.5, smallest], dtype=torch.float64), 7, 7)
+    lifted = linalg.clip_spectrum(params[5], 0.1)
+    expected = numpy_step([params[4], lifted, *params[6:8]], grads[4:8], buffers[4:8], {})
+    assert not run(params, grads, buffers, table(3)).any()
+    if smallest == 0:
+        for got, want in ((params[4], expected[0]), (params[6], expected[2])):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
+    assert max(non_orthonormality(params[4]), non_orthonormality(params[6])) < 1e-12 and kappa(params[5]) < 1.1 + 1e-12
+
+
 def test_mixed_dtypes_and_layers_without_bias(backend):
     a, b = network(torch.float32, SHAPES[:1]), network(torch.float64, SHAPES[1:3], bias=False)
     params, grads, buffers = ([*x, *y] for x, y in zip(a, b, strict=True))
@@ -251,6 +265,15 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
             "layer 1: momentum_buffers of U must have",
         ),
         ((params, grads, buffers, table(2, tau=-1.0)), "tau must be >= 0"),
+        (
+            (
+                [*params[:7], torch.zeros(4)],
+                [*grads[:7], torch.zeros(4)],
+                [*buffers[:7], torch.zeros(4)],
+                table(2),
+            ),
+            "layer 1: bias must have one element for each of the 40 rows of U",
+        ),
     ):
         with pytest.raises(RuntimeError, match=text):
             ops.step.step.dispatched(*broken, torch.zeros(2, dtype=torch.int64))

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--run", dest="runs", action="append", metavar="SPEC",
         help="a network to train, may be given again: dense, vanilla:budget=0.27, "
-        "condlr:tau=0.1,budget=0.27,sigma_max=1.5, condlr:tau=0.1,rank=0.2 (default: the seven of the demo)",
+        "condlr:tau=0.1,budget=0.27,sigma_max=1.5, condlr:tau=0.1,rank=0.2 (default: those of the demo)",
     )  # fmt: skip
     train.add_argument("--epochs", type=int, metavar="N", help="default 60")
     train.add_argument("--batch-size", type=int, metavar="N", help="default 32")

@@ -53,7 +53,7 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
             compress(model, spec.method, rank=metadata["ranks"])
         model.load_state_dict(tensors)
         signature(evaluate).bind(model, None, None, **metadata["attack"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"checkpoint: {path} does not describe a model of this package: {error}") from None
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise ValueError(f"checkpoint: {path} holds NaN or Inf")

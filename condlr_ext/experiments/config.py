@@ -19,6 +19,7 @@ class RunSpec:
         tau: condlr only and needed there: kappa <= 1 + tau.
         budget, rank: how ranks are chosen, at most one of them, see factorize; default budget 0.27.
         sigma_max, band: condlr only, see CondLRSGD.
+        lr: instead of that of the TrainConfig.
     """
 
     method: str
@@ -27,18 +28,21 @@ class RunSpec:
     rank: int | float | None = None
     sigma_max: float | None = None
     band: str | None = None
+    lr: float | None = None
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"run: method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        allowed = {"dense": (), "vanilla": ("budget", "rank")}.get(self.method, _OPTIONS)
+        allowed = {"dense": ("lr",), "vanilla": ("budget", "rank", "lr")}.get(self.method, _OPTIONS)
         for name in _OPTIONS:
             if getattr(self, name) is not None and name not in allowed:
-                raise ValueError(f"run: {self.method} takes {', '.join(allowed) or 'no options'}, got {name}")
+                raise ValueError(f"run: {self.method} takes {', '.join(allowed)}, got {name}")
         if self.method == "condlr":
             if self.tau is None:
                 raise ValueError('run: condlr needs tau, as in "condlr:tau=0.1"')
             check_constraint("run", self.tau, self.band or "rms", self.sigma_max)
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"run: lr must be finite and > 0, got {self.lr}")
         if self.budget is not None and self.rank is not None:
             raise ValueError(f"run: give budget or rank, not both, got budget={self.budget}, rank={self.rank}")
         if self.budget is not None and not 0 < self.budget < math.inf:
@@ -82,6 +86,8 @@ class RunSpec:
             parts.append(f"rank {self.rank:g}")
         elif self.budget not in (None, BUDGET):
             parts.append(f"budget {self.budget:g}")
+        if self.lr is not None:
+            parts.append(f"lr {self.lr:g}")
         return " ".join(parts)
 
     @property
@@ -101,6 +107,7 @@ _PARSERS = {"rank": _number, "band": str}
 DEFAULT_RUNS = (
     RunSpec("dense"),
     RunSpec("vanilla"),
+    RunSpec("vanilla", lr=0.1),  # the common rate is at its edge of divergence, where rounding decides
     RunSpec("condlr", tau=0.0),
     RunSpec("condlr", tau=0.1),
     RunSpec("condlr", tau=0.5),

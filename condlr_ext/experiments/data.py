@@ -60,7 +60,7 @@ def _read(path: Path):
                 raise ValueError(f"it needs arrays x and y, it holds {', '.join(archive.files) or 'none'}")
             x, y = archive["x"], archive["y"]
         _check(x, y)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"data: cannot use {path}: {error}") from None
     return x, y
 

@@ -71,6 +71,8 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
                     record |= _attack_and_save(model, record, config, split)
                 except NonFiniteError:  # finite on the training set, but so large that its gradients are not
                     record["status"] = "diverged"
+            if record["status"] == "diverged":  # not to be mistaken for this run's
+                (config.out / _checkpoint_name(record["run"])).unlink(missing_ok=True)
             records.append(record)
             bar.update(done * config.epochs - bar.n)  # what a diverged run left out
     results = _finite(
@@ -122,13 +124,17 @@ def _attack_and_save(model: nn.Module, record: dict, config: TrainConfig, split:
         "batch_size": ATTACK_BATCH,
     }
     robustness = evaluate(model, split.x_test, split.y_test, **settings)
-    name = f"{record['run'].translate(str.maketrans(':,', '--', '='))}.safetensors"
+    name = _checkpoint_name(record["run"])
     metadata = {
         "run": record["run"], "ranks": record["ranks"], "tau": record["tau"], "data": config.data,
         "seed": config.seed, "attack": settings,
     }  # fmt: skip
     save_checkpoint(config.out / name, model, metadata)
     return {"robustness": robustness, "checkpoint": name}
+
+
+def _checkpoint_name(run: str) -> str:
+    return f"{run.translate(str.maketrans(':,', '--', '='))}.safetensors"
 
 
 def fit(model: nn.Module, spec: RunSpec, config: TrainConfig, split: Split, tick: Callable = lambda: None) -> dict:
@@ -140,11 +146,12 @@ def fit(model: nn.Module, spec: RunSpec, config: TrainConfig, split: Split, tick
         seconds_per_epoch (steps only, the monitoring excluded), status ("trained", "diverged", "collapsed"),
         and for condlr the number of layer updates the optimiser skipped.
     """
+    lr = config.lr if spec.lr is None else spec.lr
     if spec.method == "condlr":
         options = {"tau": spec.tau, "sigma_max": spec.sigma_max, "band": spec.band or "rms"}
-        optimizer = CondLRSGD(model, config.lr, momentum=config.momentum, **options)
+        optimizer = CondLRSGD(model, lr, momentum=config.momentum, **options)
     else:
-        optimizer = torch.optim.SGD(model.parameters(), config.lr, momentum=config.momentum)
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=config.momentum)
     milestones = [round(share * config.epochs) for share in DROP_AT]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, LR_DROP)
     order = torch.Generator().manual_seed(config.seed)

@@ -1,5 +1,7 @@
 """LowRankConv1d, LowRankConv2d, LowRankConv3d."""
 
+import numbers
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,6 +42,9 @@ class _LowRankConv(LowRankLayer):
     ):
         super().__init__()
         name = type(self).__name__
+        for what, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{name}: {what} must be an int >= 1, got {value!r}")
         if not isinstance(groups, int) or groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"{name}: groups must divide in_channels = {in_channels} and out_channels = {out_channels},"

@@ -5,8 +5,9 @@ import numbers
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import linalg, reference
+from .. import linalg, ops, reference
 from ..errors import NonFiniteError, RankError
 
 
@@ -28,6 +29,16 @@ def resolve_rank(rank, m: int, n: int, where: str) -> int:
     return max(1, math.ceil(rank * full - 1e-9))
 
 
+# Which parameters are factors, for error texts only: layers are found by their names, which this cannot replace
+# (a parameter swapped for another is not here).
+_FACTORS = WeakIdKeyDictionary()
+
+
+def is_factor(p: Tensor) -> bool:
+    """Whether p was made as the U, S or V of a layer in this process."""
+    return p in _FACTORS
+
+
 class LowRankLayer(nn.Module):
     """Base of the layers. Subclasses set `weight_shape` (torch's) before they call `_make_factors`.
 
@@ -44,6 +55,7 @@ class LowRankLayer(nn.Module):
         shapes = {"U": (m, self.rank), "S": (self.rank, self.rank), "V": (n, self.rank)}
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            _FACTORS[getattr(self, name)] = name
         if bias:
             self.bias = nn.Parameter(torch.empty(m, device=device, dtype=dtype))
         else:
@@ -57,12 +69,18 @@ class LowRankLayer(nn.Module):
         So kappa = 1 at the start, and the outputs have the variance of the dense layer's.
         """
         m, n = self.U.shape[0], self.V.shape[0]
+        dtype = torch.promote_types(self.U.dtype, torch.float32)
         for X in (self.U, self.V):
-            X.copy_(linalg.orthonormalize(torch.randn(X.shape, device=X.device)))
+            X.copy_(linalg.orthonormalize(torch.randn(X.shape, device=X.device, dtype=dtype)))
         # E‖W‖² of kaiming_uniform(a=√5), variance 1 / (3 n) per entry, spread over r directions
         self.S.copy_(math.sqrt(m / (3 * self.rank)) * torch.eye(self.rank, device=self.S.device))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(n), 1 / math.sqrt(n))
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        for name in ("U", "S", "V"):
+            _FACTORS[getattr(self, name)] = name
 
     @property
     def weight(self) -> Tensor:
@@ -71,7 +89,10 @@ class LowRankLayer(nn.Module):
 
     def condition_number(self) -> float:
         """kappa(S), the condition number of the weight while U and V are orthonormal; Inf for a singular core."""
-        return linalg.cond(self.S.detach().double()).item()
+        try:
+            return linalg.cond(self.S.detach().double()).item()
+        except NonFiniteError:
+            raise NonFiniteError(f"{type(self).__name__}.condition_number: S must be finite, got NaN or Inf") from None
 
     @classmethod
     def from_dense(cls, module: nn.Module, rank) -> "LowRankLayer":
@@ -90,6 +111,8 @@ class LowRankLayer(nn.Module):
             )
         weight = module.weight.detach()
         layer = cls(*cls._dense_arguments(module), device=weight.device, dtype=weight.dtype, rank=rank)
+        if weight.is_meta:
+            return layer.like(module)
         if not torch.isfinite(weight).all():
             raise NonFiniteError(f"{cls.__name__}.from_dense: module.weight must be finite, got NaN or Inf")
         W = weight.flatten(1)
@@ -100,16 +123,24 @@ class LowRankLayer(nn.Module):
             layer.V.copy_(V[:, : layer.rank])
             if layer.bias is not None:
                 layer.bias.copy_(module.bias)
-        for p in (layer.U, layer.S, layer.V):
+        return layer.like(module)
+
+    def like(self, module: nn.Module) -> "LowRankLayer":
+        """Takes over from its dense twin which parameters are trained, and the mode; returns the layer."""
+        for p in (self.U, self.S, self.V):
             p.requires_grad_(module.weight.requires_grad)
-        return layer.train(module.training)
+        if self.bias is not None:
+            self.bias.requires_grad_(module.bias.requires_grad)
+        return self.train(module.training)
 
     def to_dense(self) -> nn.Module:
         """The dense module with weight U S Vᵀ: the same function to rounding."""
         dense = self._dense(*self._dense_arguments(self), device=self.U.device, dtype=self.U.dtype)
-        with torch.no_grad():
+        with torch.no_grad(), ops.no_autocast(self.U.device.type):
             dense.weight.copy_(self.weight)
             if self.bias is not None:
                 dense.bias.copy_(self.bias)
         dense.weight.requires_grad_(self.S.requires_grad)
+        if self.bias is not None:
+            dense.bias.requires_grad_(self.bias.requires_grad)
         return dense.train(self.training)

@@ -1,5 +1,7 @@
 """LowRankLinear."""
 
+import numbers
+
 from torch import Tensor, nn
 
 from .. import functional
@@ -23,6 +25,9 @@ class LowRankLinear(LowRankLayer):
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, rank):
         super().__init__()
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"LowRankLinear: {name} must be an int >= 1, got {value!r}")
         self.in_features, self.out_features = in_features, out_features
         self.weight_shape = (out_features, in_features)
         self._make_factors(rank, bias, device, dtype)

@@ -1,7 +1,7 @@
 """torch.ops.condlr_ext.*: schema, fake, reference registration and choice of implementation, per op family."""
 
 from . import layers, linalg, step
-from ._dispatch import BACKENDS, COMPILED, OPS, Op, autocast_enabled, backend, can_check, current_backend
+from ._dispatch import BACKENDS, COMPILED, OPS, Op, autocast_enabled, backend, can_check, current_backend, no_autocast
 
 __all__ = [
     "BACKENDS",
@@ -14,5 +14,6 @@ __all__ = [
     "current_backend",
     "layers",
     "linalg",
+    "no_autocast",
     "step",
 ]

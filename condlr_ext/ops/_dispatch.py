@@ -1,5 +1,6 @@
 """Which implementation serves a call, and what keeps each of the others from it."""
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -26,7 +27,7 @@ def current_backend() -> str:
 
 
 class backend:
-    """Chooses the implementation of every op inside a `with` block (or until changed, when called plainly).
+    """Context manager that chooses the implementation of every op inside its block.
 
     Args:
         name: "auto" (the fastest that can serve each call), "reference" (plain PyTorch), "cpu" (compiled kernels
@@ -38,17 +39,19 @@ class backend:
     """
 
     def __init__(self, name: str):
-        global _current
         if name not in BACKENDS:
             raise ValueError(f"condlr_ext.backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
-        self._previous, _current = _current, name
+        self._name, self._previous = name, []
 
     def __enter__(self) -> "backend":
+        global _current
+        self._previous.append(_current)
+        _current = self._name
         return self
 
     def __exit__(self, *exc) -> None:
         global _current
-        _current = self._previous
+        _current = self._previous.pop()
 
 
 class Op:
@@ -62,7 +65,7 @@ class Op:
         cpu_is: what that implementation is, for people to read.
         slower: given the arguments, whether the CPU implementation was measured to be slower than the reference,
             so that "auto" does not take it.
-        vmap: torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims); None for an op that mutates.
+        vmap: makes, for an overload, its torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims).
     """
 
     def __init__(
@@ -83,9 +86,9 @@ class Op:
             LIB.define(schema.replace(self.name, name, 1), tags=(torch.Tag.pt2_compliant_tag,))
             LIB.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
             torch.library.register_fake(f"condlr_ext::{name}", fake, lib=LIB)
-            if vmap is not None:
-                torch.library.register_vmap(f"condlr_ext::{name}", vmap, lib=LIB)
             overloads.append(getattr(torch.ops.condlr_ext, name).default)
+            if vmap is not None:
+                torch.library.register_vmap(f"condlr_ext::{name}", vmap(overloads[-1]), lib=LIB)
         self.dispatched, self.reference = overloads
         OPS[self.name] = self
 
@@ -124,14 +127,19 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def no_autocast(device_type: str):
+    """A context in which autocast is off."""
+    if autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _without_autocast(fn: Callable) -> Callable:
     """The arithmetic runs in the dtype it was handed, also inside an autocast region."""
 
     def run(*args):
-        tensor = next((a for a in args if isinstance(a, torch.Tensor)), None)
-        if tensor is None or not autocast_enabled(tensor.device.type):
-            return fn(*args)
-        with torch.autocast(tensor.device.type, enabled=False):
+        first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
+        with no_autocast(first.device.type if isinstance(first, torch.Tensor) else "cpu"):
             return fn(*args)
 
     return run

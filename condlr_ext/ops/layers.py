@@ -4,6 +4,7 @@ On CPUs those libraries (oneDNN, MKL) are the implementation, so the "cpu" backe
 are not asked for come back empty.
 """
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -12,6 +13,17 @@ from ._dispatch import Op
 
 def _cpu(input: Tensor, *_) -> list[str]:
     return [] if input.device.type == "cpu" else [f"the input is on {input.device}"]
+
+
+def _conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups):
+    """What a direct call must respect; the public functions say more."""
+    d = len(kernel_size)
+    torch._check(groups >= 1, lambda: f"low_rank_conv: groups must be >= 1, got {groups}")
+    torch._check(
+        input.dim() == d + 2 and len(stride) == len(padding) == len(dilation) == d,
+        lambda: f"low_rank_conv: a kernel of {d} dimensions needs an input of {d + 2}, got {list(input.shape)}",
+    )
+    return reference.low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups)
 
 
 def _or_empty(gradients, like: Tensor):
@@ -49,8 +61,8 @@ low_rank_linear_backward = Op(
 low_rank_conv = Op(
     "low_rank_conv(Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias, "
     f"{_GEOMETRY}) -> (Tensor output, Tensor P)",
-    reference=reference.low_rank_conv,
-    fake=reference.low_rank_conv,
+    reference=_conv,
+    fake=_conv,
     cpu=_cpu,
     cpu_is=_LIBRARIES,
 )

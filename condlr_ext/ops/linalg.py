@@ -13,10 +13,20 @@ from ._dispatch import Op, reasons_not_compiled
 OK, NOT_CONVERGED, NOT_FINITE, ALL_ZERO = range(4)
 
 
+def _check(A: Tensor, tau: float = 0.0, band: int = 0, sigma_max: float = 1.0) -> None:
+    """What a direct call of torch.ops.condlr_ext must respect; the public functions say it better."""
+    torch._check(A.dim() >= 2, lambda: f"A must be a matrix or a batch of matrices, got shape {list(A.shape)}")
+    torch._check(A.is_floating_point(), lambda: f"A must be real floating point, got {A.dtype}")
+    torch._check(tau >= 0, lambda: f"tau must be >= 0, got {tau}")
+    torch._check(0 <= band < len(reference.BANDS), lambda: f"band must be 0, 1 or 2, got {band}")
+    torch._check(sigma_max > 0, lambda: f"sigma_max must be > 0, got {sigma_max}")
+
+
 def _flagged(fn):
     """Runs fn on the finite matrices of a batch; the outputs of the others are NaN and flagged."""
 
     def run(A: Tensor):
+        _check(A)
         finite = torch.isfinite(A).all(-1).all(-1)
         outputs = fn(torch.where(finite[..., None, None], A, 0))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -28,6 +38,7 @@ def _flagged(fn):
 
 
 def _clip_spectrum(A: Tensor, tau: float, band: int, sigma_max: float):
+    _check(A, tau, band, sigma_max)
     finite = torch.isfinite(A).all(-1).all(-1)
     zero = (A == 0).all(-1).all(-1)
     clipped = reference.clip_spectrum(torch.where(finite[..., None, None], A, 0), tau, reference.BANDS[band], sigma_max)
@@ -40,18 +51,21 @@ def _info(A: Tensor) -> Tensor:
 
 
 def _svd_fake(A: Tensor):
+    _check(A)
     *batch, m, n = A.shape
     k = min(m, n)
     return A.new_empty(*batch, m, k), A.new_empty(*batch, k), A.new_empty(*batch, n, k), _info(A)
 
 
 def _qr_fake(A: Tensor):
+    _check(A)
     *batch, m, n = A.shape
     k = min(m, n)
     return A.new_empty(*batch, m, k), A.new_empty(*batch, k, n), _info(A)
 
 
-def _same_shape_fake(A: Tensor, *_):
+def _same_shape_fake(A: Tensor, *constraint):
+    _check(A, *constraint)
     return A.new_empty(A.shape), _info(A)
 
 
@@ -74,11 +88,11 @@ def _qr_slower(A: Tensor) -> bool:
     return A.shape[-2] * min(A.shape[-2:]) ** 2 > 1.5e6
 
 
-def _batch_first(name: str):
+def _batch_first(op):
     """vmap of a batched op: the mapped dimension is one more leading one."""
 
     def rule(info, in_dims, A: Tensor, *args):
-        outputs = getattr(torch.ops.condlr_ext, name)(A.movedim(in_dims[0], 0), *args)
+        outputs = op(A.movedim(in_dims[0], 0), *args)
         return outputs, (0,) * len(outputs)
 
     return rule
@@ -90,7 +104,7 @@ svd = Op(
     fake=_svd_fake,
     cpu=_cpu,
     slower=_svd_slower,
-    vmap=_batch_first("svd"),
+    vmap=_batch_first,
 )
 qr = Op(
     "qr(Tensor A) -> (Tensor Q, Tensor R, Tensor info)",
@@ -98,7 +112,7 @@ qr = Op(
     fake=_qr_fake,
     cpu=_cpu,
     slower=_qr_slower,
-    vmap=_batch_first("qr"),
+    vmap=_batch_first,
 )
 polar = Op(
     "polar(Tensor A) -> (Tensor Q, Tensor info)",
@@ -106,7 +120,7 @@ polar = Op(
     fake=_same_shape_fake,
     cpu=_cpu,
     slower=_svd_slower,
-    vmap=_batch_first("polar"),
+    vmap=_batch_first,
 )
 clip_spectrum = Op(
     "clip_spectrum(Tensor A, float tau, int band, float sigma_max) -> (Tensor out, Tensor info)",
@@ -114,5 +128,5 @@ clip_spectrum = Op(
     fake=_same_shape_fake,
     cpu=_cpu,
     slower=_svd_slower,
-    vmap=_batch_first("clip_spectrum"),
+    vmap=_batch_first,
 )

@@ -10,8 +10,39 @@ STEP = (
 )
 
 
-def _fake(params, grads, momentum_buffers, hyper, skipped) -> None:
-    torch._check(len(params) == len(grads) == len(momentum_buffers) == 4 * hyper.shape[0])
+def _check(params, grads, momentum_buffers, hyper, skipped) -> None:
+    """What a direct call of torch.ops.condlr_ext.step must respect."""
+    layers = hyper.shape[0]
+    torch._check(
+        hyper.dtype == torch.float64 and hyper.shape == (layers, 4, len(reference.HYPER)),
+        lambda: (
+            f"step: hyper must be float64 [layers, 4, {len(reference.HYPER)}], got {hyper.dtype} {list(hyper.shape)}"
+        ),
+    )
+    torch._check(
+        len(params) == len(grads) == len(momentum_buffers) == 4 * layers,
+        lambda: (
+            f"step: params, grads and momentum_buffers must hold 4 tensors for each of the {layers} layers of hyper,"
+            f" got {len(params)}, {len(grads)} and {len(momentum_buffers)}"
+        ),
+    )
+    torch._check(
+        skipped.dtype == torch.int64 and skipped.shape == (layers,),
+        lambda: f"step: skipped must be int64 [{layers}], got {skipped.dtype} {list(skipped.shape)}",
+    )
+    for i, (p, g, b) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        torch._check(
+            g.numel() == 0 or (g.shape == p.shape and b.shape in (p.shape, (0,))),
+            lambda i=i, p=p, g=g, b=b: (
+                f"step: layer {i // 4}: grad and buffer of {reference.ROLES[i % 4]} must have its shape"
+                f" {list(p.shape)} or none, got {list(g.shape)} and {list(b.shape)}"
+            ),
+        )
+
+
+def _reference(params, grads, momentum_buffers, hyper, skipped) -> None:
+    _check(params, grads, momentum_buffers, hyper, skipped)
+    reference.step(params, grads, momentum_buffers, hyper, skipped)
 
 
 def _cpu(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
@@ -23,4 +54,4 @@ def _cpu(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
 
 _DTYPES = (torch.float32, torch.float64, torch.int64)  # int64: the counter
 
-step = Op(STEP, reference=reference.step, fake=_fake, cpu=_cpu)
+step = Op(STEP, reference=_reference, fake=_check, cpu=_cpu)

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from ..nn import LowRankLayer
+from ..nn import LowRankLayer, is_factor
 
 ROLES = ("U", "S", "V", "bias")  # the order in which the step op takes a layer's parameters
 
@@ -19,19 +18,32 @@ def param_groups(model: nn.Module, *, factors=None, cores=None, other=None) -> l
 
     Returns:
         Up to three group dicts with (name, parameter) pairs and a `roles` list of "U", "S", "V" or "other".
+
+    Raises:
+        ValueError: tau, band or sigma_max outside of cores, where nothing reads them.
     """
-    role_of = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, LowRankLayer):
-            role_of |= {_join(prefix, role): role for role in "USV"}
+    for key, options in (("factors", factors), ("other", other)):
+        misplaced = sorted({"tau", "band", "sigma_max"} & set(options or {}))
+        if misplaced:
+            raise ValueError(f"param_groups: {', '.join(misplaced)} belong in cores, got them in {key}")
     chosen = {"factors": factors, "cores": cores, "other": other}
     groups = {key: {"params": [], "roles": [], **(options or {})} for key, options in chosen.items()}
-    for name, p in model.named_parameters():
-        role = role_of.get(name, "other")
+    whole = module_group(model)
+    for (name, p), role in zip(whole["params"], whole["roles"], strict=True):
         group = groups["other" if role == "other" else "cores" if role == "S" else "factors"]
         group["params"].append((name, p))
         group["roles"].append(role)
     return [g for g in groups.values() if g["params"]]
+
+
+def module_group(model: nn.Module) -> dict:
+    """One group of all parameters of a model, with the roles its low-rank layers give them."""
+    role_of = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, LowRankLayer):
+            role_of |= {_join(prefix, role): role for role in "USV"}
+    params = list(model.named_parameters())
+    return {"params": params, "roles": [role_of.get(name, "other") for name, _ in params]}
 
 
 @dataclass(frozen=True)
@@ -46,33 +58,52 @@ def assign_roles(groups: list[dict]) -> None:
     """Writes `roles` into named groups that have none, from names: prefix.U, prefix.S, prefix.V of fitting shapes.
 
     Raises:
-        ValueError: a layer with some of its factors missing, or a `roles` list that does not fit its group.
+        ValueError: a layer with some of its factors missing, a name that occurs twice, a `roles` list that does not
+            fit its group, factors without names.
     """
     found: dict[str, dict[str, Tensor]] = {}
+    seen = set()
     for group in groups:
-        roles = group.get("roles")
+        names, roles = group.get("param_names"), group.get("roles")
+        if names is None:
+            _refuse_bare_factors(group)
+            continue
         if roles is not None and (len(roles) != len(group["params"]) or not set(roles) <= {"U", "S", "V", "other"}):
             raise ValueError(
                 f'roles must name "U", "S", "V" or "other" for each of {len(group["params"])} parameters, got {roles}'
             )
-        for i, (name, p) in enumerate(zip(group.get("param_names", ()), group["params"], strict=False)):
+        for i, (name, p) in enumerate(zip(names, group["params"], strict=True)):
+            if name in seen:
+                raise ValueError(f"two parameters are called {name!r}; give those of a second model a prefix")
+            seen.add(name)
             prefix, _, leaf = name.rpartition(".")
-            if leaf in ("U", "S", "V") and (roles is None or roles[i] != "other"):
-                found.setdefault(prefix, {})[leaf] = p
+            role = roles[i] if roles is not None else leaf if leaf in ("U", "S", "V") else "other"
+            if role not in ("other", leaf):
+                raise ValueError(
+                    f"parameter {name!r} has the role {role!r}; the name of such a factor ends in {role!r}"
+                )
+            if role != "other":
+                found.setdefault(prefix, {})[role] = p
     layers = set()
     for prefix, factors in found.items():
         if len(factors) < 3:
             missing, present = (", ".join(sorted(k)) for k in ({"U", "S", "V"} - set(factors), factors))
             raise ValueError(
                 f"layer {prefix!r} has {present} in the parameter groups but not {missing}; pass all three (frozen"
-                ' ones too), or give a group `roles` with "other" for parameters that are not factors'
+                ' ones too, shared ones cannot be), or give a group `roles` with "other" for what is no factor'
             )
-        if _is_layer(factors["U"], factors["S"], factors["V"]):
+        if _is_layer(**factors):
             layers.add(prefix)
     for group in groups:
-        if "param_names" in group and "roles" not in group:
-            split = [name.rpartition(".") for name in group["param_names"]]
+        if "param_names" not in group:
+            continue
+        split = [name.rpartition(".") for name in group["param_names"]]
+        if "roles" not in group:
             group["roles"] = [leaf if leaf in "USV" and prefix in layers else "other" for prefix, _, leaf in split]
+        for (prefix, _, _), role in zip(split, group["roles"], strict=True):
+            if role != "other" and prefix not in layers:
+                shapes = ", ".join(f"{k} {list(X.shape)}" for k, X in sorted(found[prefix].items()))
+                raise ValueError(f"layer {prefix!r} must have U [m, r], S [r, r], V [n, r], got {shapes}")
 
 
 def link_layers(groups: list[dict]) -> list[Layer]:
@@ -91,14 +122,12 @@ def link_layers(groups: list[dict]) -> list[Layer]:
     return layers
 
 
-def reject_bare_layers(params: list[Tensor]) -> None:
-    """Raises for unnamed parameters that hold the U, S, V of a low-rank layer in a row."""
-    for U, S, V in zip(params, params[1:], params[2:], strict=False):
-        if _is_layer(U, S, V) and all(_is_orthonormal(X) for X in (U, V)):
-            raise ValueError(
-                "the parameters of low-rank layers need their names: pass the model, or model.named_parameters(),"
-                " instead of model.parameters()"
-            )
+def _refuse_bare_factors(group: dict) -> None:
+    if any(is_factor(p) for p in group["params"]) or set(group.get("roles", ())) - {"other"}:
+        raise ValueError(
+            "the parameters of low-rank layers need their names: pass the model, or model.named_parameters(), instead"
+            " of model.parameters()"
+        )
 
 
 def _is_layer(U: Tensor, S: Tensor, V: Tensor) -> bool:
@@ -106,14 +135,6 @@ def _is_layer(U: Tensor, S: Tensor, V: Tensor) -> bool:
         return False
     r = S.shape[0]
     return S.shape == (r, r) and U.shape[1] == V.shape[1] == r and r <= min(U.shape[0], V.shape[0])
-
-
-@torch.no_grad()
-def _is_orthonormal(X: Tensor) -> bool:
-    X = X.double()
-    return (
-        bool(((X.mT @ X).cpu() - torch.eye(X.shape[1], dtype=X.dtype)).abs().max() < 1e-2) if not X.is_meta else False
-    )
 
 
 def _join(prefix: str, leaf: str) -> str:

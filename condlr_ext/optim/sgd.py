@@ -9,7 +9,7 @@ from torch.optim.sgd import sgd
 
 from .. import linalg, ops, reference
 from ..errors import BackendError, NonFiniteError
-from .groups import ROLES, assign_roles, link_layers, reject_bare_layers
+from .groups import ROLES, assign_roles, link_layers, module_group
 
 _ORTHONORMAL = 1e-4  # factors that are off by more are replaced by their Q at the start
 
@@ -37,7 +37,7 @@ class CondLRSGD(Optimizer):
         check_finite: raise, naming the layer, for non-finite gradients (before anything has changed) and for
             layers that had to be left unchanged. Costs a wait for the device per step.
 
-    A layer with a non-finite gradient, or a singular core, is left unchanged with its bias and buffers, and
+    A layer with a non-finite gradient, or an all-zero core, is left unchanged with its bias and buffers, and
     counted in `skipped`. float16 and bfloat16 layers are stepped on float32 master copies kept in the state; the
     bound holds for the masters.
 
@@ -68,7 +68,7 @@ class CondLRSGD(Optimizer):
         if capturable:
             raise BackendError("CondLRSGD: capturable=True needs the Triton step, which this version does not have")
         if isinstance(model_or_groups, nn.Module):
-            model_or_groups = model_or_groups.named_parameters()
+            model_or_groups = [module_group(model_or_groups)]
         defaults = dict(
             lr=lr,
             momentum=momentum,
@@ -81,6 +81,8 @@ class CondLRSGD(Optimizer):
             maximize=maximize,
         )
         self.check_finite = check_finite
+        self._skipped: dict[torch.device, Tensor] = {}  # per device, counts of the layers in order
+        self._waiting: set[str] = set()  # frozen layers, put on the constraint set when they first get a gradient
         self._layers = None  # layers are linked once all groups are there
         super().__init__(model_or_groups, defaults)
         self._link()
@@ -100,17 +102,13 @@ class CondLRSGD(Optimizer):
         except Exception:
             self.param_groups.pop()
             if self._layers is not None:
-                self._layers = link_layers(self.param_groups)
+                self._link()
             raise
 
     def _link(self) -> None:
-        for group in self.param_groups:
-            if "param_names" not in group:
-                reject_bare_layers(group["params"])
         assign_roles(self.param_groups)
         self._layers = link_layers(self.param_groups)
         self._in_layer = {place for layer in self._layers for place in layer.places if place}
-        self._skipped: dict[torch.device, Tensor] = {}
         self._table_key = None
 
     def _place(self, place) -> Tensor | None:
@@ -130,8 +128,12 @@ class CondLRSGD(Optimizer):
                     raise NonFiniteError(f"CondLRSGD: {role} of layer {layer.name!r} must be finite, got NaN or Inf")
         for layer in layers:
             params = [self._place(place) for place in layer.places]
-            if params[0].is_meta or not any(p.requires_grad for p in params[:3]):
+            if params[0].is_meta:
                 continue
+            if not any(p.requires_grad for p in params[:3]):
+                self._waiting.add(layer.name)
+                continue
+            self._waiting.discard(layer.name)
             group = self.param_groups[layer.places[1][0]]
             masters = [self._master(p) for p in params]
             start_on_constraint_set(*masters[:3], group["tau"], group["band"], group["sigma_max"])
@@ -146,6 +148,9 @@ class CondLRSGD(Optimizer):
         state = self.state[p]
         if "master" not in state:
             state["master"] = p.detach().float()
+        else:  # whoever wrote to the parameter since the last step meant it
+            master = state["master"]
+            master.copy_(torch.where(p == master.to(p.dtype), master, p.float()))
         return state["master"]
 
     # -------------------------------------------------------------------------------------------- step
@@ -172,62 +177,81 @@ class CondLRSGD(Optimizer):
     def skipped(self) -> Tensor:
         """How often a layer was left unchanged, int64, on the parameters' device."""
         totals = [counts.sum() for counts in self._skipped.values()]
-        return sum(totals[1:], totals[0]) if totals else torch.zeros((), dtype=torch.int64)
+        return (
+            sum((t.to(totals[0].device) for t in totals[1:]), totals[0])
+            if totals
+            else torch.zeros((), dtype=torch.int64)
+        )
 
     def _step_layers(self) -> None:
         by_device: dict[torch.device, list] = {}
         for index, layer in enumerate(self._layers):
             params = [self._place(place) for place in layer.places]
             if any(p is not None and p.grad is not None for p in params):
+                if layer.name in self._waiting:
+                    self._start([layer])
                 by_device.setdefault(params[0].device, []).append((index, layer, params))
         for device, entries in by_device.items():
             self._step_device(device, entries)
 
     def _step_device(self, device: torch.device, entries: list) -> None:
-        params, grads, buffers, fresh, copies = [], [], [], [], []
-        for _, layer, layer_params in entries:
-            for place, p in zip(layer.places, layer_params, strict=True):
-                master = self._master(p)
-                empty = layer_params[0].new_empty(0, dtype=self._master(layer_params[0]).dtype)
+        params, grads, buffers, fresh, copies, started = [], [], [], [], [], []
+        for index, layer, layer_params in entries:
+            masters = [self._master(p) for p in layer_params]
+            empty = masters[0].new_empty(0)
+            for place, p, master in zip(layer.places, layer_params, masters, strict=True):
                 has_grad = p is not None and p.grad is not None
                 params.append(empty if p is None else master)
                 grads.append(_dense_gradient(p, master.dtype) if has_grad else empty)
-                buffer, is_fresh = empty, False
+                buffer = empty
+                is_fresh = False
                 if has_grad and self.param_groups[place[0]]["momentum"]:
-                    is_fresh = "momentum_buffer" not in self.state[p]
+                    buffer = self.state[p].get("momentum_buffer")
+                    is_fresh = buffer is None
                     if is_fresh:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(master)
-                    buffer = self.state[p]["momentum_buffer"]
+                        buffer = torch.zeros_like(master)
+                    elif buffer.dtype != master.dtype:  # the model's dtype has changed
+                        buffer = self.state[p]["momentum_buffer"] = buffer.to(master.dtype)
+                    if is_fresh:
+                        started.append((index, p, buffer))
                 buffers.append(buffer)
                 fresh.append(is_fresh)
                 if has_grad and master is not p:
                     copies.append((p, master))
         table = self._table([layer for _, layer, _ in entries], fresh)
-        if device not in self._skipped or len(self._skipped[device]) != len(self._layers):
-            self._skipped[device] = torch.zeros(len(self._layers), dtype=torch.int64, device=device)
-        counts = self._skipped[device]
-        before = counts.clone() if self.check_finite else None
-        index = [i for i, _, _ in entries]
-        whole = index == list(range(len(self._layers)))
-        delta = counts if whole else torch.zeros(len(entries), dtype=torch.int64, device=device)
-        ops.step.step(params, grads, buffers, table, delta)
+        skipped = torch.zeros(len(entries), dtype=torch.int64, device=device)
+        ops.step.step(params, grads, buffers, table, skipped)
         # autograd must notice: compiled kernels write through raw pointers
         torch.autograd.graph.increment_version([t for t in (*params, *buffers) if t.numel()])
-        if not whole:
-            counts[index] += delta
         for p, master in copies:
             p.copy_(master)
-        if self.check_finite:
-            left = [self._layers[i].name for i in (counts - before).nonzero().flatten().tolist()]
-            if left:
+        self._count(device, [index for index, _, _ in entries], skipped)
+        if started or self.check_finite:  # waits for the device, but a buffer starts only once
+            left = {entries[i][0] for i in skipped.nonzero().flatten().tolist()}
+            for index, p, buffer in started:
+                if index not in left:  # a layer left unchanged has not started its buffers
+                    self.state[p]["momentum_buffer"] = buffer
+            if left and self.check_finite:
                 raise NonFiniteError(
-                    "CondLRSGD.step: left unchanged, because the core is singular or the new value not finite:"
-                    f" {', '.join(map(repr, left))}"
+                    "CondLRSGD.step: left unchanged, because the core is zero or the new value not finite:"
+                    f" {', '.join(repr(self._layers[index].name) for index in sorted(left))}"
                 )
+
+    def _count(self, device: torch.device, index: list[int], skipped: Tensor) -> None:
+        counts = self._skipped.get(device)
+        if counts is None or len(counts) < len(self._layers):
+            grown = torch.zeros(len(self._layers), dtype=torch.int64, device=device)
+            if counts is not None:
+                grown[: len(counts)] = counts
+            counts = self._skipped[device] = grown
+        if index == list(range(len(counts))):
+            counts += skipped
+        else:
+            counts[index] += skipped
 
     def _table(self, layers, fresh: list[bool]) -> Tensor:
         """The step op's hyper-parameters [L, 4, 10] (reference.HYPER), built again only when something changed."""
-        options = [tuple(float(g[k]) if k == "lr" else g[k] for k in _OPTIONS) for g in self.param_groups]
+        options = [tuple(float(g[k]) if k in _NUMBERS else g[k] for k in _OPTIONS) for g in self.param_groups]
         key = (options, fresh, [layer.name for layer in layers])
         if key != self._table_key:
             rows = []
@@ -276,7 +300,10 @@ class CondLRSGD(Optimizer):
     def _check_gradients(self) -> None:
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                if p.grad is not None and not torch.isfinite(p.grad).all():
+                if p.grad is None:
+                    continue
+                values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+                if not torch.isfinite(values).all():
                     name = group["param_names"][i] if "param_names" in group else f"#{i}"
                     raise NonFiniteError(
                         f"CondLRSGD.step: the gradient of {name} must be finite, got NaN or Inf; nothing was changed"
@@ -284,14 +311,24 @@ class CondLRSGD(Optimizer):
 
     # --------------------------------------------------------------------------------------------- state
 
+    def __getstate__(self) -> dict:
+        own = ("check_finite", "_skipped", "_waiting")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("check_finite", False)
+        for group in self.param_groups:
+            _check_options(group)
         self._link()
 
     def load_state_dict(self, state_dict) -> None:
-        """As torch's; refuses a state whose parameter names differ, keeps master copies in float32."""
-        for g, (mine, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"], strict=False)):
+        """As torch's. Options the state does not have (it may be torch.optim.SGD's) stay as they are here.
+
+        Raises:
+            ValueError: the parameter names differ, an option is out of range; nothing has changed then.
+        """
+        saved_groups = [dict(group) for group in state_dict["param_groups"]]
+        for g, (mine, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
             names, saved_names = mine.get("param_names"), saved.get("param_names")
             if names and saved_names and names != saved_names:
                 here, there = next((a, b) for a, b in zip((*names, None), (*saved_names, None), strict=False) if a != b)
@@ -299,8 +336,13 @@ class CondLRSGD(Optimizer):
                     f"CondLRSGD.load_state_dict: group {g} holds parameter {there!r} in the state where the optimizer"
                     f" has {here!r}"
                 )
+            for key, value in mine.items():
+                if key != "params":
+                    saved.setdefault(key, value)
+            _check_options(saved)
+        state_dict = {**state_dict, "param_groups": saved_groups}
         super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved_ids = [i for group in saved_groups for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved_ids, params, strict=True):
             saved = state_dict["state"].get(i, {})
@@ -314,14 +356,18 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+
+
 def start_on_constraint_set(U: Tensor, S: Tensor, V: Tensor, tau: float, band: str, sigma_max: float | None) -> None:
     """In place: U, V <- their Q if not orthonormal to 1e-4, with S <- R_U S R_Vᵀ; S clipped if outside the bound."""
-    for X, transpose in ((U, False), (V, True)):
-        gram = X.mT @ X
-        if (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max() > _ORTHONORMAL:
-            Q, R = linalg.qr(X)
-            X.copy_(Q)
-            S.copy_(S @ R.mT if transpose else R @ S)
+    with ops.no_autocast(U.device.type):
+        for X, transpose in ((U, False), (V, True)):
+            gram = X.mT @ X
+            if (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max() > _ORTHONORMAL:
+                Q, R = linalg.qr(X)
+                X.copy_(Q)
+                S.copy_(S @ R.mT if transpose else R @ S)
     sigma = linalg.svd(S.double()).sigma
     outside = reference.cond_from_sigma(sigma) > (1 + tau) * (1 + 1e-5)
     above = sigma[0] > (math.inf if sigma_max is None else sigma_max * (1 + 1e-5))
@@ -330,12 +376,12 @@ def start_on_constraint_set(U: Tensor, S: Tensor, V: Tensor, tau: float, band: s
 
 
 def _check_options(group: dict) -> None:
-    for name in ("lr", "momentum", "weight_decay"):
+    for name in _NUMBERS:
         value = group[name]
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"CondLRSGD: {name} as a tensor must have one element, got shape {list(value.shape)}")
-        if not float(value) >= 0:
-            raise ValueError(f"CondLRSGD: {name} must be >= 0, got {value}")
+        if not math.isfinite(value) or (float(value) < 0 and name != "dampening"):
+            raise ValueError(f"CondLRSGD: {name} must be finite and >= 0, got {value}")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         got = f"momentum {group['momentum']}, dampening {group['dampening']}"
         raise ValueError(f"CondLRSGD: nesterov needs momentum > 0 and dampening 0, got {got}")

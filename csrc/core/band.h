@@ -21,14 +21,15 @@ inline double optimal_lower_edge(const double* sigma, int64_t k, double c, Scrat
   int64_t low = 0, high = k;  // how many σ lie below a, how many above c a
   double low_sum = 0;
   for (;;) {
-    const double next_low = low < k ? sigma[k - 1 - low] : __builtin_inf();
-    const double next_high = high > 0 ? sigma[high - 1] / c : __builtin_inf();
+    const double next_low = sigma[k - 1 - low];
+    const double next_high = sigma[high - 1] / c;
     const double a = next_low < next_high ? next_low : next_high;
     // both sides over c, which keeps c² out
     const double weight = static_cast<double>(low) / c + c * static_cast<double>(high);
     const double target = low_sum / c + high_sum[high];
-    // the left side has reached the right one at this breakpoint (or no σ is above c a any more)
-    if (a * weight >= target && weight > 0) return target / weight;
+    // the left side reaches the right one at this breakpoint, at the latest where no σ is above c a any more
+    const bool last = high == 1 && next_high <= next_low;
+    if (last || a * weight >= target) return target / weight;
     if (next_low < next_high) {
       low_sum += next_low;
       ++low;

@@ -51,10 +51,20 @@ bool finite_result(const Update<T>& u, int64_t size, const Hyper& h) {
   return all_finite(u.new_param, size) && (h.momentum == 0 || all_finite(u.new_buffer, size));
 }
 
-// inverse [r, r] = (C Cᵀ)⁻¹, for tau = inf (C Cᵀ + δ² I)⁻¹ with δ = 1e-6 sigma_1. Returns false for a
-// singular C.
+// G⁻¹, or false where G is singular to rounding: then Cholesky breaks down or ‖G‖_F ‖G⁻¹‖_F comes out above
+// 1e15 √r, while single pivots may look healthy. With kappa(G) = 1e12 it stays below 1e12 (1 + r / 2).
+inline bool invert_regular(double* G, int64_t r, double* inverse, Workspace& workspace) {
+  const double norm = __builtin_sqrt(dot(G, G, r * r));
+  if (!invert_positive(G, r, inverse, workspace)) return false;
+  const double inverse_norm = __builtin_sqrt(dot(inverse, inverse, r * r));
+  return norm * inverse_norm <= 1e14 * __builtin_sqrt(static_cast<double>(r));
+}
+
+// inverse [r, r] = (C Cᵀ)⁻¹, for tau = inf (C Cᵀ + δ² I)⁻¹ with δ = 1e-6 sigma_1. A singular C, which a
+// clipped one never is, counts as what it is on the constraint set. Returns false for an all-zero C or one with
+// non-finite entries.
 template <class T>
-bool gram_inverse(View<T> C, int64_t r, double tau, T* inverse, Workspace& workspace) {
+bool gram_inverse(View<T> C, int64_t r, const Hyper& constraint, T* inverse, Workspace& workspace) {
   Scratch scratch(workspace);
   double* core = scratch.take<double>(r * r);
   double* gram = scratch.take<double>(r * r);
@@ -65,21 +75,28 @@ bool gram_inverse(View<T> C, int64_t r, double tau, T* inverse, Workspace& works
   if (!all_finite(core, r * r)) return false;
   const View<double> c = row_major<double>(core, r);
   gemm<double>(r, r, r, 1, c, c.transpose(), nullptr, gram, workspace);
-  if (tau == __builtin_inf()) {
+  if (constraint.tau == __builtin_inf()) {
     Svd svd = take_svd(r, r, scratch);
     if (!svd_columns(core, r, r, svd, workspace)) return false;
     const double delta = 1e-6 * svd.sigma[0] * svd.scaling.up;
     for (int64_t i = 0; i < r; ++i) gram[i * r + i] += delta * delta;
+    if (!invert_positive(gram, r, result, workspace)) return false;
+  } else if (!invert_regular(gram, r, result, workspace)) {
+    const int info = clip_spectrum(core, r, r, constraint.tau, static_cast<int>(constraint.band),
+                                   constraint.sigma_max, core, workspace);
+    if (info != kOk) return false;
+    gemm<double>(r, r, r, 1, c, c.transpose(), nullptr, gram, workspace);
+    if (!invert_positive(gram, r, result, workspace)) return false;
   }
-  if (!invert_positive(gram, r, result, workspace)) return false;
   for (int64_t i = 0; i < r * r; ++i) inverse[i] = static_cast<T>(result[i]);
   return true;
 }
 
-// X [m, r] is U (core = S) or V (core = Sᵀ): X <- qf(X - lr (I - X Xᵀ) d (core coreᵀ)⁻¹).
+// X [m, r] is U (core = S) or V (core = Sᵀ): X <- qf(X - lr (I - X Xᵀ) d (core coreᵀ)⁻¹). constraint is the
+// row of S.
 template <class T>
-bool step_factor(const Update<T>& u, int64_t m, int64_t r, const T* S, bool transposed, double tau,
-                 const Hyper& h, Workspace& workspace) {
+bool step_factor(const Update<T>& u, int64_t m, int64_t r, const T* S, bool transposed,
+                 const Hyper& constraint, const Hyper& h, Workspace& workspace) {
   Scratch scratch(workspace);
   T* d = scratch.take<T>(m * r);
   T* trial = scratch.take<T>(m * r);
@@ -87,7 +104,7 @@ bool step_factor(const Update<T>& u, int64_t m, int64_t r, const T* S, bool tran
   T* inverse = scratch.take<T>(r * r);
   if (!sgd_direction(u, m * r, h, /*decay=*/false, d)) return false;
   const View<T> core = row_major(S, r), X = row_major(u.param, r);
-  if (!gram_inverse(transposed ? core.transpose() : core, r, tau, inverse, workspace)) return false;
+  if (!gram_inverse(transposed ? core.transpose() : core, r, constraint, inverse, workspace)) return false;
   gemm<T>(r, r, m, 1, X.transpose(), row_major<T>(d, r), nullptr, overlap, workspace);
   gemm<T>(m, r, r, -1, X, row_major<T>(overlap, r), d, d, workspace);
   gemm<T>(m, r, r, static_cast<T>(-h.lr), row_major<T>(d, r), row_major<T>(inverse, r), u.param, trial,

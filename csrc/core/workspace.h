@@ -8,13 +8,17 @@ namespace condlr {
 // Defined out of line in workspace.cpp, so that no code of it is compiled for a particular instruction set.
 class Workspace {
  public:
-  struct Block;
+  struct Block {
+    std::size_t size;
+    std::size_t used;
+    Block* next;
+  };
   struct Mark {
     Block* block;
     std::size_t used;
   };
 
-  Workspace();
+  Workspace() = default;
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
@@ -25,8 +29,8 @@ class Workspace {
   void release(Mark mark);
 
  private:
-  Block* first_;
-  Block* current_;
+  Block head_{0, 0, nullptr};  // holds nothing: memory is asked for with the first take()
+  Block* current_ = &head_;
 };
 
 }  // namespace condlr
