@@ -68,8 +68,12 @@ class CMakeBuild(build_ext):
         return os.path.join(*package, "_C.so") if name == "_C" else super().get_ext_filename(fullname)
 
     def build_extensions(self) -> None:
-        import pybind11
         import torch
+
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit("setup.py: pybind11 not found: pip install 'pybind11>=3.0'") from None
 
         build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         output = build / "lib"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).resolve().parent
 
 
 def _load_ops() -> str | None:
-    path = next((p for p in map(_HERE.joinpath, ("_C.so", "_C.dylib", "_C.pyd")) if p.exists()), None)
-    if path is None:
+    path = _HERE / "_C.so"
+    if not path.exists():
         return f"no compiled op library _C in {_HERE}"
     try:
         torch.ops.load_library(str(path))
@@ -39,7 +39,7 @@ class Compiled:
 
     @property
     def ops_path(self) -> str | None:
-        return None if self.ops_reason else next(p for p in torch.ops.loaded_libraries if Path(p).parent == _HERE)
+        return None if self.ops_reason else str(_HERE / "_C.so")
 
 
 def load() -> Compiled:

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .errors import NonFiniteError
-from .nn import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer, LowRankLinear, resolve_rank
+from .nn import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer, LowRankLinear
+from .nn.layer import resolve_rank
 
 __all__ = ["FactorizeReport", "condition_numbers", "factorize", "to_dense"]
 

@@ -7,10 +7,10 @@ import platform
 import torch
 
 from . import ops
+from .reference import HYPER, ROLES
 
 _SOFTWARE = (
     "condlr_ext",
-    "torch",
     "triton",
     "numpy",
     "scikit-learn",
@@ -80,7 +80,7 @@ def _sample(name: str, device: str) -> tuple:
     U, S, V, bias = (torch.empty(shape, device=device) for shape in ((8, 4), (4, 4), (8, 4), (8,)))
     if name == "step":
         layer = [U, S, V, bias]
-        hyper = torch.empty(1, 4, 10, dtype=torch.float64)
+        hyper = torch.empty(1, len(ROLES), len(HYPER), dtype=torch.float64)
         return layer, layer, layer, hyper, torch.empty(1, dtype=torch.int64, device=device)
     if name.startswith("low_rank"):
         return (torch.empty(2, 8, device=device), U, S, V, bias)

@@ -78,6 +78,15 @@ def test_a_library_that_does_not_load_is_a_reason_not_a_crash(tmp_path):
     assert "_C.so does not load" in done.stdout
 
 
+@NO_BUILD
+def test_info_through_a_symlink(tmp_path):
+    (tmp_path / "condlr_ext").symlink_to(PACKAGE)
+    command = [sys.executable, "-m", "condlr_ext", "info", "--json"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["_C"] == str(PACKAGE / "_C.so")
+
+
 def test_unknown_build_switch_is_refused():
     env = os.environ | {"CONDLR_EXT_BUILD": "maybe"}
     setup = PACKAGE.parent / "setup.py"

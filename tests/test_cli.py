@@ -104,6 +104,8 @@ def test_threads_are_chosen_for_the_command_and_given_back(monkeypatch, capsys):
         (["train", "--data", "absent.npz"], "there is no file absent.npz"),
         (["train", "--data", __file__ + ".npz"], "there is no file"),
         (["train", "--eps", "-1"], "eps must be finite numbers >= 0"),
+        (["train", "--run", "vanilla:rank=9999"], "rank must be in 1..min(m, n) = 64"),
+        (["train", "--backend", "triton"], "backend 'triton' cannot serve"),
         (["evaluate", "absent.safetensors"], "cannot read absent.safetensors"),
         (["inspect", __file__], "cannot read"),
     ],

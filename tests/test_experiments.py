@@ -148,7 +148,7 @@ def test_the_default_is_the_demo():
         "condlr:tau=0.1,rank=0.2",
     ]
     assert (config.epochs, config.batch_size, config.lr, config.momentum) == (60, 32, 0.2, 0.3)
-    assert config.out == Path("runs/digits") and TrainConfig(data="a/b.npz").out == Path("runs/b")
+    assert config.out == Path("runs/digits") and TrainConfig(data="a/b.npz").out == Path("runs/b.npz")
 
 
 # ----------------------------------------------------------------------------------------------------- data
@@ -187,7 +187,7 @@ def arrays(**change):
         (arrays(y=np.arange(20) % 2 + 1), r"labels must be 0..C-1 .* got \[1, 2\]"),
         (arrays(y=np.zeros(20, int)), "C >= 2"),
         (arrays(y=(np.arange(20) == 3).astype(int)), "2 samples of every class .* got 1 of class 1"),
-        (arrays(x=np.array([[{}]] * 20, dtype=object)), "allow_pickle"),
+        (arrays(x=np.array([[{}]] * 20, dtype=object)), "x must be an array of numbers, not of objects"),
     ],
 )
 def test_unusable_arrays(tmp_path, content, message):
@@ -439,7 +439,14 @@ def test_bad_rank_fails_before_training(tmp_path):
     path = write_npz(tmp_path / "small.npz")
     with pytest.raises(RankError, match="fc1"):
         train(TrainConfig(data=str(path), runs=("dense", "condlr:tau=0.1,rank=40"), out=tmp_path / "out"))
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unusable_folder_is_found_out_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/self")):
+        with pytest.raises(ValueError, match=f"must be one that can be written, got {out}"):
+            train(TrainConfig(runs=("dense",), epochs=10**6, out=out))
 
 
 def test_own_data_with_two_classes(tmp_path):

@@ -310,7 +310,11 @@ def test_parameters_without_gradients_and_clipping():
 
 
 def test_meta_model_can_have_an_optimizer():
-    CondLRSGD(nn.Sequential(LowRankLinear(5, 4, rank=2, device="meta")), 0.1, tau=0.1)
+    optimizer = CondLRSGD(nn.Sequential(LowRankLinear(5, 4, rank=2, device="meta")), 0.1, tau=0.1)
+    assert (
+        optimizer.param_groups[0]["roles"] == ["U", "S", "V", "other"]
+        and optimizer.param_groups[0]["params"][0].is_meta
+    )
 
 
 def test_two_models_need_different_names():

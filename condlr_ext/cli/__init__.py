@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 
 import torch
@@ -28,6 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         backend = condlr_ext.backend(arguments.backend) if arguments.backend else contextlib.nullcontext()
         with backend, _threads(getattr(arguments, "threads", None)):
             arguments.command(arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, head for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, NotImplementedError, ArithmeticError) as error:
         print(f"condlr: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -86,10 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     train.add_argument("--epochs", type=int, metavar="N", help="default 60")
     train.add_argument("--batch-size", type=int, metavar="N", help="default 32")
-    train.add_argument("--lr", type=float, help="default 0.2; dropped by 0.3 at 58 %% and 83 %% of the epochs")
+    train.add_argument("--lr", type=float, help="default 0.2; multiplied by 0.3 at 58 %% and 83 %% of the epochs")
     train.add_argument("--momentum", type=float, help="default 0.3")
     train.add_argument("--seed", type=int, metavar="N", help="of split, weights, batch order and attacks; default 0")
-    train.add_argument("--eps", type=float, nargs="+", help="attack budgets in pixels; default 0.05 0.1 0.2")
+    train.add_argument(
+        "--eps", type=float, nargs="+", help="attack budgets, in the units of x in [0, 1]; default 0.05 0.1 0.2"
+    )
     train.add_argument("--attack-steps", type=int, metavar="N", help="of PGD; default 30")
     train.add_argument("--out", metavar="DIR", help="folder of the results; default runs/<data>")
 

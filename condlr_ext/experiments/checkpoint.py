@@ -85,7 +85,10 @@ def evaluate_checkpoint(path: Path, *, data: str | None = None, eps=None, attack
     if attack_steps is not None:
         attack["steps"] = attack_steps
     data = data or metadata["data"]
-    split = load(data, metadata["seed"])
+    try:
+        split = load(data, metadata["seed"])
+    except ValueError as error:
+        raise ValueError(f"{error} (the data of {path}; another is given with --data)") from None
     expected = (_features(model.state_dict()), model.head.out_features)
     if (split.x_test.shape[1], split.classes) != expected:
         raise ValueError(

@@ -123,7 +123,7 @@ class TrainConfig:
     Attributes:
         data: "digits" or the path of a .npz file with arrays x [N, ...] in [0, 1] and integer y [N].
         runs: specifications, as RunSpec or text.
-        epochs, batch_size, lr, momentum: SGD; lr drops by 0.3 at 58 % and at 83 % of the epochs.
+        epochs, batch_size, lr, momentum: SGD; lr is multiplied by 0.3 at 58 % and at 83 % of the epochs.
         seed: of the split, the initial weights, the batch order and the attacks.
         eps: l-infinity budgets of the attacks.
         attack_steps: of PGD.
@@ -145,7 +145,7 @@ class TrainConfig:
         runs = tuple(RunSpec.parse(run) if isinstance(run, str) else run for run in self.runs)
         object.__setattr__(self, "runs", runs)
         object.__setattr__(self, "eps", tuple(float(e) for e in self.eps))
-        object.__setattr__(self, "out", Path(self.out or Path("runs") / Path(self.data).stem))
+        object.__setattr__(self, "out", Path(self.out or Path("runs") / Path(self.data).name))
         names = [str(run) for run in runs]
         if not runs or len(set(names)) < len(names):
             raise ValueError(f"train: runs must be different and at least one, got {', '.join(names) or 'none'}")

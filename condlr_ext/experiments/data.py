@@ -1,5 +1,6 @@
 """Data sets: scikit-learn's digits and a user's own .npz file, split the same way for the same seed."""
 
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -53,16 +54,25 @@ def load(name: str, seed: int) -> Split:
 def _read(path: Path):
     if not path.is_file():
         raise ValueError(f"data: there is no file {path}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"data: cannot use {path}: it is no .npz file, or a damaged one")
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = {"x", "y"} - set(archive.files)
             if missing:
                 raise ValueError(f"it needs arrays x and y, it holds {', '.join(archive.files) or 'none'}")
-            x, y = archive["x"], archive["y"]
+            x, y = (_member(archive, name) for name in ("x", "y"))
         _check(x, y)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"data: cannot use {path}: {error}") from None
     return x, y
+
+
+def _member(archive, name: str) -> np.ndarray:
+    try:
+        return archive[name]
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array of numbers, not of objects, and undamaged") from error
 
 
 def _check(x: np.ndarray, y: np.ndarray) -> None:
@@ -73,11 +83,11 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
     if not np.isfinite(x).all():
         raise ValueError("x holds NaN or Inf")
     if x.min() < 0 or x.max() > 1:
-        raise ValueError(f"x must lie in [0, 1], got [{x.min()}, {x.max()}]; bytes are divided by 255")
+        raise ValueError(f"x must lie in [0, 1], got [{x.min()}, {x.max()}]; divide bytes by 255 first")
     labels, counts = np.unique(y, return_counts=True)
     if len(labels) < 2 or labels[0] != 0 or labels[-1] != len(labels) - 1:
         raise ValueError(f"labels must be 0..C-1 with C >= 2 and none left out, got {labels[:20].tolist()}")
-    tests = -(-len(y) * 3 // 10)
+    tests = math.ceil(len(y) * TEST_SHARE)
     if counts.min() < 2 or tests < len(labels):
         raise ValueError(
             "a stratified split needs 2 samples of every class and at least as many test samples as classes, "

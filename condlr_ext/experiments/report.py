@@ -91,8 +91,9 @@ def figure(results: dict) -> bytes:
             # kappa = 1 to the last bit has no logarithm; nothing below float32 rounding means anything
             excess = [max(k - 1, 1e-8) if k is not None else float("nan") for k in kappa]
             kappa_axes.plot(excess, color=style["color"], ls=line, lw=style["lw"] / 1.5)
-    for axes, title in zip(accuracy, ("FGSM", "Worst of PGD-CE and PGD-DLR"), strict=True):
-        axes.set(xlabel="ℓ∞ budget (pixels in [0, 1])", ylabel="test accuracy (%)", ylim=(0, 101), title=title)
+    pgd = "PGD-CE" if results["data"]["classes"] < 3 else "Worst of PGD-CE and PGD-DLR"
+    for axes, title in zip(accuracy, ("FGSM", pgd), strict=True):
+        axes.set(xlabel="ℓ∞ budget (inputs in [0, 1])", ylabel="test accuracy (%)", ylim=(0, 101), title=title)
     kappa_axes.set(xlabel="step", ylabel="κ − 1 (log scale)", yscale="log")
     kappa_axes.set_title("Condition number of each layer (grey: the bound)")
     for tau in sorted({run["tau"] for run in results["runs"] if run["tau"]}):

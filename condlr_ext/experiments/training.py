@@ -23,6 +23,7 @@ from .checkpoint import save_checkpoint
 from .config import RunSpec, TrainConfig
 from .data import Split, load
 from .extras import require
+from .files import make_folder
 from .models import compress, mlp, weight_count
 from .monitor import Monitor
 
@@ -52,12 +53,12 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
     for module in ("safetensors", "matplotlib", "rich"):  # before an hour of training, not after
         require(module)
     split = load(config.data, config.seed)
-    config.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         initial = mlp(split.x_train.shape[1], split.classes)
     prepared = [_prepare(spec, initial) for spec in config.runs]  # a rank that does not fit fails here
+    make_folder(config.out)
     records = []
     interval = 0.1 if sys.stderr.isatty() else 10  # seconds: a log file gets few lines
     total = len(config.runs) * config.epochs

@@ -1,7 +1,7 @@
 """Low-rank layers: torch's linear and convolution modules with weight W = U S Vᵀ."""
 
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from .layer import LowRankLayer, is_factor, resolve_rank
+from .layer import LowRankLayer
 from .linear import LowRankLinear
 
 __all__ = [
@@ -10,6 +10,4 @@ __all__ = [
     "LowRankConv3d",
     "LowRankLayer",
     "LowRankLinear",
-    "is_factor",
-    "resolve_rank",
 ]

@@ -79,7 +79,7 @@ def _cpu(A: Tensor, *_) -> list[str]:
     return reasons
 
 
-# LAPACK is faster from here on: bench/cpu.py, bench/results
+# LAPACK is faster above (about even at the limit, depending on batch and threads): bench/cpu.py, bench/results
 def _svd_slower(A: Tensor, *_) -> bool:
     return min(A.shape[-2:]) > 32
 

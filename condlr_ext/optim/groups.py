@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..nn import LowRankLayer, is_factor
-
-ROLES = ("U", "S", "V", "bias")  # the order in which the step op takes a layer's parameters
+from ..nn.layer import LowRankLayer, is_factor
+from ..reference import ROLES
 
 
 def param_groups(model: nn.Module, *, factors=None, cores=None, other=None) -> list[dict]:

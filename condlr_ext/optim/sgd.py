@@ -9,7 +9,8 @@ from torch.optim.sgd import sgd
 
 from .. import linalg, ops, reference
 from ..errors import BackendError, NonFiniteError
-from .groups import ROLES, assign_roles, link_layers, module_group
+from ..reference import BANDS, HYPER, ROLES
+from .groups import assign_roles, link_layers, module_group
 
 _ORTHONORMAL = 1e-4  # factors that are off by more are replaced by their Q at the start
 
@@ -250,34 +251,24 @@ class CondLRSGD(Optimizer):
             counts[index] += skipped
 
     def _table(self, layers, fresh: list[bool]) -> Tensor:
-        """The step op's hyper-parameters [L, 4, 10] (reference.HYPER), built again only when something changed."""
+        """The step op's hyper-parameters [L, 4, 10] (HYPER), built again only when something changed."""
         options = [tuple(float(g[k]) if k in _NUMBERS else g[k] for k in _OPTIONS) for g in self.param_groups]
         key = (options, fresh, [layer.name for layer in layers])
         if key != self._table_key:
-            rows = []
+            values = []
             for g, group in enumerate(self.param_groups):
                 _check_options(group)
-                lr, momentum, dampening, decay, nesterov, maximize, tau, band, sigma_max = options[g]
-                sigma_max = math.inf if sigma_max is None else sigma_max
-                rows.append(
-                    (
-                        lr,
-                        momentum,
-                        dampening,
-                        decay,
-                        nesterov,
-                        maximize,
-                        0,
-                        tau,
-                        reference.BANDS.index(band),
-                        sigma_max,
-                    )
-                )
-            at = reference.HYPER.index("fresh")
+                value = dict(zip(_OPTIONS, options[g], strict=True))
+                value["band"] = BANDS.index(value["band"])
+                value["sigma_max"] = math.inf if value["sigma_max"] is None else value["sigma_max"]
+                values.append(value)
             places = [place or layer.places[1] for layer in layers for place in layer.places]
-            values = [(*rows[g][:at], new, *rows[g][at + 1 :]) for (g, _), new in zip(places, fresh, strict=True)]
+            rows = [
+                [(values[g] | {"fresh": new})[name] for name in HYPER]
+                for (g, _), new in zip(places, fresh, strict=True)
+            ]
             self._table_key = key
-            self._table_value = torch.tensor(values, dtype=torch.float64).reshape(len(layers), 4, len(reference.HYPER))
+            self._table_value = torch.tensor(rows, dtype=torch.float64).reshape(len(layers), len(ROLES), len(HYPER))
         return self._table_value
 
     def _step_others(self) -> None:

@@ -33,7 +33,7 @@ def audit(wheel: Path, folder: Path) -> None:
         assert "libpython" not in dynamic and "libcud" not in dynamic, f"{library.name} links Python or CUDA"
     undefined = run("nm", "-D", "--undefined-only", str(libraries[0]))
     assert " Py" not in undefined, "_C uses Python symbols"
-    run(sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "torch-abi-audit")
+    run(sys.executable, *_INSTALL, "torch-abi-audit")
     auditor = Path(sys.executable).parent / "torch-abi-audit"
     report = run(str(auditor), "--json", "--check", "torch", str(libraries[0]))
     floor = find(json.loads(report), "min_torch")
@@ -71,17 +71,7 @@ def main(wheel: Path) -> None:
             "CC": "/bin/false",
             "CXX": "/bin/false",
         }
-        run(
-            python,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--disable-pip-version-check",
-            torch,
-            str(wheel),
-            env=no_compiler,
-        )
+        run(python, *_INSTALL, torch, str(wheel), env=no_compiler)
         work = folder / "elsewhere"
         work.mkdir()
         print(run(str(folder / "env" / "bin" / "condlr"), "info", cwd=work, env=no_compiler))
