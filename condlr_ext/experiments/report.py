@@ -94,7 +94,8 @@ def figure(results: dict) -> bytes:
     pgd = "PGD-CE" if results["data"]["classes"] < 3 else "Worst of PGD-CE and PGD-DLR"
     for axes, title in zip(accuracy, ("FGSM", pgd), strict=True):
         axes.set(xlabel="ℓ∞ budget (inputs in [0, 1])", ylabel="test accuracy (%)", ylim=(0, 101), title=title)
-    kappa_axes.set(xlabel="step", ylabel="κ − 1 (log scale)", yscale="log")
+    # a diverging run leaves by the top
+    kappa_axes.set(xlabel="step", ylabel="κ − 1 (log scale)", yscale="log", ylim=(5e-9, 1e3))
     kappa_axes.set_title("Condition number of each layer (grey: the bound)")
     for tau in sorted({run["tau"] for run in results["runs"] if run["tau"]}):
         kappa_axes.axhline(tau, color="0.5", lw=0.8, ls=(0, (6, 3)))
