@@ -209,6 +209,7 @@ def test_auto_leaves_to_lapack_what_lapack_does_faster():
     """Sizes on both sides of the measured crossings; a named backend is not affected."""
     for op in (ops.linalg.svd, ops.linalg.polar):
         assert op.choose(torch.eye(32)) == "cpu" and op.choose(torch.eye(33)) == "reference"
+        assert op.choose(torch.ones(2, 16, 16)) == "cpu" and op.choose(torch.ones(2, 17, 17)) == "reference"
     assert ops.linalg.qr.choose(torch.eye(100)) == "cpu"
     assert ops.linalg.qr.choose(torch.ones(4608, 103)) == "reference"
     with condlr_ext.backend("cpu"):

@@ -79,9 +79,9 @@ def _cpu(A: Tensor, *_) -> list[str]:
     return reasons
 
 
-# LAPACK is faster above (about even at the limit, depending on batch and threads): bench/cpu.py, bench/results
+# LAPACK was measured to be faster above; batches on one thread cross over earlier than a single matrix does
 def _svd_slower(A: Tensor, *_) -> bool:
-    return min(A.shape[-2:]) > 32
+    return min(A.shape[-2:]) > (32 if A.dim() == 2 else 16)
 
 
 def _qr_slower(A: Tensor) -> bool:
