@@ -159,8 +159,8 @@ py::tuple step_layer_as(const std::vector<py::array>& params, const std::vector<
   }
   NetworkStep network({layer}, kernels);
   Workspace workspace;
-  for (int64_t task = 0; task < network.tasks(); ++task) network.run(task, workspace);
-  for (int64_t task = 0; task < network.tasks(); ++task) network.commit(task);
+  for (int64_t task = 0; task < network.tasks(); ++task) network.prepare(task, workspace);
+  for (int64_t task = 0; task < network.tasks(); ++task) network.apply(task, workspace);
   return py::make_tuple(param, buffer, network.failed(0));
 }
 

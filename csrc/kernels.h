@@ -3,14 +3,14 @@
 
 #include <cstdint>
 
-#include "core/hyper.h"
 #include "core/info.h"
+#include "core/update.h"
 #include "core/workspace.h"
 
 namespace condlr {
 
-// Matrices are row-major and contiguous. The linear algebra returns an Info; a step returns false where the
-// layer must be skipped (non-finite gradient or result, all-zero core, no convergence).
+// Matrices are row-major and contiguous. The linear algebra returns an Info; the first part of a step returns
+// false where the layer must be skipped (non-finite gradient or result, all-zero core, no convergence).
 template <class T>
 struct Kernels {
   int (*svd)(const T* A, int64_t m, int64_t n, T* U, T* sigma, T* V, Workspace&);
@@ -18,9 +18,8 @@ struct Kernels {
   int (*polar)(const T* A, int64_t m, int64_t n, T* Q, Workspace&);
   int (*clip_spectrum)(const T* A, int64_t m, int64_t n, double tau, int band, double sigma_max, T* out,
                        Workspace&);
-  // role, param, grad, buffer, new_param, new_buffer; rows of param and rank; S for U and V; hyper by Role
-  bool (*step)(Role role, const T* param, const T* grad, const T* buffer, T* new_param, T* new_buffer,
-               int64_t rows, int64_t rank, const T* S, const Hyper* hyper, Workspace&);
+  bool (*prepare)(Update&, Workspace&);
+  void (*apply)(const Update&, Workspace&);
 };
 
 struct KernelSet {

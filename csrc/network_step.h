@@ -1,4 +1,4 @@
-// One step of many layers: independent tasks that write to scratch, and a commit of whole layers only.
+// One step of many layers: tasks that may fail and write nothing, then tasks that write the layers without failure.
 #pragma once
 
 #include <atomic>
@@ -25,31 +25,24 @@ class NetworkStep {
   NetworkStep(std::vector<Layer> layers, const KernelSet& kernels);
 
   int64_t tasks() const { return static_cast<int64_t>(tasks_.size()); }
-  // One role of one layer; the most expensive tasks come first. Different tasks may run at once.
-  void run(int64_t task, Workspace& workspace);
-  // After all tasks have run: writes a task's result, unless its layer failed. Different tasks may commit at
-  // the same time.
-  void commit(int64_t task) const;
+  // One role of one layer; the most expensive tasks come first. Different tasks may run at once. What a task keeps
+  // lies in its workspace and is needed until the end.
+  void prepare(int64_t task, Workspace& workspace);
+  // After all tasks have been prepared: writes a task's result, unless its layer failed.
+  void apply(int64_t task, Workspace& workspace) const;
   bool failed(int64_t layer) const { return failed_[static_cast<std::size_t>(layer)]; }
 
  private:
   struct Task {
     std::size_t layer;
-    Role role;
     double cost;
-    std::size_t bytes;
-    void* new_param;
-    void* new_buffer;  // null without momentum
+    Update update;
   };
-
-  template <class T>
-  bool run_as(const Task& task, Workspace& workspace) const;
 
   std::vector<Layer> layers_;
   const KernelSet& kernels_;
   std::vector<Task> tasks_;
   std::unique_ptr<std::atomic<bool>[]> failed_;  // by layer
-  Workspace results_;  // one block
 };
 
 }  // namespace condlr

@@ -44,16 +44,16 @@ bool is_float(const Tensor& t) {
 // Calls work(task, workspace) for every task; each thread takes the next one, with a workspace of its own.
 // An exception stops the others at their next task and leaves with its text, which parallel_for would drop.
 template <class Work>
-void for_each_task(const char* op, int64_t tasks, const Work& work) {
+void for_each_task(const char* op, int64_t tasks, Workspaces& workspaces, const Work& work) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
   std::exception_ptr error;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     try {
-      Workspace workspace;
+      const Workspaces::Lease lease(workspaces);
       for (int64_t worker = begin; worker < end; ++worker) {
-        for (int64_t task; (task = next.fetch_add(1)) < tasks;) work(task, workspace);
+        for (int64_t task; (task = next.fetch_add(1)) < tasks;) work(task, lease.workspace());
       }
     } catch (...) {
       next = tasks;
@@ -108,7 +108,8 @@ Tensor run_batch(const Batch& batch, const Work& work) {
   const Tensor info = batch.empty_info();
   int32_t* result = info.mutable_data_ptr<int32_t>();
   const bool is_double = batch.A.scalar_type() == ScalarType::Double;
-  for_each_task(batch.op, batch.count, [&](int64_t i, Workspace& workspace) {
+  Workspaces workspaces;
+  for_each_task(batch.op, batch.count, workspaces, [&](int64_t i, Workspace& workspace) {
     result[i] =
         is_double ? work(kernels.f64, double{}, i, workspace) : work(kernels.f32, float{}, i, workspace);
   });
@@ -251,9 +252,11 @@ void step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
     list.push_back(make_layer(params, grads, buffers, rows + kRoles * l, l));
 
   NetworkStep network(std::move(list), *default_isa().kernels);
-  for_each_task("step", network.tasks(),
-                [&](int64_t task, Workspace& workspace) { network.run(task, workspace); });
-  for_each_task("step", network.tasks(), [&](int64_t task, Workspace&) { network.commit(task); });
+  Workspaces workspaces;
+  for_each_task("step", network.tasks(), workspaces,
+                [&](int64_t task, Workspace& workspace) { network.prepare(task, workspace); });
+  for_each_task("step", network.tasks(), workspaces,
+                [&](int64_t task, Workspace& workspace) { network.apply(task, workspace); });
   int64_t* counter = skipped.mutable_data_ptr<int64_t>();
   for (int64_t l = 0; l < layers; ++l) counter[l] += network.failed(l) ? 1 : 0;
 }

@@ -1,7 +1,8 @@
-// The block list behind Workspace.
+// The block list behind Workspace, and the pool of the process.
 #include "core/workspace.h"
 
 #include <algorithm>
+#include <mutex>
 #include <new>
 
 namespace condlr {
@@ -43,6 +44,41 @@ Workspace::Mark Workspace::mark() const { return {current_, current_->used}; }
 void Workspace::release(Mark mark) {
   current_ = mark.block;
   current_->used = mark.used;
+}
+
+namespace {
+std::mutex& lock() {
+  static std::mutex* mutex = new std::mutex;  // never destroyed: threads may outlive static objects
+  return *mutex;
+}
+Workspace* pool = nullptr;
+}  // namespace
+
+Workspaces::Lease::Lease(Workspaces& from) : from_(from), workspace_(nullptr) {
+  const std::lock_guard<std::mutex> guard(lock());
+  for (Workspace** list : {&from.idle_, &pool}) {
+    if (workspace_ == nullptr && *list != nullptr) {
+      workspace_ = *list;
+      *list = workspace_->next_;
+    }
+  }
+  if (workspace_ == nullptr) workspace_ = new Workspace;
+}
+
+Workspaces::Lease::~Lease() {
+  const std::lock_guard<std::mutex> guard(lock());
+  workspace_->next_ = from_.idle_;
+  from_.idle_ = workspace_;
+}
+
+Workspaces::~Workspaces() {
+  const std::lock_guard<std::mutex> guard(lock());
+  while (Workspace* first = idle_) {
+    idle_ = first->next_;
+    first->release({&first->head_, 0});
+    first->next_ = pool;
+    pool = first;
+  }
 }
 
 }  // namespace condlr

@@ -1,4 +1,4 @@
-// Cholesky factor, triangular inverse and inverse of a small symmetric matrix, in double.
+// Cholesky factors of small symmetric matrices, by halves with products, and what is made of their inverse.
 #pragma once
 
 #include "gemm.h"
@@ -6,39 +6,89 @@
 namespace condlr {
 namespace CONDLR_ISA {
 
-// G [n, n] row-major = L Lᵀ; only the lower half of G is read, L is written there. Returns false where G is
-// not positive definite to rounding (NaN included).
-inline bool cholesky(double* G, int64_t n) {
-  const double rounding = 2.3e-16 * static_cast<double>(n);
+template <class T>
+constexpr T kEps = sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52);
+
+// For n <= N: X = L⁻¹ with G = L Lᵀ. `floor` holds the least pivot of each row that counts as positive.
+template <class T, int N>
+bool inverse_cholesky_leaf(const T* G, int64_t ldg, int64_t n, const T* floor, T* X, int64_t ldx) {
+  T L[N][N] = {};  // by columns: row k of this array is column k of L
+  T inverse[N][N] = {};
   for (int64_t i = 0; i < n; ++i) {
-    double* row = G + i * n;
-    for (int64_t j = 0; j < i; ++j) row[j] = (row[j] - dot(row, G + j * n, j)) / G[j * n + j];
-    const double pivot = row[i] - dot(row, row, i);
-    if (!(pivot > rounding * row[i]) || !(pivot < __builtin_inf())) return false;
-    row[i] = __builtin_sqrt(pivot);
+    for (int64_t j = 0; j <= i; ++j) L[j][i] = G[i * ldg + j];
+  }
+  for (int64_t k = 0; k < n; ++k) {
+    const T pivot = L[k][k];
+    if (!(pivot > floor[k]) || !(pivot < static_cast<T>(__builtin_inf()))) return false;
+    const T scale = 1 / __builtin_sqrt(pivot);
+    for (int i = 0; i < N; ++i) L[k][i] *= scale;
+    for (int64_t j = k + 1; j < n; ++j) {
+      const T factor = L[k][j];
+      for (int i = 0; i < N; ++i) L[j][i] -= factor * L[k][i];
+    }
+    // row k of the inverse: (e_k - Σ_{j<k} L_kj X_j) / L_kk
+    for (int64_t j = 0; j < k; ++j) {
+      const T factor = L[j][k];
+      for (int i = 0; i < N; ++i) inverse[k][i] -= factor * inverse[j][i];
+    }
+    inverse[k][k] = 1;
+    for (int i = 0; i < N; ++i) inverse[k][i] *= scale;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = 0; j < n; ++j) X[i * ldx + j] = j <= i ? inverse[i][j] : T(0);
   }
   return true;
 }
 
-// X = L⁻¹, lower triangular, zeros above.
-inline void invert_lower(const double* L, int64_t n, double* X) {
-  fill(X, n * n, 0.0);
+template <class T>
+bool inverse_cholesky_blocks(T* G, int64_t ldg, int64_t n, const T* floor, T* X, int64_t ldx,
+                             Workspace& workspace) {
+  if (n <= 16) return inverse_cholesky_leaf<T, 16>(G, ldg, n, floor, X, ldx);
+  if (n <= 32) return inverse_cholesky_leaf<T, 32>(G, ldg, n, floor, X, ldx);
+  // G = [G11 .; G21 G22]: L21 = G21 L11⁻ᵀ, L22 L22ᵀ = G22 - L21 L21ᵀ, X21 = -X22 L21 X11
+  const int64_t a = (n / 2 + 15) / 16 * 16, b = n - a;
+  T *G21 = G + a * ldg, *G22 = G21 + a, *X21 = X + a * ldx, *X22 = X21 + a;
+  if (!inverse_cholesky_blocks(G, ldg, a, floor, X, ldx, workspace)) return false;
+  Scratch scratch(workspace);
+  T* L21 = scratch.take<T>(b * a);
+  T* product = scratch.take<T>(b * a);
+  const View<T> X11{X, ldx, 1}, l21{L21, a, 1};
+  gemm<T>(b, a, a, 1, {G21, ldg, 1}, X11.transpose(), false, L21, a, workspace);
+  gemm<T>(b, b, a, -1, l21, l21.transpose(), true, G22, ldg, workspace, 0);
+  if (!inverse_cholesky_blocks(G22, ldg, b, floor + a, X22, ldx, workspace)) return false;
+  gemm<T>(b, a, a, 1, l21, X11, false, product, a, workspace);
+  gemm<T>(b, a, b, -1, {X22, ldx, 1}, {product, a, 1}, false, X21, ldx, workspace);
+  for (int64_t i = 0; i < a; ++i) fill(X + i * ldx + a, b, T(0));
+  return true;
+}
+
+// X [n, n] = L⁻¹ for G = L Lᵀ, lower triangular with zeros above, rows ldx apart. Only the lower half of G is read;
+// it is overwritten. Returns false where G is not positive definite to rounding (NaN included).
+template <class T>
+bool inverse_cholesky(T* G, int64_t n, T* X, int64_t ldx, Workspace& workspace) {
+  Scratch scratch(workspace);
+  T* floor = scratch.take<T>(n);
+  for (int64_t i = 0; i < n; ++i) floor[i] = kEps<T> * static_cast<T>(n) * G[i * (n + 1)];
+  return inverse_cholesky_blocks(G, n, n, floor, X, ldx, workspace);
+}
+
+// The upper half from the lower one.
+template <class T>
+void mirror(T* A, int64_t n, int64_t lda) {
   for (int64_t i = 0; i < n; ++i) {
-    double* row = X + i * n;
-    for (int64_t j = 0; j < i; ++j) axpy(j + 1, -L[i * n + j], X + j * n, row);
-    row[i] = 1;
-    scale(i + 1, 1 / L[i * n + i], row);
+    for (int64_t j = 0; j < i; ++j) A[j * lda + i] = A[i * lda + j];
   }
 }
 
-// X = G⁻¹ from the Cholesky factor; G is overwritten.
-inline bool invert_positive(double* G, int64_t n, double* X, Workspace& workspace) {
-  if (!cholesky(G, n)) return false;
+// X [n, n] = G⁻¹; the lower half of G is overwritten.
+template <class T>
+bool invert_positive(T* G, int64_t n, T* X, Workspace& workspace) {
   Scratch scratch(workspace);
-  double* inverse = scratch.take<double>(n * n);
-  invert_lower(G, n, inverse);
-  const View<double> I = row_major<double>(inverse, n);
-  gemm<double>(n, n, n, 1, I.transpose(), I, nullptr, X, workspace);
+  T* inverse = scratch.take<T>(n * n);
+  if (!inverse_cholesky(G, n, inverse, n, workspace)) return false;
+  const View<T> I = row_major<T>(inverse, n);
+  gemm<T>(n, n, n, 1, I.transpose(), I, false, X, n, workspace, 0);
+  mirror(X, n, n);
   return true;
 }
 

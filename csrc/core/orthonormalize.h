@@ -9,6 +9,7 @@ namespace condlr {
 namespace CONDLR_ISA {
 
 // X = Y L⁻ᵀ with Yᵀ Y = L Lᵀ, distance = ‖Yᵀ Y - I‖_F. Returns false where Yᵀ Y is not positive definite.
+// The products are of type T, the r x r work is done in double.
 template <class T>
 bool cholesky_qr(const T* Y, int64_t m, int64_t r, T* X, double& distance, Workspace& workspace) {
   Scratch scratch(workspace);
@@ -24,16 +25,14 @@ bool cholesky_qr(const T* Y, int64_t m, int64_t r, T* X, double& distance, Works
     sum += e * e;
   }
   distance = __builtin_sqrt(sum);
-  if (!cholesky(gram, r)) return false;
-  invert_lower(gram, r, inverse);
+  if (!inverse_cholesky(gram, r, inverse, r, workspace)) return false;
   for (int64_t i = 0; i < r * r; ++i) product[i] = static_cast<T>(inverse[i]);
   gemm<T>(m, r, r, 1, y, row_major<T>(product, r).transpose(), nullptr, X, workspace);
   return true;
 }
 
-// X [m, r] = qf(Y), m >= r, Y finite. The Gram matrix of a tangent step's trial point has no eigenvalue below
-// 1: one pass is exact to rounding near the identity, a long step takes a second one, and what even that
-// leaves far from orthonormal goes to Householder.
+// X [m, r] = qf(Y), m >= r, Y finite. One pass is exact to rounding near the identity, a long step takes a
+// second one, and what even that leaves far from orthonormal goes to Householder.
 template <class T>
 void orthonormalize(const T* Y, int64_t m, int64_t r, T* X, Workspace& workspace) {
   Scratch scratch(workspace);

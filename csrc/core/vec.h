@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "workspace.h"
 
 #if defined(__FAST_MATH__)
@@ -15,8 +19,10 @@
 
 #if defined(__clang__)
 #define CONDLR_UNROLL _Pragma("unroll")
+#define CONDLR_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define CONDLR_UNROLL _Pragma("GCC unroll 16")
+#define CONDLR_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
 namespace condlr {
@@ -33,6 +39,33 @@ struct Vec {
     return v;
   }
   static inline void store(T* p, const type& v) { std::memcpy(p, &v, sizeof v); }
+
+  // The first n lanes, 0 < n < kLanes; the other lanes of a load are zero.
+#if defined(__AVX512F__)
+  static inline type load(const T* p, int64_t n) {
+    if constexpr (sizeof(T) == 4) {
+      return (type)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+    } else {
+      return (type)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+    }
+  }
+  static inline void store(T* p, const type& v, int64_t n) {
+    if constexpr (sizeof(T) == 4) {
+      _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+    } else {
+      _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+    }
+  }
+#else
+  static inline type load(const T* p, int64_t n) {
+    type v{};
+    std::memcpy(&v, p, sizeof(T) * static_cast<std::size_t>(n));
+    return v;
+  }
+  static inline void store(T* p, const type& v, int64_t n) {
+    std::memcpy(p, &v, sizeof(T) * static_cast<std::size_t>(n));
+  }
+#endif
 };
 
 inline double sum_lanes(const Vec<double>::type& v) {
@@ -98,6 +131,34 @@ inline void rotate(int64_t n, double s, double h, double* __restrict x, double* 
     x[i] = a - s * (b + h * a);
     y[i] = b + s * (a - h * b);
   }
+}
+
+// Σ x² and Σ |x|
+template <class T>
+inline T sum_of_squares(const T* x, int64_t n) {
+  using V = Vec<T>;
+  typename V::type sum{};
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) sum += V::load(x + i) * V::load(x + i);
+  T total = 0;
+  for (int k = 0; k < V::kLanes; ++k) total += sum[k];
+  for (; i < n; ++i) total += x[i] * x[i];
+  return total;
+}
+
+template <class T>
+inline T sum_of_magnitudes(const T* x, int64_t n) {
+  using V = Vec<T>;
+  typename V::type sum{};
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    const typename V::type v = V::load(x + i);
+    sum += v < 0 ? -v : v;
+  }
+  T total = 0;
+  for (int k = 0; k < V::kLanes; ++k) total += sum[k];
+  for (; i < n; ++i) total += x[i] < 0 ? -x[i] : x[i];
+  return total;
 }
 
 template <class T>

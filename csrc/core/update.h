@@ -1,0 +1,30 @@
+// One role of a layer as a step sees it: hyperparameters, arrays and what one part of the step keeps for the next.
+#pragma once
+
+#include <cstdint>
+
+namespace condlr {
+
+enum Role : int { kU = 0, kS = 1, kV = 2, kBias = 3, kRoles = 4 };
+
+// The columns of `hyper` in order; tau, band and sigma_max are read in the row of S only.
+struct Hyper {
+  double lr, momentum, dampening, weight_decay, nesterov, maximize, fresh, tau, band, sigma_max;
+};
+constexpr int64_t kHyperColumns = sizeof(Hyper) / sizeof(double);
+
+// Arrays of float or double, row-major. U, V: param [rows, rank]; S: [rank, rank]; bias: [rows].
+struct Update {
+  Role role;
+  int64_t rows, rank;
+  void* param;
+  const void* grad;
+  void* buffer;        // not read where its momentum is 0
+  const void* S;       // of the layer
+  const Hyper* hyper;  // of the layer, by Role
+  // kept from prepare() to apply(), in the workspace: the new parameter or, null, how to make it from the old one
+  void* result;
+  void* transform;
+};
+
+}  // namespace condlr
