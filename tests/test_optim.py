@@ -107,7 +107,7 @@ def test_dense_parameters_follow_torch_sgd_exactly():
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     twin = copy.deepcopy(dense)
-    ours, theirs = CondLRSGD(dense, **options, tau=0.1), torch.optim.SGD(twin.parameters(), **options)
+    ours, theirs = CondLRSGD(dense, **options, tau=0.1), torch.optim.SGD(twin.parameters(), **options, fused=True)
     for _ in range(5):
         x = torch.randn(3, 4)
         for model, optimizer in ((dense, ours), (twin, theirs)):
@@ -115,6 +115,61 @@ def test_dense_parameters_follow_torch_sgd_exactly():
             model(x).pow(2).sum().backward()
             optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(dense.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("where", ["grad", "buffer"])
+def test_memory_layouts_that_differ_are_not_fused(where):
+    """torch's fused SGD walks raw memory: a channels_last gradient would be added to the wrong weights."""
+    conv = nn.Conv2d(3, 4, 2, bias=False)
+    twin = copy.deepcopy(conv)
+    ours, theirs = CondLRSGD(conv, 0.1, 0.9, tau=0.1), torch.optim.SGD(twin.parameters(), 0.1, 0.9)
+    for step in range(3):
+        grad = torch.randn(4, 3, 2, 2)
+        last = where == "grad" or step == 0  # the first gradient gives the buffer its strides
+        conv.weight.grad = grad.to(memory_format=torch.channels_last) if last else grad
+        twin.weight.grad = grad
+        ours.step(), theirs.step()
+    torch.testing.assert_close(conv.weight, twin.weight, rtol=0, atol=1e-6)
+
+
+def test_arguments_of_the_step_are_kept_and_made_anew_when_something_changes():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, 0.9, tau=0.1)
+    train(model, optimizer, batches(2))
+    calls = optimizer._calls
+    train(model, optimizer, batches(3))
+    assert optimizer._calls is calls
+    for change in ("buffer", "backend", "gradient", "momentum", "dtype"):
+        twin, other = copy.deepcopy((model, optimizer))
+        other._calls_key = None  # what a step without any memory does
+        with condlr_ext.backend("reference" if change == "backend" else "auto"):
+            for m, o in ((model, optimizer), (twin, other)):
+                if change == "buffer":
+                    o.state[m[0].U]["momentum_buffer"] = torch.ones_like(m[0].U)
+                if change == "momentum":
+                    o.param_groups[0]["momentum"] = 0.0
+                if change == "dtype":
+                    m.float() if m[0].U.dtype == torch.float64 else m.double()
+                m.zero_grad()
+                for p in m.parameters():
+                    p.grad = torch.full_like(p, 0.1)
+                if change == "gradient":
+                    m[0].V.grad = None
+                before = o._calls
+                o.step()
+                assert o._calls is not before
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True)), change
+
+
+def test_a_step_makes_no_tensors_after_the_first():
+    model = make_model()
+    optimizer = CondLRSGD(model, 0.1, 0.9, tau=0.1)
+    train(model, optimizer, batches(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    events = profile.events()
+    assert any("condlr_ext::step" in e.name for e in events)
+    assert not [e for e in events if e.cpu_memory_usage > 0]
 
 
 def test_bias_of_a_low_rank_layer_follows_torch_sgd(backend):
@@ -511,7 +566,7 @@ def test_momentum_changed_in_place_is_read():
     train(model, optimizer, batches(1))
     optimizer.param_groups[0]["momentum"].fill_(0.25)
     train(model, optimizer, batches(1))
-    assert (optimizer._table_value[..., 1] == 0.25).all()
+    assert (optimizer._calls[0].table[..., 1] == 0.25).all()
 
 
 def test_foreign_parameters_named_like_factors():

@@ -10,6 +10,7 @@ from torch.optim.sgd import sgd
 from .. import linalg, ops, reference
 from ..errors import BackendError, NonFiniteError
 from ..reference import BANDS, HYPER, ROLES
+from .call import StepCall
 from .groups import assign_roles, link_layers, module_group
 
 _ORTHONORMAL = 1e-4  # factors that are off by more are replaced by their Q at the start
@@ -109,8 +110,13 @@ class CondLRSGD(Optimizer):
     def _link(self) -> None:
         assign_roles(self.param_groups)
         self._layers = link_layers(self.param_groups)
-        self._in_layer = {place for layer in self._layers for place in layer.places if place}
-        self._table_key = None
+        in_layer = {place for layer in self._layers for place in layer.places}
+        self._others = [
+            [i for i in range(len(group["params"])) if (g, i) not in in_layer]
+            for g, group in enumerate(self.param_groups)
+        ]
+        self._calls: list[StepCall] = []
+        self._calls_key = None  # of what the calls depend on
 
     def _place(self, place) -> Tensor | None:
         return None if place is None else self.param_groups[place[0]]["params"][place[1]]
@@ -170,7 +176,8 @@ class CondLRSGD(Optimizer):
                 loss = closure()
         if self.check_finite:
             self._check_gradients()
-        self._step_layers()
+        params = [p for group in self.param_groups for p in group["params"]]
+        self._step_layers(params, [p.grad for p in params])
         self._step_others()
         return loss
 
@@ -184,109 +191,127 @@ class CondLRSGD(Optimizer):
             else torch.zeros((), dtype=torch.int64)
         )
 
-    def _step_layers(self) -> None:
-        by_device: dict[torch.device, list] = {}
+    def _step_layers(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        key = ([g is None for g in grads], [bool(group["momentum"]) for group in self.param_groups])
+        if key != self._calls_key or not all(call.holds(params, self.state) for call in self._calls):
+            self._calls = self._make_calls(params, grads)
+            self._calls_key = key
+        for call in self._calls:
+            self._step_device(call, grads)
+
+    def _make_calls(self, params: list[Tensor], grads: list[Tensor | None]) -> list[StepCall]:
+        begin = [0]
+        for group in self.param_groups:
+            begin.append(begin[-1] + len(group["params"]))
+        calls: dict[torch.device, StepCall] = {}
         for index, layer in enumerate(self._layers):
-            params = [self._place(place) for place in layer.places]
-            if any(p is not None and p.grad is not None for p in params):
-                if layer.name in self._waiting:
-                    self._start([layer])
-                by_device.setdefault(params[0].device, []).append((index, layer, params))
-        for device, entries in by_device.items():
-            self._step_device(device, entries)
-
-    def _step_device(self, device: torch.device, entries: list) -> None:
-        params, grads, buffers, fresh, copies, started = [], [], [], [], [], []
-        for index, layer, layer_params in entries:
-            masters = [self._master(p) for p in layer_params]
-            empty = masters[0].new_empty(0)
-            for place, p, master in zip(layer.places, layer_params, masters, strict=True):
-                has_grad = p is not None and p.grad is not None
-                params.append(empty if p is None else master)
-                grads.append(_dense_gradient(p, master.dtype) if has_grad else empty)
-                buffer = empty
-                is_fresh = False
+            at = [None if place is None else begin[place[0]] + place[1] for place in layer.places]
+            if all(i is None or grads[i] is None for i in at):
+                continue
+            if layer.name in self._waiting:
+                self._start([layer])
+            device = params[at[0]].device
+            call = calls.setdefault(device, StepCall(device))
+            call.layers.append(index)
+            empty = self._master(params[at[0]]).new_empty(0)
+            for i, place in zip(at, layer.places, strict=True):
+                p = None if i is None else params[i]
+                has_grad = p is not None and grads[i] is not None
+                master = empty if p is None else self._master(p)
+                buffer, fresh = empty, False
                 if has_grad and self.param_groups[place[0]]["momentum"]:
-                    buffer = self.state[p].get("momentum_buffer")
-                    is_fresh = buffer is None
-                    if is_fresh:
-                        buffer = torch.zeros_like(master)
-                    elif buffer.dtype != master.dtype:  # the model's dtype has changed
-                        buffer = self.state[p]["momentum_buffer"] = buffer.to(master.dtype)
-                    if is_fresh:
-                        started.append((index, p, buffer))
-                buffers.append(buffer)
-                fresh.append(is_fresh)
-                if has_grad and master is not p:
-                    copies.append((p, master))
-        table = self._table([layer for _, layer, _ in entries], fresh)
-        skipped = torch.zeros(len(entries), dtype=torch.int64, device=device)
-        ops.step.step(params, grads, buffers, table, skipped)
-        # autograd must notice: compiled kernels write through raw pointers
-        torch.autograd.graph.increment_version([t for t in (*params, *buffers) if t.numel()])
-        for p, master in copies:
-            p.copy_(master)
-        self._count(device, [index for index, _, _ in entries], skipped)
-        if started or self.check_finite:  # waits for the device, but a buffer starts only once
-            left = {entries[i][0] for i in skipped.nonzero().flatten().tolist()}
-            for index, p, buffer in started:
-                if index not in left:  # a layer left unchanged has not started its buffers
-                    self.state[p]["momentum_buffer"] = buffer
-            if left and self.check_finite:
-                raise NonFiniteError(
-                    "CondLRSGD.step: left unchanged, because the core is zero or the new value not finite:"
-                    f" {', '.join(repr(self._layers[index].name) for index in sorted(left))}"
-                )
+                    buffer, fresh = self._buffer(p, master)
+                call.add(i if has_grad else None, p, master, buffer, fresh, place or layer.places[1])
+        return list(calls.values())
 
-    def _count(self, device: torch.device, index: list[int], skipped: Tensor) -> None:
+    def _buffer(self, p: Tensor, master: Tensor) -> tuple[Tensor, bool]:
+        """The momentum buffer of p, and whether it starts with this step."""
+        buffer = self.state[p].get("momentum_buffer")
+        if buffer is None:
+            return torch.zeros_like(master), True
+        if buffer.dtype != master.dtype or not buffer.is_contiguous():  # the model's dtype has changed, say
+            buffer = self.state[p]["momentum_buffer"] = buffer.to(master.dtype).contiguous()
+        return buffer, False
+
+    def _step_device(self, call: StepCall, grads: list[Tensor | None]) -> None:
+        for p, _ in call.copies:
+            self._master(p)
+        counts = self._counts(call.device)
+        starts = any(call.fresh)
+        whole = len(call.layers) == len(counts) and not starts and not self.check_finite
+        skipped = counts if whole else torch.zeros(len(call.layers), dtype=torch.int64, device=call.device)
+        call.run(grads, self._table(call), skipped)
+        if whole:
+            return
+        counts[call.layers] += skipped
+        if starts or self.check_finite:  # waits for the device, but a buffer starts only once
+            self._finish_start(call, set(skipped.nonzero().flatten().tolist()))
+
+    def _finish_start(self, call: StepCall, left: set[int]) -> None:
+        """Keeps the buffers that have started; left: the layers of the call that were left unchanged."""
+        for slot, (i, fresh) in enumerate(zip(call.at, call.fresh, strict=True)):
+            if i is not None and fresh and slot // len(ROLES) not in left:  # else its buffers have not started
+                self.state[self._place(call.places[slot])]["momentum_buffer"] = call.buffers[slot]
+        if any(call.fresh):
+            self._calls_key = None
+        if left and self.check_finite:
+            names = (repr(self._layers[call.layers[i]].name) for i in sorted(left))
+            raise NonFiniteError(
+                "CondLRSGD.step: left unchanged, because the core is zero or the new value not finite:"
+                f" {', '.join(names)}"
+            )
+
+    def _counts(self, device: torch.device) -> Tensor:
+        """The counter of steps that left a layer unchanged, by layer."""
         counts = self._skipped.get(device)
         if counts is None or len(counts) < len(self._layers):
             grown = torch.zeros(len(self._layers), dtype=torch.int64, device=device)
             if counts is not None:
                 grown[: len(counts)] = counts
             counts = self._skipped[device] = grown
-        if index == list(range(len(counts))):
-            counts += skipped
-        else:
-            counts[index] += skipped
+        return counts
 
-    def _table(self, layers, fresh: list[bool]) -> Tensor:
+    def _table(self, call: StepCall) -> Tensor:
         """The step op's hyper-parameters [L, 4, 10] (HYPER), built again only when something changed."""
-        options = [tuple(float(g[k]) if k in _NUMBERS else g[k] for k in _OPTIONS) for g in self.param_groups]
-        key = (options, fresh, [layer.name for layer in layers])
-        if key != self._table_key:
+        options = [
+            [float(v) if isinstance(v := group[k], Tensor) else v for k in _OPTIONS] for group in self.param_groups
+        ]
+        if options != call.options:
             values = []
-            for g, group in enumerate(self.param_groups):
+            for group in self.param_groups:
                 _check_options(group)
-                value = dict(zip(_OPTIONS, options[g], strict=True))
+                value = {k: float(group[k]) if k in _NUMBERS else group[k] for k in _OPTIONS}
                 value["band"] = BANDS.index(value["band"])
                 value["sigma_max"] = math.inf if value["sigma_max"] is None else value["sigma_max"]
                 values.append(value)
-            places = [place or layer.places[1] for layer in layers for place in layer.places]
             rows = [
-                [(values[g] | {"fresh": new})[name] for name in HYPER]
-                for (g, _), new in zip(places, fresh, strict=True)
+                [(values[g] | {"fresh": fresh})[name] for name in HYPER]
+                for (g, _), fresh in zip(call.places, call.fresh, strict=True)
             ]
-            self._table_key = key
-            self._table_value = torch.tensor(rows, dtype=torch.float64).reshape(len(layers), len(ROLES), len(HYPER))
-        return self._table_value
+            shape = len(call.layers), len(ROLES), len(HYPER)
+            call.options, call.table = options, torch.tensor(rows, dtype=torch.float64).reshape(shape)
+        return call.table
 
     def _step_others(self) -> None:
-        for g, group in enumerate(self.param_groups):
-            params = [p for i, p in enumerate(group["params"]) if p.grad is not None and (g, i) not in self._in_layer]
+        for group, others in zip(self.param_groups, self._others, strict=True):
+            params = [p for i in others if (p := group["params"][i]).grad is not None]
             if not params:
                 continue
-            buffers = [self.state[p].get("momentum_buffer") for p in params] if group["momentum"] else []
+            grads = [p.grad for p in params]
+            momentum = bool(group["momentum"])
+            buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
             sgd(
                 params,
-                [p.grad for p in params],
-                buffers if group["momentum"] else [None] * len(params),
-                has_sparse_grad=any(p.grad.is_sparse for p in params),
+                grads,
+                buffers,
+                has_sparse_grad=any(g.is_sparse for g in grads),
+                fused=True if _fusible(params, grads, buffers, group["lr"]) else None,
                 lr=group["lr"],
                 **{k: group[k] for k in ("momentum", "dampening", "weight_decay", "nesterov", "maximize")},
             )
-            for p, buffer in zip(params, buffers, strict=False):
-                self.state[p]["momentum_buffer"] = buffer
+            if momentum:
+                for p, buffer in zip(params, buffers, strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -379,7 +404,16 @@ def _check_options(group: dict) -> None:
     linalg.check_constraint("CondLRSGD", group["tau"], group["band"], group["sigma_max"])
 
 
-def _dense_gradient(p: Tensor, dtype: torch.dtype) -> Tensor:
-    if p.grad.is_sparse:
-        raise RuntimeError("CondLRSGD does not take sparse gradients for low-rank layers")
-    return p.grad.to(dtype).contiguous()
+def _fusible(params, grads, buffers, lr) -> bool:
+    """Whether torch's fused SGD takes these as it should: it walks raw memory, so that strides must agree."""
+    if isinstance(lr, Tensor) or any(b is None for b in buffers) != all(b is None for b in buffers):
+        return False
+    return all(
+        p.device.type in ("cpu", "cuda")
+        and p.is_floating_point()
+        and all(
+            t is None or (not t.is_sparse and t.dtype is p.dtype and t.device == p.device and t.stride() == p.stride())
+            for t in (g, b)
+        )
+        for p, g, b in zip(params, grads, buffers, strict=True)
+    )
