@@ -495,6 +495,26 @@ def test_step(rule, dtype, isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lr", [0.01, 0.3])
+def test_step_over_several_blocks_of_rows(lr, dtype, isa):
+    """Factors that pass through the cache in pieces, for steps short and long."""
+    for m, n, r in ((700, 523, 40), (300, 280, 130)):
+        check_step(*layer(m, n, r, dtype), hyper(lr=lr, momentum=0.9), isa)
+
+
+@pytest.mark.parametrize("direction", ["along", "across"])
+def test_drift_does_not_survive_a_step_along_the_factor(direction):
+    """Rounding that has piled up in UᵀU comes back through a direction with a large part in the span of U."""
+    params, grads, buffers = layer(60, 50, 8, np.float32)
+    for role in (U, V):
+        params[role] += (5e-5 * rng(role).standard_normal(params[role].shape)).astype(np.float32)
+        grads[role] = np.float32(0.5) * params[role] if direction == "along" else np.float32(0.02) * grads[role]
+    new, _, skipped = host.step_layer(params, grads, buffers, hyper(lr=1.0))
+    assert not skipped and max(off_orthonormal(new[U]), off_orthonormal(new[V])) <= 24 * UNIT[np.float32]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lr", [300.0, 1e5, 1e12])
 def test_huge_steps_stay_orthonormal(lr, dtype, isa):
     """The second Cholesky pass, and Householder where even that is not enough."""

@@ -159,12 +159,14 @@ template <class T>
 bool short_step(T* gram, int64_t stride, int64_t r, const T* F, T* E, Workspace& workspace) {
   Scratch scratch(workspace);
   T *A = gram, *Ot = gram + r * stride, *M = Ot + r;
-  T row_sum = 0, longest = 0, overlap = 0;  // ‖F‖_∞, max_j ‖d_j‖², ‖O‖_F²
+  T row_sum = 0, longest = 0, overlap = 0, drift2 = 0;  // ‖F‖_∞, max_j ‖d_j‖², ‖O‖_F², ‖Δ‖_F²
   for (int64_t i = 0; i < r; ++i) {
     const T sum = sum_of_magnitudes(F + i * r, r);
     row_sum = sum > row_sum ? sum : row_sum;
     longest = M[i * (stride + 1)] > longest ? M[i * (stride + 1)] : longest;
     overlap += sum_of_squares(Ot + i * stride, r);
+    const T off = A[i * (stride + 1)] - 1;
+    drift2 += off * off + 2 * sum_of_squares(A + i * stride, i);
   }
   // no column of d F is longer than this
   if (!(row_sum * __builtin_sqrt(longest) <= 1)) return false;
@@ -175,7 +177,9 @@ bool short_step(T* gram, int64_t stride, int64_t r, const T* F, T* E, Workspace&
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j <= i; ++j) G[i * r + j] = A[i * stride + j];
   }
-  if (row_sum * __builtin_sqrt(overlap) > T(0.25)) {  // else Δ N dies out by itself over the next steps
+  // else Δ N, which has no entries above rounding, dies out over the next steps
+  const T N_norm = row_sum * __builtin_sqrt(overlap);
+  if (N_norm > T(0.25) || N_norm * __builtin_sqrt(drift2) > kEps<T> * static_cast<T>(r) / 2) {
     T* N = scratch.take<T>(r * r);
     T* drift = scratch.take<T>(r * r);
     for (int64_t i = 0; i < r; ++i) A[i * (stride + 1)] -= 1;
