@@ -101,6 +101,25 @@ py::tuple clip_spectrum(const py::array& input, double tau, int band, double sig
   });
 }
 
+py::tuple eigh(const py::array& input, std::optional<int64_t> head, int64_t tail,
+               const std::optional<std::string>& isa) {
+  return for_matrix("eigh", input, [&](auto zero) {
+    using T = decltype(zero);
+    const Array<T> A(input);
+    const int64_t n = A.shape(0), first = head.value_or(n);
+    if (A.shape(1) != n) reject("eigh: A must be square", input);
+    if (first < 0 || tail < 0 || first + tail > n) {
+      throw py::value_error("eigh: head and tail must be >= 0 and at most n = " + std::to_string(n) +
+                            " together, got " + std::to_string(first) + " and " + std::to_string(tail));
+    }
+    Array<T> lambda(n), V({first + tail, n});
+    Workspace workspace;
+    const bool converged = kernels_of(isa).get<T>().eigh(A.data(), n, first, tail, lambda.mutable_data(),
+                                                         V.mutable_data(), workspace);
+    return py::make_tuple(lambda, V, converged);
+  });
+}
+
 // A copy in C order of four arrays of one dtype. Empty arrays of any dtype may stand for what a layer lacks.
 template <class T>
 std::vector<Array<T>> copy_roles(const std::vector<py::array>& arrays, const char* name) {
@@ -220,6 +239,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("polar", &polar, "A"_a, isa, "The orthonormal polar factor: (Q, info).");
   m.def("clip_spectrum", &clip_spectrum, "A"_a, "tau"_a, "band"_a = 0, "sigma_max"_a = inf, isa,
         "A with its singular values clipped to the band: (out, info).");
+  m.def("eigh", &eigh, "A"_a, "head"_a = py::none(), "tail"_a = 0, isa,
+        "The eigenvalues of a symmetric A, descending, and the eigenvectors of the first head (default: all) "
+        "and the last tail of them as rows: (lambda, V, converged). The lower half of A is read.");
   m.def("step_layer", &step_layer, "params"_a, "grads"_a, "momentum_buffers"_a, "hyper"_a, isa,
         "One constrained SGD step of a layer: (params, momentum_buffers, skipped), new arrays.");
 }

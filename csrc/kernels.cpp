@@ -1,6 +1,7 @@
 // The core compiled for one instruction set: built once per level, each in its own namespace CONDLR_ISA.
 #include "kernels.h"
 
+#include "core/eigen.h"
 #include "core/qr.h"
 #include "core/step.h"
 #include "core/svd.h"
@@ -10,8 +11,8 @@ namespace CONDLR_ISA {
 
 extern const KernelSet kernels;
 const KernelSet kernels = {
-    {svd<float>, qr<float>, polar<float>, clip_spectrum<float>, prepare<float>, apply<float>},
-    {svd<double>, qr<double>, polar<double>, clip_spectrum<double>, prepare<double>, apply<double>},
+    {svd<float>, qr<float>, polar<float>, clip_spectrum<float>, eigh<float>, prepare<float>, apply<float>},
+    {svd<double>, qr<double>, polar<double>, clip_spectrum<double>, eigh<double>, prepare<double>, apply<double>},
 };
 
 }  // namespace CONDLR_ISA

@@ -18,6 +18,8 @@ struct Kernels {
   int (*polar)(const T* A, int64_t m, int64_t n, T* Q, Workspace&);
   int (*clip_spectrum)(const T* A, int64_t m, int64_t n, double tau, int band, double sigma_max, T* out,
                        Workspace&);
+  // false: not finite or not converged, lambda and V mean nothing
+  bool (*eigh)(const T* A, int64_t n, int64_t head, int64_t tail, T* lambda, T* V, Workspace&);
   bool (*prepare)(Update&, Workspace&);
   void (*apply)(const Update&, Workspace&);
 };
