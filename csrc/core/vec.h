@@ -173,6 +173,59 @@ inline void fill(T* x, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) x[i] = value;
 }
 
+// The sum of the 16-byte parts of a vector: the last steps of a sum over lanes are left to row_sums().
+template <class T>
+struct Part {
+  static constexpr int kLanes = 16 / sizeof(T);
+  typedef T type __attribute__((vector_size(16)));
+};
+
+template <class T>
+inline void store_part(const typename Vec<T>::type& v, T* out) {
+  constexpr int kParts = CONDLR_VECTOR_BYTES / 16;
+  typename Part<T>::type part[kParts];
+  std::memcpy(part, &v, sizeof v);
+  CONDLR_UNROLL
+  for (int i = 1; i < kParts; ++i) part[0] += part[i];
+  std::memcpy(out, part, 16);
+}
+
+// Sum over lanes.
+template <class T>
+inline T total(const typename Vec<T>::type& v) {
+  T part[Part<T>::kLanes], sum = 0;
+  store_part<T>(v, part);
+  for (int i = 0; i < Part<T>::kLanes; ++i) sum += part[i];
+  return sum;
+}
+
+template <class T>
+inline typename Vec<T>::type broadcast(T value) {
+  return value - typename Vec<T>::type{};
+}
+
+template <class T>
+inline typename Vec<T>::type square_root(const typename Vec<T>::type& v) {
+  T lanes[Vec<T>::kLanes];
+  Vec<T>::store(lanes, v);
+  for (int i = 0; i < Vec<T>::kLanes; ++i) lanes[i] = __builtin_sqrt(lanes[i]);
+  return Vec<T>::load(lanes);
+}
+
+template <class T>
+inline typename Vec<T>::type magnitude(const typename Vec<T>::type& v) {
+  return v < 0 ? -v : v;
+}
+
+// Whether any lane of the result of a comparison is set.
+template <class Mask>
+inline bool any(const Mask& mask) {
+  int64_t words[CONDLR_VECTOR_BYTES / 8], all = 0;
+  std::memcpy(words, &mask, sizeof words);
+  for (int64_t word : words) all |= word;
+  return all != 0;
+}
+
 // Memory of a workspace that is given back at the end of the scope.
 class Scratch {
  public:
