@@ -22,8 +22,19 @@ bool jacobi_leaves(typename Vec<T>::type (*A)[kLeaf], typename Vec<T>::type (*Q)
   for (int i = 0; i < kLeaf; ++i) {
     for (int j = 0; j < kLeaf; ++j) Q[i][j] = i == j ? one : zero;
   }
+  S* entry[kLeaf][kLeaf];  // of the symmetric matrix
+  for (int i = 0; i < kLeaf; ++i) {
+    for (int j = 0; j <= i; ++j) entry[i][j] = entry[j][i] = &A[i][j];
+  }
   for (int sweep = 0; sweep < 30; ++sweep) {
-    bool converged = true;
+    S largest = zero;
+    for (int i = 1; i < kLeaf; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const S a = magnitude<T>(A[i][j]);
+        largest = a > largest ? a : largest;
+      }
+    }
+    if (!any(largest > tolerance)) return true;
     for (int round = 0; round < kLeaf - 1; ++round) {
       // each round pairs all indices (a tournament in which the last one stays in place)
       S sine[kLeaf / 2], tangent_half[kLeaf / 2];
@@ -36,7 +47,6 @@ bool jacobi_leaves(typename Vec<T>::type (*A)[kLeaf], typename Vec<T>::type (*Q)
         high[pair] = q;
         const S x = A[q][p], difference = A[q][q] - A[p][p];
         const auto active = magnitude<T>(x) > tolerance;
-        converged = converged && !any(active);
         const S twice = difference < 0 ? -2 * x : 2 * x;
         const S length = magnitude<T>(difference) + square_root<T>(difference * difference + 4 * x * x);
         const S t = active ? twice / length : zero;
@@ -50,10 +60,11 @@ bool jacobi_leaves(typename Vec<T>::type (*A)[kLeaf], typename Vec<T>::type (*Q)
       for (int pair = 0; pair < kLeaf / 2; ++pair) {
         const int p = low[pair], q = high[pair];
         const S s = sine[pair], h = tangent_half[pair];
+        CONDLR_UNROLL
         for (int k = 0; k < kLeaf; ++k) {
           if (k != p && k != q) {
-            S& u = k < p ? A[p][k] : A[k][p];
-            S& v = k < q ? A[q][k] : A[k][q];
+            S& u = *entry[p][k];
+            S& v = *entry[q][k];
             const S a = u, b = v;
             u = a - s * (b + h * a);
             v = b + s * (a - h * b);
@@ -64,7 +75,6 @@ bool jacobi_leaves(typename Vec<T>::type (*A)[kLeaf], typename Vec<T>::type (*Q)
         }
       }
     }
-    if (converged) return true;
   }
   return false;
 }
