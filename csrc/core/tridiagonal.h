@@ -92,32 +92,40 @@ void tridiagonalize(Tridiagonal<T>& t, Workspace& workspace) {
   T* part = scratch.take<T>(width * Part<T>::kLanes);
   fill(none, width, T(0));
   fill(w, width, T(0));
+  T lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<T>(i);
+  const typename V::type lane = V::load(lanes);
   const T* v = none;
   for (int64_t m = t.n - 1; m >= 0; --m) {
     T* x = t.A + m * t.stride;
     const int64_t padded = round_to_tile<T>(m + 1);
-    for (int64_t j = 0; j < padded; j += kLanes)
-      V::store(x + j, V::load(x + j) - v[m] * V::load(w + j) - w[m] * V::load(v + j));
-    t.d[m] = x[m];
+    t.d[m] = x[m] - v[m] * w[m] - w[m] * v[m];
     t.tau[m] = 0;
     if (m == 0) break;
-    const T head = x[m - 1];
-    fill(x + m - 1, padded - m + 1, T(0));
-    const T tail2 = dot_padded(x, x, padded);
-    if (tail2 < null_square) {
-      t.e[m - 1] = head;
-      fill(x, padded, T(0));
-    } else {
+    const T head = x[m - 1] - v[m] * w[m - 1] - w[m] * v[m - 1];
+    typename V::type sum = {};
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      const typename V::type updated = V::load(x + j) - v[m] * V::load(w + j) - w[m] * V::load(v + j);
+      const typename V::type tail = lane < static_cast<T>(m - 1 - j) ? updated : typename V::type{};
+      V::store(x + j, tail);
+      sum += tail * tail;
+    }
+    const T tail2 = total<T>(sum);
+    T inverse = 0;
+    t.e[m - 1] = head;
+    if (tail2 >= null_square) {
       const T norm = __builtin_sqrt(head * head + tail2);
       const T beta = head > 0 ? -norm : norm;
-      const T inverse = 1 / (head - beta);
+      inverse = 1 / (head - beta);
       t.e[m - 1] = beta;
       t.tau[m] = (beta - head) / beta;
-      for (int64_t j = 0; j < padded; j += kLanes) V::store(x + j, inverse * V::load(x + j));
-      x[m - 1] = 1;
     }
+    for (int64_t j = 0; j < padded; j += kLanes) {
+      V::store(x + j, inverse * V::load(x + j));
+      V::store(y + j, typename V::type{});
+    }
+    x[m - 1] = t.tau[m] == 0 ? T(0) : T(1);
 
-    fill(y, padded, T(0));
     for (int64_t square = 0; square < m; square += kTile) {
       const int64_t end = m < square + kTile ? m : square + kTile;
       int64_t i = square;
@@ -159,18 +167,20 @@ void back_transform(const Tridiagonal<T>& t, int64_t columns, T* X, Workspace& w
     const View<T> V = row_major(reflections, length);
     gemm<T>(size, size, length, 1, V, V.transpose(), nullptr, gram, workspace);
     // H_first ... H_last = I - Vᵀ F V with F upper triangular; here the rows of Fᵀ
-    fill(factor, size * size, T(0));
     for (int64_t j = 0; j < size; ++j) {
-      T* row = factor + j * size;
       const T tau = t.tau[first + j];
+      typename Vec<T>::type row[kBlock / Vec<T>::kLanes] = {};
       for (int64_t i = 0; i < j; ++i) {
         const T a = -tau * gram[i * size + j];
-        for (int64_t c = 0; c <= i; ++c) row[c] += a * factor[i * size + c];
+        CONDLR_UNROLL
+        for (int c = 0; c < kBlock / Vec<T>::kLanes; ++c)
+          row[c] += a * Vec<T>::load(factor + i * kBlock + c * Vec<T>::kLanes);
       }
-      row[j] = tau;
+      std::memcpy(factor + j * kBlock, row, sizeof row);
+      factor[j * kBlock + j] = tau;
     }
     gemm<T>(size, columns, length, 1, V, row_major(X, columns), nullptr, product, workspace);
-    gemm<T>(size, columns, size, 1, row_major(factor, size), row_major(product, columns), nullptr, solved,
+    gemm<T>(size, columns, size, 1, row_major(factor, kBlock), row_major(product, columns), nullptr, solved,
             workspace);
     gemm<T>(length, columns, size, -1, V.transpose(), row_major(solved, columns), X, X, workspace);
   }
