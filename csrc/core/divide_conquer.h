@@ -165,6 +165,7 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
   T lanes[kLanes], weights[kLanes + 1];
   for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<T>(i);
   const T rho_inverse = 1 / rho;
+  constexpr T kLastStep = sizeof(T) == 4 ? T(1e-3) : T(1e-6);  // its cube, what is left after it, is below kUnit
   bool converged = true;
   for (int64_t first = 0; first < k; first += kLanes) {
     for (int64_t i = 0; i <= kLanes; ++i) weights[i] = first + i < k ? z2[first + i] : T(0);
@@ -186,12 +187,14 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
       high = at.f > 0 ? tau : high;
       low = at.f > 0 ? low : tau;
       active &= magnitude<T>(at.f) > 4 * kUnit<T> * at.size;
+      if (!any(active)) break;
       const S l = (left - origin) - tau, r = (right - origin) - tau;
       S next = tau + two_pole_root<T>((l + r) * at.f - l * r * at.slope, l * r * at.f,
                                       at.f - (l + r) * at.slope + l * r * at.bend);
       next = (next > low) & (next < high) ? next : (low + high) / 2;
-      active &= magnitude<T>(next - tau) > 2 * kUnit<T> * magnitude<T>(tau);
+      const S step = magnitude<T>(next - tau);
       tau = active ? next : tau;
+      active &= step > kLastStep * magnitude<T>(tau);
     }
     converged = converged && !any(active);
     V::store(origins + first, origin);
@@ -235,8 +238,8 @@ struct Merge {
   T* taus;                     // [k]
   T* grouped_d;                // [k] poles: first half only, both, second half only
   T* grouped_z;                // [k] z for which the roots are exact
-  T* first;                    // [in_first, n1] rows of the poles
-  T* second;                   // [in_second, n2]
+  T* first;                    // [in_first, row_stride(n1)] rows of the poles
+  T* second;                   // [in_second, row_stride(n2)]
   T* deflated;                 // [n - k, n] rows
   int64_t* order;              // [n] eigenvalues ascending: root j as j, deflated row i as k + i
 };
@@ -251,8 +254,8 @@ Merge<T> take_merge(int64_t n, Scratch& scratch) {
   merge.taus = scratch.take<T>(padded);
   merge.grouped_d = scratch.take<T>(padded);
   merge.grouped_z = scratch.take<T>(padded);
-  merge.first = scratch.take<T>(n * n);
-  merge.second = scratch.take<T>(n * n);
+  merge.first = scratch.take<T>(n * row_stride<T>(n / 2 + 1));
+  merge.second = scratch.take<T>(n * row_stride<T>(n / 2 + 1));
   merge.deflated = scratch.take<T>(n * n);
   merge.order = scratch.take<int64_t>(n);
   return merge;
@@ -346,16 +349,14 @@ bool join(Merge<T>& merge, int64_t n1, int64_t n2, T e, T tolerance, T* lambda, 
       merge.grouped_d[place] = merge.d[j];
       merge.grouped_z[place++] = z[row] < 0 ? -weights[j] : weights[j];
       const T* q = Q + row * stride;
-      if (group < 2) std::memcpy(merge.first + in_first++ * n1, q, sizeof(T) * static_cast<std::size_t>(n1));
-      if (group > 0) std::memcpy(merge.second + in_second++ * n2, q + n1, sizeof(T) * static_cast<std::size_t>(n2));
+      if (group < 2)
+        std::memcpy(merge.first + in_first++ * row_stride<T>(n1), q, sizeof(T) * static_cast<std::size_t>(n1));
+      if (group > 0)
+        std::memcpy(merge.second + in_second++ * row_stride<T>(n2), q + n1, sizeof(T) * static_cast<std::size_t>(n2));
     }
   }
   merge.in_first = in_first;
   merge.in_second = in_second;
-  for (int64_t j = k; j < k + Vec<T>::kLanes; ++j) {
-    merge.grouped_d[j] = merge.d[j];
-    merge.grouped_z[j] = 0;
-  }
   for (int64_t i = 0; i < kept; ++i)
     std::memcpy(merge.deflated + i * n, Q + kept_row[i] * stride, sizeof(T) * static_cast<std::size_t>(n));
 
@@ -372,21 +373,30 @@ bool join(Merge<T>& merge, int64_t n1, int64_t n2, T e, T tolerance, T* lambda, 
   return true;
 }
 
-// U [count, stride]: the eigenvectors of these roots in the basis of the grouped poles.
+// U [k, stride]: the eigenvectors of these roots, as columns, in the basis of the grouped poles.
 template <class T>
 void root_vectors(const Merge<T>& merge, const int64_t* roots, int64_t count, T* U, int64_t stride) {
   using V = Vec<T>;
   using S = typename V::type;
-  for (int64_t r = 0; r < count; ++r, U += stride) {
-    const T origin = merge.origins[roots[r]], tau = merge.taus[roots[r]];
-    S square = {};
-    for (int64_t i = 0; i < merge.k; i += V::kLanes) {
-      const S u = V::load(merge.grouped_z + i) / ((V::load(merge.grouped_d + i) - origin) - tau);
-      square += u * u;
-      V::store(U + i, u);
+  T origins[V::kLanes], taus[V::kLanes];
+  for (int64_t first = 0; first < count; first += V::kLanes) {
+    for (int64_t lane = 0; lane < V::kLanes; ++lane) {
+      const int64_t root = roots[first + lane < count ? first + lane : count - 1];
+      origins[lane] = merge.origins[root];
+      taus[lane] = merge.taus[root];
     }
-    const T inverse = 1 / __builtin_sqrt(total<T>(square));
-    for (int64_t i = 0; i < merge.k; i += V::kLanes) V::store(U + i, inverse * V::load(U + i));
+    const S origin = V::load(origins), tau = V::load(taus);
+    S square = {};
+    for (int64_t i = 0; i < merge.k; ++i) {
+      const S u = merge.grouped_z[i] / ((merge.grouped_d[i] - origin) - tau);
+      square += u * u;
+      V::store(U + i * stride + first, u);
+    }
+    const S inverse = T(1) / square_root<T>(square);
+    for (int64_t i = 0; i < merge.k; ++i) {
+      T* u = U + i * stride + first;
+      V::store(u, inverse * V::load(u));
+    }
   }
 }
 
@@ -395,57 +405,51 @@ template <class T>
 void form_rows(const Merge<T>& merge, T* Q, int64_t stride, Workspace& workspace) {
   const int64_t n1 = merge.n1, n2 = merge.n2, n = n1 + n2, k = merge.k;
   Scratch scratch(workspace);
-  const int64_t width = k + Vec<T>::kLanes;
+  const int64_t width = row_stride<T>(k);
   T* U = scratch.take<T>(k * width);
-  T* first = scratch.take<T>(k * n1);
-  T* second = scratch.take<T>(k * n2);
+  T* rows = scratch.take<T>(k * n);
   int64_t* roots = scratch.take<int64_t>(k);
   for (int64_t j = 0; j < k; ++j) roots[j] = j;
   root_vectors(merge, roots, k, U, width);
-  const View<T> basis = row_major(U, width);
-  gemm<T>(k, n1, merge.in_first, 1, basis, row_major(merge.first, n1), nullptr, first, workspace);
-  gemm<T>(k, n2, merge.in_second, 1, basis.at(0, k - merge.in_second), row_major(merge.second, n2), nullptr, second,
-          workspace);
+  const View<T> basis = row_major(U, width).transpose();
+  product(k, n1, merge.in_first, T(1), basis, merge.first, row_stride<T>(n1), false, rows, n);
+  product(k, n2, merge.in_second, T(1), basis.at(0, k - merge.in_second), merge.second, row_stride<T>(n2), false,
+          rows + n1, n);
   for (int64_t i = 0; i < n; ++i) {
-    T* q = Q + i * stride;
     const int64_t source = merge.order[i];
-    if (source < k) {
-      std::memcpy(q, first + source * n1, sizeof(T) * static_cast<std::size_t>(n1));
-      std::memcpy(q + n1, second + source * n2, sizeof(T) * static_cast<std::size_t>(n2));
-    } else {
-      std::memcpy(q, merge.deflated + (source - k) * n, sizeof(T) * static_cast<std::size_t>(n));
-    }
+    const T* row = source < k ? rows + source * n : merge.deflated + (source - k) * n;
+    std::memcpy(Q + i * stride, row, sizeof(T) * static_cast<std::size_t>(n));
   }
 }
 
-// X [n, count]: the eigenvectors at these places of the ascending order, as columns.
+// X [n, stride]: the eigenvectors at these places of the ascending order, in columns that `column` names.
 template <class T>
-void form_columns(const Merge<T>& merge, const int64_t* places, int64_t count, T* X, Workspace& workspace) {
+void form_columns(const Merge<T>& merge, const int64_t* places, int64_t count, T* X, int64_t stride, int64_t* column,
+                  Workspace& workspace) {
   const int64_t n1 = merge.n1, n2 = merge.n2, n = n1 + n2, k = merge.k;
   Scratch scratch(workspace);
   int64_t* roots = scratch.take<int64_t>(count);
-  int64_t* column = scratch.take<int64_t>(count);
-  int64_t found = 0;
+  int64_t found = 0, rest = count;
   for (int64_t c = 0; c < count; ++c) {
     const int64_t source = merge.order[places[c]];
     if (source < k) {
-      roots[found] = source;
-      column[found++] = c;
+      column[c] = found;
+      roots[found++] = source;
     } else {
-      for (int64_t i = 0; i < n; ++i) X[i * count + c] = merge.deflated[(source - k) * n + i];
+      column[c] = --rest;
     }
   }
-  const int64_t width = k + Vec<T>::kLanes;
-  T* U = scratch.take<T>(found * width);
-  T* product = scratch.take<T>(n * found);
+  const int64_t width = row_stride<T>(found);
+  T* U = scratch.take<T>(k * width);
   root_vectors(merge, roots, found, U, width);
-  const View<T> basis = row_major(U, width);
-  gemm<T>(n1, found, merge.in_first, 1, row_major(merge.first, n1).transpose(), basis.transpose(), nullptr, product,
-          workspace);
-  gemm<T>(n2, found, merge.in_second, 1, row_major(merge.second, n2).transpose(),
-          basis.at(0, k - merge.in_second).transpose(), nullptr, product + n1 * found, workspace);
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t c = 0; c < found; ++c) X[i * count + column[c]] = product[i * found + c];
+  product(n1, found, merge.in_first, T(1), row_major(merge.first, row_stride<T>(n1)).transpose(), U, width, false, X,
+          stride);
+  product(n2, found, merge.in_second, T(1), row_major(merge.second, row_stride<T>(n2)).transpose(),
+          U + (k - merge.in_second) * width, width, false, X + n1 * stride, stride);
+  for (int64_t c = 0; c < count; ++c) {
+    if (column[c] < found) continue;
+    const T* row = merge.deflated + (merge.order[places[c]] - k) * n;
+    for (int64_t i = 0; i < n; ++i) X[i * stride + column[c]] = row[i];
   }
 }
 

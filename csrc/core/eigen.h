@@ -87,12 +87,14 @@ void eigenvectors(const Eigen<T>& eigen, int64_t head, int64_t tail, T* V, Works
   if (count == 0) return;
   Scratch scratch(workspace);
   int64_t* places = scratch.take<int64_t>(count);
-  T* X = scratch.take<T>(n * count);
+  int64_t* column = scratch.take<int64_t>(count);
+  const int64_t stride = row_stride<T>(count);
+  T* X = scratch.take<T>(n * stride);
   for (int64_t c = 0; c < count; ++c) places[c] = (c < head ? n : count) - 1 - c;
-  form_columns(eigen.merge, places, count, X, workspace);
-  back_transform(eigen.reduction, count, X, workspace);
+  form_columns(eigen.merge, places, count, X, stride, column, workspace);
+  back_transform(eigen.reduction, count, X, stride, workspace);
   for (int64_t c = 0; c < count; ++c) {
-    for (int64_t i = 0; i < n; ++i) V[c * n + i] = X[i * count + c];
+    for (int64_t i = 0; i < n; ++i) V[c * n + i] = X[i * stride + column[c]];
   }
 }
 

@@ -146,16 +146,16 @@ void tridiagonalize(Tridiagonal<T>& t, Workspace& workspace) {
   }
 }
 
-// X [n, columns] <- H_{n-1} ... H_2 X, by blocks of reflections I - Vᵀ Tᵀ V (V: rows of A).
+// X [n, columns] <- H_{n-1} ... H_2 X by blocks of reflections, X with rows of whole vectors `stride` apart.
 template <class T>
-void back_transform(const Tridiagonal<T>& t, int64_t columns, T* X, Workspace& workspace) {
+void back_transform(const Tridiagonal<T>& t, int64_t columns, T* X, int64_t stride, Workspace& workspace) {
   constexpr int64_t kBlock = 32;
   Scratch scratch(workspace);
   T* reflections = scratch.take<T>(kBlock * t.n);
   T* gram = scratch.take<T>(kBlock * kBlock);
   T* factor = scratch.take<T>(kBlock * kBlock);
-  T* product = scratch.take<T>(kBlock * columns);
-  T* solved = scratch.take<T>(kBlock * columns);
+  T* projected = scratch.take<T>(kBlock * stride);
+  T* scaled = scratch.take<T>(kBlock * stride);
   for (int64_t first = 2; first < t.n; first += kBlock) {
     const int64_t size = t.n - first < kBlock ? t.n - first : kBlock;
     const int64_t length = first + size - 1;
@@ -179,10 +179,9 @@ void back_transform(const Tridiagonal<T>& t, int64_t columns, T* X, Workspace& w
       std::memcpy(factor + j * kBlock, row, sizeof row);
       factor[j * kBlock + j] = tau;
     }
-    gemm<T>(size, columns, length, 1, V, row_major(X, columns), nullptr, product, workspace);
-    gemm<T>(size, columns, size, 1, row_major(factor, kBlock), row_major(product, columns), nullptr, solved,
-            workspace);
-    gemm<T>(length, columns, size, -1, V.transpose(), row_major(solved, columns), X, X, workspace);
+    product(size, columns, length, T(1), V, X, stride, false, projected, stride);
+    product(size, columns, size, T(1), row_major(factor, kBlock), projected, stride, false, scaled, stride);
+    product(length, columns, size, T(-1), V.transpose(), scaled, stride, true, X, stride);
   }
 }
 

@@ -226,6 +226,12 @@ inline bool any(const Mask& mask) {
   return all != 0;
 }
 
+// A row of n as an odd number of whole vectors: rows do not all fall on the same sets of the cache.
+template <class T>
+inline int64_t row_stride(int64_t n) {
+  return ((n + Vec<T>::kLanes - 1) / Vec<T>::kLanes | 1) * Vec<T>::kLanes;
+}
+
 // Memory of a workspace that is given back at the end of the scope.
 class Scratch {
  public:
