@@ -13,7 +13,7 @@ from condlr_ext import _host as host  # noqa: E402
 
 ISAS = host.isa_levels()
 DTYPES = [np.float32, np.float64]
-SIZES = [1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 100, 128]
+SIZES = [1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 40, 64, 65, 80, 100, 128]
 
 
 def rng(*seed):
@@ -69,7 +69,7 @@ MATRICES = {
     "diagonal": lambda n: np.diag(rng(n).standard_normal(n)),
     "rank_one": rank_one,
     "all_ones": lambda n: np.ones((n, n)),
-    "laplacian": lambda n: 2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1),
+    "laplacian": lambda n: 0.3 * (2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)),
     "wilkinson": wilkinson,
     "glued": glued,
     "huge": lambda n: 1e18 * with_spectrum(rng(n).standard_normal(n)),

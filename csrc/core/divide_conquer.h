@@ -165,7 +165,6 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
   T lanes[kLanes], weights[kLanes + 1];
   for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<T>(i);
   const T rho_inverse = 1 / rho;
-  constexpr T kLastStep = sizeof(T) == 4 ? T(1e-3) : T(1e-6);  // its cube, what is left after it, is below kUnit
   bool converged = true;
   for (int64_t first = 0; first < k; first += kLanes) {
     for (int64_t i = 0; i <= kLanes; ++i) weights[i] = first + i < k ? z2[first + i] : T(0);
@@ -192,9 +191,8 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
       S next = tau + two_pole_root<T>((l + r) * at.f - l * r * at.slope, l * r * at.f,
                                       at.f - (l + r) * at.slope + l * r * at.bend);
       next = (next > low) & (next < high) ? next : (low + high) / 2;
-      const S step = magnitude<T>(next - tau);
+      active &= magnitude<T>(next - tau) > 2 * kUnit<T> * magnitude<T>(tau);
       tau = active ? next : tau;
-      active &= step > kLastStep * magnitude<T>(tau);
     }
     converged = converged && !any(active);
     V::store(origins + first, origin);
