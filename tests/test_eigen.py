@@ -69,7 +69,7 @@ MATRICES = {
     "diagonal": lambda n: np.diag(rng(n).standard_normal(n)),
     "rank_one": rank_one,
     "all_ones": lambda n: np.ones((n, n)),
-    "laplacian": lambda n: 0.3 * (2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)),
+    "laplacian": lambda n: 2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1),
     "wilkinson": wilkinson,
     "glued": glued,
     "huge": lambda n: 1e18 * with_spectrum(rng(n).standard_normal(n)),
@@ -114,6 +114,14 @@ def test_large(kind, dtype):
 @pytest.mark.parametrize("kind", ["random", "core_1e-3", "two_values"])
 def test_512(kind, dtype):
     check(MATRICES[kind](512).astype(dtype), None)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_steps_of_the_root_finder(dtype, isa):
+    """Roots in the middle between poles: at a few of these scales a step is small before it has converged."""
+    for scale in rng(0).uniform(0.1, 3, 100):
+        check((scale * MATRICES["laplacian"](40)).astype(dtype), isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
