@@ -12,7 +12,8 @@ namespace CONDLR_ISA {
 extern const KernelSet kernels;
 const KernelSet kernels = {
     {svd<float>, qr<float>, polar<float>, clip_spectrum<float>, eigh<float>, prepare<float>, apply<float>},
-    {svd<double>, qr<double>, polar<double>, clip_spectrum<double>, eigh<double>, prepare<double>, apply<double>},
+    {svd<double>, qr<double>, polar<double>, clip_spectrum<double>, eigh<double>, prepare<double>,
+     apply<double>},
 };
 
 }  // namespace CONDLR_ISA

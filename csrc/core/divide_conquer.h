@@ -82,7 +82,8 @@ bool jacobi_leaves(typename Vec<T>::type (*A)[kLeaf], typename Vec<T>::type (*Q)
 // The diagonal blocks [bounds[l], bounds[l + 1]) of T, at most kLeaf long: eigenvalues ascending in place of
 // their diagonals, eigenvectors as rows of the same diagonal blocks of Q.
 template <class T>
-bool solve_leaves(const int64_t* bounds, int64_t leaves, const T* e, T* lambda, T* Q, int64_t stride, T tolerance) {
+bool solve_leaves(const int64_t* bounds, int64_t leaves, const T* e, T* lambda, T* Q, int64_t stride,
+                  T tolerance) {
   constexpr int kLanes = Vec<T>::kLanes;
   using S = typename Vec<T>::type;
   S A[kLeaf][kLeaf], vectors[kLeaf][kLeaf];
@@ -178,7 +179,8 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
     // start: the two poles beside the root as they are, the others as their sum in the middle
     const S rest = middle.f + (left2 - right2) / half;
     const S signed_gap = in_right ? -gap : gap;
-    S tau = two_pole_root<T>(rest * signed_gap + left2 + right2, (in_right ? right2 : left2) * signed_gap, rest);
+    S tau =
+        two_pole_root<T>(rest * signed_gap + left2 + right2, (in_right ? right2 : left2) * signed_gap, rest);
     tau = (tau > low) & (tau < high) ? tau : (low + high) / 2;
     auto active = V::load(lanes) < static_cast<T>(k - first);
     for (int iteration = 0; iteration < 100 && any(active); ++iteration) {
@@ -223,80 +225,78 @@ void exact_weights(int64_t k, const T* d, const T* origins, const T* taus, T* z)
 
 // ---- two halves joined
 
-// diag(D1, D2) + rho z zᵀ after deflation. Its eigenvectors are those of the k poles (a combination of rows of
-// the halves) and rows that stay as they are.
+// diag(D1, D2) + rho z zᵀ after deflation. Its eigenvectors are combinations of the rows of the halves that
+// belong to the k poles, and rows that stay as they are.
 template <class T>
 struct Merge {
-  int64_t n1, n2;              // sizes of the halves
-  int64_t k;                   // poles left
-  int64_t in_first, in_second; // poles whose row has entries in the first, the second half
-  T* d;                        // [k] poles ascending
-  T* z;                        // [k]
-  T* origins;                  // [k] roots ascending, relative to the nearest pole
-  T* taus;                     // [k]
-  T* grouped_d;                // [k] poles: first half only, both, second half only
-  T* grouped_z;                // [k] z for which the roots are exact
-  T* first;                    // [in_first, row_stride(n1)] rows of the poles
-  T* second;                   // [in_second, row_stride(n2)]
-  T* deflated;                 // [n - k, n] rows
-  int64_t* order;              // [n] eigenvalues ascending: root j as j, deflated row i as k + i
+  int64_t n1, n2;               // sizes of the halves
+  int64_t k;                    // poles left
+  int64_t in_first, in_second;  // poles whose row has entries in the first, the second half
+  T* d;                         // [k] poles ascending
+  T* origins;                   // [k] roots ascending, relative to the nearest pole
+  T* taus;                      // [k]
+  T* grouped_d;                 // [k] poles: first half only, both, second half only
+  T* grouped_z;                 // [k] the z for which the roots are exact
+  T* first;                     // [in_first, row_stride(n1)] rows of the poles
+  T* second;                    // [in_second, row_stride(n2)]
+  T* deflated;                  // [n - k, n] rows
+  int64_t* order;               // [n] eigenvalues ascending: root j as j, deflated row i as k + i
 };
 
 template <class T>
 Merge<T> take_merge(int64_t n, Scratch& scratch) {
-  const int64_t padded = n + 2 * Vec<T>::kLanes;
+  const int64_t padded = n + 2 * Vec<T>::kLanes, half = row_stride<T>(n / 2 + 1);
   Merge<T> merge{};
   merge.d = scratch.take<T>(padded);
-  merge.z = scratch.take<T>(padded);
   merge.origins = scratch.take<T>(padded);
   merge.taus = scratch.take<T>(padded);
-  merge.grouped_d = scratch.take<T>(padded);
-  merge.grouped_z = scratch.take<T>(padded);
-  merge.first = scratch.take<T>(n * row_stride<T>(n / 2 + 1));
-  merge.second = scratch.take<T>(n * row_stride<T>(n / 2 + 1));
+  merge.grouped_d = scratch.take<T>(n);
+  merge.grouped_z = scratch.take<T>(n);
+  merge.first = scratch.take<T>(n * half);
+  merge.second = scratch.take<T>(n * half);
   merge.deflated = scratch.take<T>(n * n);
   merge.order = scratch.take<int64_t>(n);
   return merge;
 }
 
-// Joins two halves with the coupling e between them. In: their eigenvalues, ascending each, in lambda, and their
-// eigenvectors in the two diagonal blocks of Q (rows, zeros in the other blocks). Out: all eigenvalues ascending
-// in lambda, the eigenvectors by what `merge` holds; Q is used up. Errors up to `tolerance` are made.
+// The rows of Q as poles and deflated rows, both by ascending eigenvalue.
 template <class T>
-bool join(Merge<T>& merge, int64_t n1, int64_t n2, T e, T tolerance, T* lambda, T* Q, int64_t stride,
-          Workspace& workspace) {
+struct Deflation {
+  int64_t poles, kept;
+  int64_t* pole_row;
+  int64_t* kept_row;
+  int64_t* half;  // where a row has entries: 0 first half, 1 both, 2 second half
+  T* z;           // by row
+};
+
+template <class T>
+Deflation<T> take_deflation(int64_t n, Scratch& scratch) {
+  return {
+      0, 0, scratch.take<int64_t>(n), scratch.take<int64_t>(n), scratch.take<int64_t>(n), scratch.take<T>(n)};
+}
+
+// A row with no weight stays as it is; so does, of two rows with nearly equal eigenvalues, the one that a
+// rotation of the pair leaves without weight. What is neglected is at most `tolerance`.
+template <class T>
+void deflate(int64_t n1, int64_t n2, T e, T tolerance, T* lambda, T* Q, int64_t stride, Deflation<T>& out,
+             Workspace& workspace) {
   const int64_t n = n1 + n2;
   Scratch scratch(workspace);
-  T* z = scratch.take<T>(n);
-  T* z2 = scratch.take<T>(n);
-  T* weights = scratch.take<T>(n + Vec<T>::kLanes);
-  T* values = scratch.take<T>(n);  // of deflated rows
   int64_t* sorted = scratch.take<int64_t>(n);
-  int64_t* pole_row = scratch.take<int64_t>(n);
-  int64_t* kept_row = scratch.take<int64_t>(n);
-  int64_t* half = scratch.take<int64_t>(n);  // where a row has entries: 0 first half, 1 both, 2 second half
-  const T rho = __builtin_fabs(e);
-  for (int64_t i = 0; i < n1; ++i) {
-    z[i] = Q[i * stride + n1 - 1];
-    half[i] = 0;
+  for (int64_t i = 0, a = 0, b = n1; i < n; ++i)
+    sorted[i] = b == n || (a < n1 && lambda[a] <= lambda[b]) ? a++ : b++;
+  T* z = out.z;
+  for (int64_t i = 0; i < n; ++i) {
+    out.half[i] = i < n1 ? 0 : 2;
+    z[i] = i < n1 ? Q[i * stride + n1 - 1] : e < 0 ? -Q[i * stride + n1] : Q[i * stride + n1];
   }
-  for (int64_t i = n1; i < n; ++i) {
-    z[i] = e < 0 ? -Q[i * stride + n1] : Q[i * stride + n1];
-    half[i] = 2;
-  }
-  for (int64_t i = 0, a = 0, b = n1; i < n; ++i) sorted[i] = b == n || (a < n1 && lambda[a] <= lambda[b]) ? a++ : b++;
-
-  // a row with no weight, and of two rows with nearly equal eigenvalues one of a rotated pair, stay as they are
-  int64_t k = 0, kept = 0, pending = -1;
   const auto keep = [&](int64_t row) {
-    int64_t i = kept++;
-    for (; i > 0 && values[i - 1] > lambda[row]; --i) {
-      values[i] = values[i - 1];
-      kept_row[i] = kept_row[i - 1];
-    }
-    values[i] = lambda[row];
-    kept_row[i] = row;
+    int64_t i = out.kept++;
+    for (; i > 0 && lambda[out.kept_row[i - 1]] > lambda[row]; --i) out.kept_row[i] = out.kept_row[i - 1];
+    out.kept_row[i] = row;
   };
+  const T rho = __builtin_fabs(e);
+  int64_t pending = -1;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t row = sorted[i];
     if (!(rho * __builtin_fabs(z[row]) > tolerance)) {
@@ -307,9 +307,8 @@ bool join(Merge<T>& merge, int64_t n1, int64_t n2, T e, T tolerance, T* lambda, 
       const T length = __builtin_sqrt(z[row] * z[row] + z[pending] * z[pending]);
       const T c = z[row] / length, s = z[pending] / length, difference = lambda[row] - lambda[pending];
       if (__builtin_fabs(difference * c * s) > tolerance) {
-        pole_row[k++] = pending;
+        out.pole_row[out.poles++] = pending;
       } else {
-        z[row] = length;
         T* x = Q + pending * stride;
         T* y = Q + row * stride;
         for (int64_t j = 0; j < n; ++j) {
@@ -317,50 +316,68 @@ bool join(Merge<T>& merge, int64_t n1, int64_t n2, T e, T tolerance, T* lambda, 
           x[j] = c * a - s * b;
           y[j] = s * a + c * b;
         }
+        z[row] = length;
         lambda[row] -= difference * s * s;
         lambda[pending] += difference * s * s;
-        if (half[row] != half[pending]) half[row] = 1;
+        if (out.half[row] != out.half[pending]) out.half[row] = 1;
         keep(pending);
       }
     }
     pending = row;
   }
-  if (pending >= 0) pole_row[k++] = pending;
+  if (pending >= 0) out.pole_row[out.poles++] = pending;
+}
 
+// Joins two halves with the coupling e between them. In: their eigenvalues, ascending each, in lambda, and
+// their eigenvectors in the two diagonal blocks of Q (rows, zeros in the other blocks). Out: all eigenvalues
+// ascending in lambda, the eigenvectors by what `merge` holds; Q is used up.
+template <class T>
+bool join(Merge<T>& merge, int64_t n1, int64_t n2, T e, T tolerance, T* lambda, T* Q, int64_t stride,
+          Workspace& workspace) {
+  const int64_t n = n1 + n2;
+  Scratch scratch(workspace);
+  Deflation<T> rows = take_deflation<T>(n, scratch);
+  T* z2 = scratch.take<T>(n);
+  T* weights = scratch.take<T>(n + Vec<T>::kLanes);
+  T* values = scratch.take<T>(n);
+  deflate(n1, n2, e, tolerance, lambda, Q, stride, rows, workspace);
+  const int64_t k = rows.poles;
   for (int64_t j = 0; j < k; ++j) {
-    merge.d[j] = lambda[pole_row[j]];
-    z2[j] = z[pole_row[j]] * z[pole_row[j]];
+    merge.d[j] = lambda[rows.pole_row[j]];
+    z2[j] = rows.z[rows.pole_row[j]] * rows.z[rows.pole_row[j]];
   }
   if (k > 0) {
-    if (!solve_secular(k, merge.d, z2, rho, merge.origins, merge.taus)) return false;
+    if (!solve_secular(k, merge.d, z2, T(__builtin_fabs(e)), merge.origins, merge.taus)) return false;
     exact_weights(k, merge.d, merge.origins, merge.taus, weights);
   }
 
   merge.n1 = n1;
   merge.n2 = n2;
   merge.k = k;
-  int64_t place = 0, in_first = 0, in_second = 0;
-  for (int64_t group = 0; group < 3; ++group) {
+  merge.in_first = merge.in_second = 0;
+  const int64_t stride1 = row_stride<T>(n1), stride2 = row_stride<T>(n2);
+  for (int64_t group = 0, place = 0; group < 3; ++group) {
     for (int64_t j = 0; j < k; ++j) {
-      const int64_t row = pole_row[j];
-      if (half[row] != group) continue;
+      const int64_t row = rows.pole_row[j];
+      if (rows.half[row] != group) continue;
       merge.grouped_d[place] = merge.d[j];
-      merge.grouped_z[place++] = z[row] < 0 ? -weights[j] : weights[j];
+      merge.grouped_z[place++] = rows.z[row] < 0 ? -weights[j] : weights[j];
       const T* q = Q + row * stride;
       if (group < 2)
-        std::memcpy(merge.first + in_first++ * row_stride<T>(n1), q, sizeof(T) * static_cast<std::size_t>(n1));
+        std::memcpy(merge.first + merge.in_first++ * stride1, q, sizeof(T) * static_cast<std::size_t>(n1));
       if (group > 0)
-        std::memcpy(merge.second + in_second++ * row_stride<T>(n2), q + n1, sizeof(T) * static_cast<std::size_t>(n2));
+        std::memcpy(merge.second + merge.in_second++ * stride2, q + n1,
+                    sizeof(T) * static_cast<std::size_t>(n2));
     }
   }
-  merge.in_first = in_first;
-  merge.in_second = in_second;
-  for (int64_t i = 0; i < kept; ++i)
-    std::memcpy(merge.deflated + i * n, Q + kept_row[i] * stride, sizeof(T) * static_cast<std::size_t>(n));
-
+  for (int64_t i = 0; i < rows.kept; ++i) {
+    const int64_t row = rows.kept_row[i];
+    values[i] = lambda[row];
+    std::memcpy(merge.deflated + i * n, Q + row * stride, sizeof(T) * static_cast<std::size_t>(n));
+  }
   for (int64_t i = 0, root = 0, row = 0; i < n; ++i) {
     const T value = root < k ? merge.origins[root] + merge.taus[root] : T(0);
-    if (row == kept || (root < k && value <= values[row])) {
+    if (row == rows.kept || (root < k && value <= values[row])) {
       lambda[i] = value;
       merge.order[i] = root++;
     } else {
@@ -411,8 +428,8 @@ void form_rows(const Merge<T>& merge, T* Q, int64_t stride, Workspace& workspace
   root_vectors(merge, roots, k, U, width);
   const View<T> basis = row_major(U, width).transpose();
   product(k, n1, merge.in_first, T(1), basis, merge.first, row_stride<T>(n1), false, rows, n);
-  product(k, n2, merge.in_second, T(1), basis.at(0, k - merge.in_second), merge.second, row_stride<T>(n2), false,
-          rows + n1, n);
+  product(k, n2, merge.in_second, T(1), basis.at(0, k - merge.in_second), merge.second, row_stride<T>(n2),
+          false, rows + n1, n);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t source = merge.order[i];
     const T* row = source < k ? rows + source * n : merge.deflated + (source - k) * n;
@@ -422,8 +439,8 @@ void form_rows(const Merge<T>& merge, T* Q, int64_t stride, Workspace& workspace
 
 // X [n, stride]: the eigenvectors at these places of the ascending order, in columns that `column` names.
 template <class T>
-void form_columns(const Merge<T>& merge, const int64_t* places, int64_t count, T* X, int64_t stride, int64_t* column,
-                  Workspace& workspace) {
+void form_columns(const Merge<T>& merge, const int64_t* places, int64_t count, T* X, int64_t stride,
+                  int64_t* column, Workspace& workspace) {
   const int64_t n1 = merge.n1, n2 = merge.n2, n = n1 + n2, k = merge.k;
   Scratch scratch(workspace);
   int64_t* roots = scratch.take<int64_t>(count);
@@ -440,8 +457,8 @@ void form_columns(const Merge<T>& merge, const int64_t* places, int64_t count, T
   const int64_t width = row_stride<T>(found);
   T* U = scratch.take<T>(k * width);
   root_vectors(merge, roots, found, U, width);
-  product(n1, found, merge.in_first, T(1), row_major(merge.first, row_stride<T>(n1)).transpose(), U, width, false, X,
-          stride);
+  product(n1, found, merge.in_first, T(1), row_major(merge.first, row_stride<T>(n1)).transpose(), U, width,
+          false, X, stride);
   product(n2, found, merge.in_second, T(1), row_major(merge.second, row_stride<T>(n2)).transpose(),
           U + (k - merge.in_second) * width, width, false, X + n1 * stride, stride);
   for (int64_t c = 0; c < count; ++c) {
@@ -486,8 +503,8 @@ bool divide_conquer(int64_t n, T* lambda, T* e, Merge<T>& merge, Workspace& work
     for (int64_t l = 0; l < leaves; l += 2 * step) {
       const int64_t start = bounds[l], middle = bounds[l + step], end = bounds[l + 2 * step];
       T* block = Q + start * (n + 1);
-      if (!join(merge, middle - start, end - middle, e[middle - 1], 4 * kUnit<T> * norm, lambda + start, block, n,
-                workspace))
+      if (!join(merge, middle - start, end - middle, e[middle - 1], 4 * kUnit<T> * norm, lambda + start,
+                block, n, workspace))
         return false;
       if (2 * step < leaves) form_rows(merge, block, n, workspace);
     }

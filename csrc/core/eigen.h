@@ -64,7 +64,8 @@ bool eigenvalues(const T* A, Eigen<T>& eigen, T* lambda, Workspace& workspace) {
   int exponent = 0;
   __builtin_frexp(largest, &exponent);
   exponent = exponent < -kRange ? -kRange : exponent > kRange ? kRange : exponent;
-  const T down = static_cast<T>(__builtin_ldexp(1.0, -exponent)), up = static_cast<T>(__builtin_ldexp(1.0, exponent));
+  const T down = static_cast<T>(__builtin_ldexp(1.0, -exponent)),
+          up = static_cast<T>(__builtin_ldexp(1.0, exponent));
   for (int64_t i = 0; i < n; ++i) {
     T* row = reduction.A + i * reduction.stride;
     for (int64_t j = 0; j <= i; ++j) row[j] = down * A[i * n + j];

@@ -37,8 +37,8 @@ Tridiagonal<T> take_tridiagonal(int64_t n, Scratch& scratch) {
 // stand for both halves of the symmetric matrix, those from `square` on are the diagonal tile. Each row leaves
 // the sum over its columns in `part`.
 template <class T, int R>
-inline void update_rows(T* A, int64_t stride, int64_t i, int64_t square, const T* v, const T* w, const T* x, T* y,
-                        T* part) {
+inline void update_rows(T* A, int64_t stride, int64_t i, int64_t square, const T* v, const T* w, const T* x,
+                        T* y, T* part) {
   using V = Vec<T>;
   using S = typename V::type;
   T* row = A + i * stride;
