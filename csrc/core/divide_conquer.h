@@ -1,4 +1,5 @@
-// Eigenvalues and eigenvectors of a symmetric tridiagonal matrix by divide and conquer (Cuppen; Gu and Eisenstat).
+// Eigenvalues and eigenvectors of a symmetric tridiagonal matrix by divide and conquer (Cuppen; Gu and
+// Eisenstat).
 #pragma once
 
 #include "gemm.h"
@@ -152,8 +153,8 @@ inline typename Vec<T>::type two_pole_root(const typename Vec<T>::type& a, const
 }
 
 // The k roots of the secular equation, one between each two poles, as origin (the nearest pole) + tau; d
-// ascending with 2 * lanes more entries behind, rho > 0. Iterates Gragg's scheme (two poles that match f and two
-// derivatives, cubic convergence), kept in a bracket, on as many roots as a vector has lanes.
+// ascending with 2 * lanes more entries behind, rho > 0. Iterates Gragg's scheme (two poles that match f and
+// two derivatives, cubic convergence), kept in a bracket, on as many roots as a vector has lanes.
 template <class T>
 bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
   constexpr int kLanes = Vec<T>::kLanes;
@@ -203,7 +204,8 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
   return converged;
 }
 
-// The z for which the computed roots are exact (from it eigenvectors are orthogonal), up to its sign and length.
+// The z for which the computed roots are exact (from it eigenvectors are orthogonal), up to its sign and
+// length.
 template <class T>
 void exact_weights(int64_t k, const T* d, const T* origins, const T* taus, T* z) {
   constexpr int kLanes = Vec<T>::kLanes;

@@ -1,7 +1,7 @@
 // Eigenvalues and eigenvectors of a symmetric matrix, in two phases: all eigenvalues, then chosen vectors.
 //
-// Householder reduction to tridiagonal form, divide and conquer, and for the vectors asked for the last product
-// of divide and conquer and the reflections of the reduction.
+// Householder reduction to tridiagonal form, divide and conquer, and for the vectors asked for the last
+// product of divide and conquer and the reflections of the reduction.
 #pragma once
 
 #include "divide_conquer.h"

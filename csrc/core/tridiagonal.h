@@ -15,8 +15,8 @@ inline int64_t round_to_tile(int64_t n) {
   return (n + kDiagonalTile<T> - 1) / kDiagonalTile<T> * kDiagonalTile<T>;
 }
 
-// Row i holds the entries up to the end of its diagonal tile; H_i = I - tau_i v vᵀ, with v in row i: it acts on
-// the first i entries, v_{i-1} = 1, zeros follow. A = H_{n-1} ... H_2 T H_2 ... H_{n-1}.
+// Row i holds the entries up to the end of its diagonal tile; H_i = I - tau_i v vᵀ, with v in row i: it acts
+// on the first i entries, v_{i-1} = 1, zeros follow. A = H_{n-1} ... H_2 T H_2 ... H_{n-1}.
 template <class T>
 struct Tridiagonal {
   int64_t n, stride;
@@ -34,8 +34,8 @@ Tridiagonal<T> take_tridiagonal(int64_t n, Scratch& scratch) {
 }
 
 // Rows [i, i + R): A -= v wᵀ + w vᵀ, and in the same pass their share of y = A x: the columns before `square`
-// stand for both halves of the symmetric matrix, those from `square` on are the diagonal tile. Each row leaves
-// the sum over its columns in `part`.
+// stand for both halves of the symmetric matrix, those from `square` on are the diagonal tile. Each row
+// leaves the sum over its columns in `part`.
 template <class T, int R>
 inline void update_rows(T* A, int64_t stride, int64_t i, int64_t square, const T* v, const T* w, const T* x,
                         T* y, T* part) {
@@ -77,7 +77,8 @@ inline T dot_padded(const T* x, const T* y, int64_t n) {
 }
 
 // Eliminates from the last row up. The rank-two update of one step is applied in the pass that multiplies by
-// the vector of the next one, so that the matrix goes through the cache once a step. Entries are near 1 at most.
+// the vector of the next one, so that the matrix goes through the cache once a step. Entries are near 1 at
+// most.
 template <class T>
 void tridiagonalize(Tridiagonal<T>& t, Workspace& workspace) {
   using V = Vec<T>;
