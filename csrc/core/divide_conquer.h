@@ -182,7 +182,7 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
     const S signed_gap = in_right ? -gap : gap;
     S tau =
         two_pole_root<T>(rest * signed_gap + left2 + right2, (in_right ? right2 : left2) * signed_gap, rest);
-    tau = (tau > low) & (tau < high) ? tau : (low + high) / 2;
+    tau = ((tau > low) & (tau < high)) ? tau : (low + high) / 2;
     auto active = V::load(lanes) < static_cast<T>(k - first);
     for (int iteration = 0; iteration < 100 && any(active); ++iteration) {
       const Secular<T> at(k, d, z2, rho_inverse, origin, tau);
@@ -193,7 +193,7 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
       const S l = (left - origin) - tau, r = (right - origin) - tau;
       S next = tau + two_pole_root<T>((l + r) * at.f - l * r * at.slope, l * r * at.f,
                                       at.f - (l + r) * at.slope + l * r * at.bend);
-      next = (next > low) & (next < high) ? next : (low + high) / 2;
+      next = ((next > low) & (next < high)) ? next : (low + high) / 2;
       active &= magnitude<T>(next - tau) > 2 * kUnit<T> * magnitude<T>(tau);
       tau = active ? next : tau;
     }
