@@ -32,7 +32,9 @@ def with_spectrum(values):
 
 def conditioned_core(n, perturbation):
     """SᵀS of a core on the edges of its band (kappa 1.1), moved by one step."""
-    sigma = np.concatenate([np.full(n // 5, 1.05), rng(n, 3).uniform(0.955, 1.05, n - n // 5 - n // 4), np.full(n // 4, 0.955)])
+    sigma = np.concatenate(
+        [np.full(n // 5, 1.05), rng(n, 3).uniform(0.955, 1.05, n - n // 5 - n // 4), np.full(n // 4, 0.955)]
+    )
     S = (orthogonal(n, 1) * sigma) @ orthogonal(n, 2).T
     step = rng(n, 4).standard_normal((n, n))
     S = S + perturbation * step / max(np.linalg.norm(step, 2), 1e-300)
