@@ -12,63 +12,103 @@ from . import ops, reference
 from .ops import layers, linalg
 
 
+# The Functions of the layers take ctx in forward: for the form with setup_context torch looks up the signature at every
+# call, which costs as much as a small layer. torch.func does not need it: functional sends it to plain products.
+
+
 class LowRankLinear(Function):
-    """(Y, P) of reference.low_rank_linear; saves X, P and the factors."""
+    """Y of reference.low_rank_linear."""
 
     @staticmethod
-    def forward(backend, input, U, S, V, bias):
-        return layers.low_rank_linear.run(backend, input, U, S, V, bias)
+    def forward(ctx, backend, *args):
+        return _factorised(ctx, layers.low_rank_linear, backend, args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, input, U, S, V, _ = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, output[1], U, S, V)
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 6
-        input, P, U, S, V = ctx.saved_tensors
-        mask = list(ctx.needs_input_grad[1:])
-        if torch.is_grad_enabled():  # double backward: plain products, with P a function of X and V again
-            P = input @ V
-            return None, *reference.low_rank_linear_backward(grad, input, P, U, S, V, mask)
-        gradients = layers.low_rank_linear_backward.run(ctx.backend, grad, input, P, U, S, V, mask)
-        return None, *(g if needed else None for g, needed in zip(gradients, mask, strict=True))
+    def backward(ctx, grad):
+        return _factorised_backward(ctx, layers.low_rank_linear_backward, reference.low_rank_linear_backward, grad)
 
 
 class LowRankConv(Function):
-    """(Y, P) of reference.low_rank_conv; saves X, P and the factors."""
+    """Y of reference.low_rank_conv."""
 
     @staticmethod
-    def forward(backend, input, U, S, V, bias, *geometry):
-        return layers.low_rank_conv.run(backend, input, U, S, V, bias, *geometry)
+    def forward(ctx, backend, *args):
+        return _factorised(ctx, layers.low_rank_conv, backend, args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.backend, input, U, S, V, _, *ctx.geometry = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, output[1], U, S, V)
+    def backward(ctx, grad):
+        return _factorised_backward(ctx, layers.low_rank_conv_backward, reference.low_rank_conv_backward, grad)
+
+
+class MergedLinear(Function):
+    """Y of reference.merged_linear."""
 
     @staticmethod
-    def backward(ctx, grad, _):
-        rest = (None,) * len(ctx.geometry)
-        if grad is None:
-            return (None,) * 6 + rest
-        input, P, U, S, V = ctx.saved_tensors
-        mask = list(ctx.needs_input_grad[1:6])
-        if torch.is_grad_enabled():
-            _, P = reference.low_rank_conv(input, U, S, V, None, *ctx.geometry)
-            return (
-                None,
-                *reference.low_rank_conv_backward(grad, input, P, U, S, V, mask, *ctx.geometry),
-                *rest,
-            )
-        gradients = layers.low_rank_conv_backward.run(ctx.backend, grad, input, P, U, S, V, mask, *ctx.geometry)
-        return None, *(g if needed else None for g, needed in zip(gradients, mask, strict=True)), *rest
+    def forward(ctx, backend, *args):
+        return _merged(ctx, layers.merged_linear, backend, args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _merged_backward(ctx, layers.merged_linear_backward, reference.merged_linear_backward, grad)
+
+
+class MergedConv(Function):
+    """Y of reference.merged_conv."""
+
+    @staticmethod
+    def forward(ctx, backend, *args):
+        return _merged(ctx, layers.merged_conv, backend, args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _merged_backward(ctx, layers.merged_conv_backward, reference.merged_conv_backward, grad)
+
+
+def _factorised(ctx, op, backend, args):
+    """Y; keeps the factors, P for dU and dS, X for dV and for P as a function of it in a second backward.
+
+    A convolution needs X for dX too, as torch's does: its size does not follow from that of Y.
+    """
+    Y, P = op.run(backend, *args)
+    input, U, S, V, _, *ctx.geometry = args
+    _, by_X, by_U, by_S, by_V, *_ = ctx.needs_input_grad
+    of_P = by_U or by_S
+    ctx.backend = backend
+    ctx.save_for_backward(
+        input if by_V or (by_X and (of_P or ctx.geometry)) else None, P if of_P else None, U, S, V
+    )
+    return Y
+
+
+def _factorised_backward(ctx, op, in_plain_products, grad):
+    input, P, U, S, V = ctx.saved_tensors
+    if torch.is_grad_enabled() and input is not None:
+        P = None  # a function of X and V again
+    return _gradients(ctx, op, in_plain_products, grad, input, P, U, S, V)
+
+
+def _merged(ctx, op, backend, args):
+    """Y; keeps the factors, from which W is formed again, and X for their gradients (see _factorised)."""
+    input, U, S, V, _, *ctx.geometry = args
+    _, by_X, *by_factors, _ = ctx.needs_input_grad[:6]
+    ctx.backend = backend
+    ctx.save_for_backward(input if any(by_factors) or (by_X and ctx.geometry) else None, U, S, V)
+    return op.run(backend, *args)
+
+
+def _merged_backward(ctx, op, in_plain_products, grad):
+    return _gradients(ctx, op, in_plain_products, grad, *ctx.saved_tensors)
+
+
+def _gradients(ctx, op, in_plain_products, *tensors):
+    """Those asked for, by the op of the forward's backend; for a second backward by differentiable products."""
+    mask = list(ctx.needs_input_grad[1:6])
+    if torch.is_grad_enabled():
+        gradients = in_plain_products(*tensors, mask, *ctx.geometry)
+    else:
+        gradients = op.run(ctx.backend, *tensors, mask, *ctx.geometry)
+    rest = (None,) * len(ctx.geometry)
+    return None, *(g if needed else None for g, needed in zip(gradients, mask, strict=True)), *rest
 
 
 def _full_precision(backward):

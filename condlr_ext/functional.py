@@ -12,46 +12,62 @@ from .errors import RankError, ShapeError
 __all__ = ["low_rank_conv1d", "low_rank_conv2d", "low_rank_conv3d", "low_rank_linear"]
 
 
-def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Y = X V Sᵀ Uᵀ + b, the linear layer with weight W = U S Vᵀ, never formed.
+def low_rank_linear(
+    input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None, *, route: str = "auto"
+) -> Tensor:
+    """Y = X V Sᵀ Uᵀ + b, the linear layer with weight W = U S Vᵀ.
 
     Args:
         input: X [*, n].
         U: [m, r]. S: [r, r]. V: [n, r], r <= min(m, n). bias: [m] or None. All of one dtype and device.
+        route: "factorised" (thin products; W is never formed), "merged" (W is formed once, then the dense product)
+            or "auto", what the cost model of ops.routes says is the cheaper for these sizes.
 
     Returns:
-        [*, m]. Cost 2 B r (m + n) + min(B, m) 2 r² flops for B rows; saves X, P = X V and the factors.
+        [*, m]. Factorised, for B rows, 2 B r (m + n) + min(B, m) 2 r² flops, and X, P = X V and the factors are saved
+        for backward; merged, 2 B m n + 2 m n r, and X and the factors are.
 
     Raises:
-        ShapeError, RankError: shapes that do not fit. TypeError: mixed dtypes. ValueError: mixed devices.
+        ShapeError, RankError: shapes that do not fit. TypeError: mixed dtypes. ValueError: mixed devices, bad route.
 
     Source: Savostianova et al., NeurIPS 2023, section 3.
     """
-    input, U, S, V, bias = _prepare("low_rank_linear", input, U, S, V, bias)
+    args = linear_arguments(input, U, S, V, bias)
+    if check_route("low_rank_linear", route) == "auto":
+        route = ops.routes.choose(ops.routes.linear, *args)
+    if route == "merged":
+        if _transformed():
+            return reference.merged_linear(*args)
+        return autograd.MergedLinear.apply(ops.layers.merged_linear.choose(*args), *args)
+    if _transformed():
+        return reference.low_rank_linear(*args)[0]
+    return autograd.LowRankLinear.apply(ops.layers.low_rank_linear.choose(*args), *args)
+
+
+def linear_arguments(input, U, S, V, bias) -> tuple:
+    """The tensors as the ops take them: checked, in autocast's dtype where that is on."""
+    if not _fit(input, U, S, V, bias):
+        input, U, S, V, bias = _prepare("low_rank_linear", input, U, S, V, bias)
     if input.dim() == 0 or input.shape[-1] != V.shape[0]:
         raise ShapeError(
             f"low_rank_linear: input must be [*, {V.shape[0]}] to fit V {list(V.shape)}, got {list(input.shape)}"
         )
-    args = (input, U, S, V, bias)
-    if _transformed():
-        return reference.low_rank_linear(*args)[0]
-    output, _ = autograd.LowRankLinear.apply(ops.layers.low_rank_linear.choose(*args), *args)
-    return output
+    return input, U, S, V, bias
 
 
 def low_rank_conv1d(
-    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size
+    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size, route="auto"
 ) -> Tensor:  # fmt: skip
     """Convolution over [B, C_in, L] or [C_in, L]; see low_rank_conv2d."""
-    return _conv("low_rank_conv1d", 1, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size)
+    return _conv(1, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route)
 
 
 def low_rank_conv2d(
-    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size
+    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size, route="auto"
 ) -> Tensor:  # fmt: skip
     """Convolution whose weight, flattened to [C_out, C_in / groups * prod(kernel_size)], is W = U S Vᵀ.
 
-    Runs as a convolution with the r filters of V and a pointwise convolution with U S.
+    Runs as a convolution with the r filters of V and a pointwise convolution with U S, or as one with W.
 
     Args:
         input: [B, C_in, H, W] or [C_in, H, W].
@@ -59,21 +75,23 @@ def low_rank_conv2d(
         bias: [C_out] or None.
         stride, padding, dilation, groups: as torch.nn.functional.conv2d; padding may be "valid" or "same".
         kernel_size: int or one int per space dimension.
+        route: "auto", "factorised" or "merged", as in low_rank_linear.
 
     Returns:
         [B, C_out, H', W'] (or without B).
 
     Raises:
-        ShapeError, RankError: shapes that do not fit. TypeError: mixed dtypes. ValueError: mixed devices, bad geometry.
+        ShapeError, RankError: shapes that do not fit. TypeError: mixed dtypes.
+        ValueError: mixed devices, bad geometry, bad route.
     """
-    return _conv("low_rank_conv2d", 2, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size)
+    return _conv(2, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route)
 
 
 def low_rank_conv3d(
-    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size
+    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size, route="auto"
 ) -> Tensor:  # fmt: skip
     """Convolution over [B, C_in, D, H, W] or [C_in, D, H, W]; see low_rank_conv2d."""
-    return _conv("low_rank_conv3d", 3, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size)
+    return _conv(3, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route)
 
 
 def same_padding(kernel_size, dilation) -> list[int]:
@@ -85,8 +103,10 @@ def same_padding(kernel_size, dilation) -> list[int]:
     return pads
 
 
-def _conv(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size) -> Tensor:
-    input, U, S, V, bias = _prepare(name, input, U, S, V, bias)
+def conv_arguments(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size) -> tuple:
+    """What the ops take: the tensors as in linear_arguments, the input with a batch dimension, lists of d ints."""
+    if not _fit(input, U, S, V, bias):
+        input, U, S, V, bias = _prepare(name, input, U, S, V, bias)
     kernel_size = as_ints(name, "kernel_size", kernel_size, d, 1)
     stride = as_ints(name, "stride", stride, d, 1)
     dilation = as_ints(name, "dilation", dilation, d, 1)
@@ -113,18 +133,35 @@ def _conv(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kern
                 f"{name}: input {list(input.shape)} with padding {tuple(padding)} is smaller than the kernel"
                 f" {tuple(kernel_size)} with dilation {tuple(dilation)}"
             )
-    args = (batched, U, S, V, bias, kernel_size, stride, padding, dilation, groups)
-    if _transformed():
+    return batched, U, S, V, bias, kernel_size, stride, padding, dilation, groups
+
+
+def _conv(d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route) -> Tensor:
+    name = f"low_rank_conv{d}d"
+    args = conv_arguments(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size)
+    if check_route(name, route) == "auto":
+        route = ops.routes.choose(ops.routes.conv, *args)
+    if route == "merged":
+        if _transformed():
+            output = reference.merged_conv(*args)
+        else:
+            output = autograd.MergedConv.apply(ops.layers.merged_conv.choose(*args), *args)
+    elif _transformed():
         output, _ = reference.low_rank_conv(*args)
     else:
-        output, _ = autograd.LowRankConv.apply(ops.layers.low_rank_conv.choose(*args), *args)
+        output = autograd.LowRankConv.apply(ops.layers.low_rank_conv.choose(*args), *args)
     return output if input.dim() == d + 2 else output.squeeze(0)
+
+
+def check_route(name: str, route: str) -> str:
+    """The route, one of ops.routes.ROUTES. Raises ValueError for another."""
+    if route not in ops.routes.ROUTES:
+        raise ValueError(f"{name}: route must be one of {', '.join(ops.routes.ROUTES)}, got {route!r}")
+    return route
 
 
 def _transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work: plain products have every derivative and batching rule."""
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -148,6 +185,25 @@ def as_ints(name: str, what: str, value, d: int, least: int) -> list[int]:
     if len(values) != d or not all(isinstance(v, numbers.Integral) and v >= least for v in values):
         raise ValueError(f"{name}: {what} must be an int or {d} ints >= {least}, got {value!r}")
     return [int(v) for v in values]
+
+
+def _fit(input, U, S, V, bias) -> bool:
+    """Whether there is nothing for _prepare to say or to cast, by one condition that costs little at every call."""
+    try:
+        (m, r), (n, columns), dtype, device = U.shape, V.shape, U.dtype, U.device
+        return (
+            columns == r
+            and S.shape == (r, r)
+            and 1 <= r <= m
+            and r <= n
+            and dtype.is_floating_point
+            and input.dtype is S.dtype is V.dtype is dtype
+            and input.device == S.device == V.device == device
+            and (bias is None or (bias.shape == (m,) and bias.dtype is dtype and bias.device == device))
+            and not ops.autocast_enabled(device.type)
+        )
+    except (AttributeError, ValueError):
+        return False
 
 
 def _prepare(name: str, input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None):

@@ -30,30 +30,28 @@ def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor
 def low_rank_linear_backward(grad: Tensor, input: Tensor, P: Tensor, U: Tensor, S: Tensor, V: Tensor, mask):
     """Gradients of low_rank_linear. With Q = G U: dX = Q S Vᵀ, dU = Gᵀ P Sᵀ, dS = Qᵀ P, dV = Xᵀ Q S, db = Σ G.
 
+    input: None where only dX and db are asked for. P: None to form it again.
     mask: five bools for (input, U, S, V, bias); what is not asked for is None.
     """
-    G, X, P2 = (t.reshape(-1, t.shape[-1]) for t in (grad, input, P))
+    G = grad.reshape(-1, U.shape[0])
+    if mask[1] or mask[2]:
+        P = (input @ V if P is None else P).reshape(-1, V.shape[1])
     Q = G @ U if mask[0] or mask[2] or mask[3] else None
-    dX = multi_dot((Q, S, V.mT)).reshape(input.shape) if mask[0] else None
-    dU = multi_dot((G.mT, P2, S.mT)) if mask[1] else None
-    dS = Q.mT @ P2 if mask[2] else None
-    dV = multi_dot((X.mT, Q, S)) if mask[3] else None
+    dX = multi_dot((Q, S, V.mT)).reshape(*grad.shape[:-1], V.shape[0]) if mask[0] else None
+    dU = multi_dot((G.mT, P, S.mT)) if mask[1] else None
+    dS = Q.mT @ P if mask[2] else None
+    dV = multi_dot((input.reshape(-1, V.shape[0]).mT, Q, S)) if mask[3] else None
     db = G.sum(0) if mask[4] else None
     return dX, dU, dS, dV, db
 
 
-def _filters(V: Tensor, kernel_size) -> Tensor:
-    """V [n, r] as a bank of r filters [r, C_in / groups, *kernel_size]."""
-    return V.mT.reshape(V.shape[1], -1, *kernel_size)
+def _filters(V: Tensor, kernel_size, groups: int) -> Tensor:
+    """V [n, r] as filters [groups r, C_in / groups, *kernel_size], the same r for every group.
 
-
-def _split_groups(input: Tensor, groups: int) -> Tensor:
-    """[B, groups C, ...] -> [B groups, C, ...]: the r filters are shared by the groups."""
-    return input.reshape(input.shape[0] * groups, input.shape[1] // groups, *input.shape[2:])
-
-
-def _join_groups(P: Tensor, groups: int) -> Tensor:
-    return P.reshape(P.shape[0] // groups, P.shape[1] * groups, *P.shape[2:])
+    A view where groups = 1: torch copies it once, into the memory format that its convolution wants.
+    """
+    filters = V.reshape(-1, *kernel_size, V.shape[1]).movedim(-1, 0)
+    return filters if groups == 1 else filters.repeat(groups, *[1] * (filters.dim() - 1))
 
 
 def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups):
@@ -62,38 +60,91 @@ def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, 
     input [B, C_in, *space], kernel_size, stride, padding, dilation: one int per space dimension.
     Returns (Y [B, m, *out], P [B, groups r, *out]).
     """
-    d = len(kernel_size)
-    one, zero = [1] * d, [0] * d
-    X = _split_groups(input, groups)
-    P = torch.convolution(X, _filters(V, kernel_size), None, stride, padding, dilation, False, zero, 1)
-    P = _join_groups(P, groups)
+    one, zero = _unit(kernel_size)
+    P = torch.convolution(
+        input, _filters(V, kernel_size, groups), None, stride, padding, dilation, False, zero, groups
+    )
     pointwise = (U @ S).reshape(*U.shape, *one)
     return torch.convolution(P, pointwise, bias, one, zero, one, False, zero, groups), P
 
 
 def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
-    """Gradients of low_rank_conv by the same two convolutions; mask as in low_rank_linear_backward."""
-    d = len(kernel_size)
-    one, zero = [1] * d, [0] * d
+    """Gradients of low_rank_conv by the same two convolutions; P and mask as in low_rank_linear_backward.
+
+    input: None where neither dX nor dV is asked for.
+    """
+    one, zero = _unit(kernel_size)
+    geometry = (stride, padding, dilation, False, zero, groups)
     backward = torch.ops.aten.convolution_backward
     core = U @ S
-    dP, dcore, db = backward(
-        grad, P, core.reshape(*core.shape, *one), [U.shape[0]], one, zero, one, False, zero, groups,
-        [mask[0] or mask[3], mask[1] or mask[2], mask[4]],
-    )  # fmt: skip
-    dX = dU = dS = dV = None
+    dX = dU = dS = dV = db = None
     if mask[1] or mask[2]:
+        if P is None:
+            P = torch.convolution(input, _filters(V, kernel_size, groups), None, *geometry)
+        _, dcore, db = backward(
+            grad, P, core.reshape(*core.shape, *one), [U.shape[0]], one, zero, one, False, zero, groups,
+            [False, True, mask[4]],
+        )  # fmt: skip
         dcore = dcore.reshape(core.shape)
         dU = dcore @ S.mT if mask[1] else None
         dS = U.mT @ dcore if mask[2] else None
+    elif mask[4]:
+        db = grad.sum([i for i in range(grad.dim()) if i != 1])
     if mask[0] or mask[3]:
-        dX, dfilters, _ = backward(
-            _split_groups(dP, groups), _split_groups(input, groups), _filters(V, kernel_size), None,
-            stride, padding, dilation, False, zero, 1, [mask[0], mask[3], False],
-        )  # fmt: skip
-        dX = dX.reshape(input.shape) if mask[0] else None
-        dV = dfilters.reshape(V.shape[1], V.shape[0]).mT if mask[3] else None
-    return dX, dU, dS, dV, db if mask[4] else None
+        transposed = core.reshape(groups, -1, core.shape[1]).mT.reshape(-1, U.shape[0] // groups, *one)
+        dP = torch.convolution(grad, transposed, None, one, zero, one, False, zero, groups)
+        filters = _filters(V, kernel_size, groups)
+        dX, dfilters, _ = backward(dP, input, filters, None, *geometry, [mask[0], mask[3], False])
+        if mask[3]:
+            dfilters = dfilters.reshape(groups, V.shape[1], *dfilters.shape[1:])
+            dV = (dfilters.sum(0) if groups > 1 else dfilters[0]).movedim(0, -1).reshape(V.shape)
+    return dX if mask[0] else None, dU, dS, dV, db if mask[4] else None
+
+
+def merged_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
+    """low_rank_linear by the dense product with W = U S Vᵀ, which pays where the ranks are high and the rows many."""
+    return torch.nn.functional.linear(input, multi_dot((U, S, V.mT)), bias)
+
+
+def merged_linear_backward(grad: Tensor, input: Tensor, U: Tensor, S: Tensor, V: Tensor, mask):
+    """Gradients of merged_linear: dX = G W, db = Σ G, and those of the factors from dW = Gᵀ X."""
+    G = grad.reshape(-1, grad.shape[-1])
+    dX = (G @ multi_dot((U, S, V.mT))).reshape(*grad.shape[:-1], V.shape[0]) if mask[0] else None
+    dW = G.mT @ input.reshape(-1, V.shape[0]) if any(mask[1:4]) else None
+    return dX, *_factor_gradients(dW, U, S, V, mask), G.sum(0) if mask[4] else None
+
+
+def merged_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Tensor:
+    """low_rank_conv by the one convolution with W = U S Vᵀ."""
+    W = multi_dot((U, S, V.mT)).reshape(U.shape[0], -1, *kernel_size)
+    return torch.convolution(input, W, bias, stride, padding, dilation, False, _unit(kernel_size)[1], groups)
+
+
+def merged_conv_backward(grad, input, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
+    """Gradients of merged_conv, those of the factors from dW."""
+    # for dW alone torch looks at no more than the shape of W
+    W = multi_dot((U, S, V.mT)) if mask[0] else U.new_empty(U.shape[0], V.shape[0])
+    W = W.reshape(U.shape[0], -1, *kernel_size)
+    dX, dW, db = torch.ops.aten.convolution_backward(
+        grad, input, W, [U.shape[0]], stride, padding, dilation, False, _unit(kernel_size)[1], groups,
+        [mask[0], any(mask[1:4]), mask[4]],
+    )  # fmt: skip
+    dW = dW.reshape(U.shape[0], V.shape[0]) if any(mask[1:4]) else None
+    return dX if mask[0] else None, *_factor_gradients(dW, U, S, V, mask), db if mask[4] else None
+
+
+def _factor_gradients(dW: Tensor | None, U: Tensor, S: Tensor, V: Tensor, mask):
+    """Through W = U S Vᵀ: dU = dW V Sᵀ, dS = Uᵀ dW V, dV = dWᵀ U S."""
+    dWV = dW @ V if mask[1] or mask[2] else None
+    dU = dWV @ S.mT if mask[1] else None
+    dS = U.mT @ dWV if mask[2] else None
+    dV = multi_dot((dW.mT, U, S)) if mask[3] else None
+    return dU, dS, dV
+
+
+def _unit(kernel_size) -> tuple[list[int], list[int]]:
+    """Ones and zeros, one per space dimension: a pointwise kernel's size, stride and dilation, and its padding."""
+    return [1] * len(kernel_size), [0] * len(kernel_size)
 
 
 # ------------------------------------------------------------------------------------- linear algebra

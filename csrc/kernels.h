@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/info.h"
+#include "core/linear.h"
 #include "core/update.h"
 #include "core/workspace.h"
 
@@ -22,6 +23,9 @@ struct Kernels {
   bool (*eigh)(const T* A, int64_t n, int64_t head, int64_t tail, T* lambda, T* V, Workspace&);
   bool (*prepare)(Update&, Workspace&);
   void (*apply)(const Update&, Workspace&);
+  void (*linear_forward)(const Linear<T>&, const T* X, const T* bias, T* Y, T* P, Workspace&);
+  void (*linear_backward)(const Linear<T>&, const T* G, const T* X, const T* P, const LinearGradients<T>&,
+                          Workspace&);
 };
 
 struct KernelSet {

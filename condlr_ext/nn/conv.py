@@ -5,7 +5,7 @@ import numbers
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, ops
 from .layer import LowRankLayer
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -23,6 +23,8 @@ class _LowRankConv(LowRankLayer):
 
     The condition number bounded is that of the flattened weight, not of the convolution as an operator.
     """
+
+    _costs = staticmethod(ops.routes.conv)
 
     def __init__(
         self,
@@ -86,6 +88,15 @@ class _LowRankConv(LowRankLayer):
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._functional(*self._padded(input), kernel_size=self.kernel_size, route=self._route)
+
+    def _arguments(self, input: Tensor) -> tuple:
+        return functional.conv_arguments(
+            type(self).__name__, self._d, *self._padded(input), kernel_size=self.kernel_size
+        )
+
+    def _padded(self, input: Tensor) -> tuple:
+        """The positional arguments of the functional form, which pads with zeros only."""
         padding = self.padding
         if self.padding_mode != "zeros" and padding != "valid":
             if padding == "same":
@@ -93,18 +104,7 @@ class _LowRankConv(LowRankLayer):
             else:
                 pads = [p for p in reversed(padding) for _ in range(2)]
             input, padding = F.pad(input, pads, mode=self.padding_mode), 0
-        return self._functional(
-            input,
-            self.U,
-            self.S,
-            self.V,
-            self.bias,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            kernel_size=self.kernel_size,
-        )
+        return input, self.U, self.S, self.V, self.bias, self.stride, padding, self.dilation, self.groups
 
     def extra_repr(self) -> str:
         text = (
@@ -115,7 +115,7 @@ class _LowRankConv(LowRankLayer):
             text += f", groups={self.groups}"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
-        return text
+        return text + self._route_repr()
 
 
 class LowRankConv1d(_LowRankConv):

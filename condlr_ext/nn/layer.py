@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import linalg, ops, reference
+from .. import functional, linalg, ops, reference
 from ..errors import NonFiniteError, RankError
 
 
@@ -45,9 +45,31 @@ class LowRankLayer(nn.Module):
     Attributes:
         U [m, r], S [r, r], V [n, r]: parameters, m = weight_shape[0], n the product of the rest.
         bias [m] or None.
+        route: which products the layer runs, "factorised", "merged" or "auto" (default: at every call what the cost
+            model of ops.routes says is cheaper); may be set at any time, is no part of the state_dict.
     """
 
     weight_shape: tuple[int, ...]
+    _route = "auto"
+
+    @property
+    def route(self) -> str:
+        return self._route
+
+    @route.setter
+    def route(self, route: str) -> None:
+        self._route = functional.check_route(f"{type(self).__name__}.route", route)
+
+    def plan(self, input: Tensor) -> ops.routes.Plan:
+        """Why "auto" takes the route it takes for this input: the estimated costs, which one wins and by how much.
+
+        Args:
+            input: as for forward; only its shape, its requires_grad and whether gradients are on matter.
+        """
+        return self._costs(*self._arguments(input))
+
+    def _route_repr(self) -> str:
+        return "" if self._route == "auto" else f", route={self._route}"
 
     def _make_factors(self, rank, bias: bool, device, dtype) -> None:
         m, n = self.weight_shape[0], math.prod(self.weight_shape[1:])

@@ -4,7 +4,7 @@ import numbers
 
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, ops
 from .layer import LowRankLayer
 
 
@@ -21,7 +21,7 @@ class LowRankLinear(LowRankLayer):
     Source: Savostianova et al., NeurIPS 2023, section 3.
     """
 
-    _dense = nn.Linear
+    _dense, _costs = nn.Linear, staticmethod(ops.routes.linear)
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, rank):
         super().__init__()
@@ -37,10 +37,13 @@ class LowRankLinear(LowRankLayer):
         return module.in_features, module.out_features, module.bias is not None
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.low_rank_linear(input, self.U, self.S, self.V, self.bias)
+        return functional.low_rank_linear(input, self.U, self.S, self.V, self.bias, route=self._route)
+
+    def _arguments(self, input: Tensor) -> tuple:
+        return functional.linear_arguments(input, self.U, self.S, self.V, self.bias)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank},"
-            f" bias={self.bias is not None}"
+            f" bias={self.bias is not None}{self._route_repr()}"
         )

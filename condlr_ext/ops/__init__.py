@@ -1,6 +1,6 @@
 """torch.ops.condlr_ext.*: schema, fake, reference registration and choice of implementation, per op family."""
 
-from . import layers, linalg, step
+from . import layers, linalg, routes, step
 from ._dispatch import BACKENDS, COMPILED, OPS, Op, autocast_enabled, backend, can_check, current_backend, no_autocast
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "layers",
     "linalg",
     "no_autocast",
+    "routes",
     "step",
 ]

@@ -15,7 +15,7 @@ def _cpu(input: Tensor, *_) -> list[str]:
     return [] if input.device.type == "cpu" else [f"the input is on {input.device}"]
 
 
-def _conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups):
+def _check_conv(input, kernel_size, stride, padding, dilation, groups):
     """What a direct call must respect; the public functions say more."""
     d = len(kernel_size)
     torch._check(groups >= 1, lambda: f"low_rank_conv: groups must be >= 1, got {groups}")
@@ -23,53 +23,58 @@ def _conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups):
         input.dim() == d + 2 and len(stride) == len(padding) == len(dilation) == d,
         lambda: f"low_rank_conv: a kernel of {d} dimensions needs an input of {d + 2}, got {list(input.shape)}",
     )
-    return reference.low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups)
 
 
-def _or_empty(gradients, like: Tensor):
-    dX, *factors = (like.new_empty(0) if g is None else g for g in gradients)
-    return dX, *(g.contiguous() for g in factors)
+def _conv(input, U, S, V, bias, *geometry):
+    _check_conv(input, *geometry)
+    return reference.low_rank_conv(input, U, S, V, bias, *geometry)
 
 
-def _linear_backward(grad, input, P, U, S, V, mask):
-    return _or_empty(reference.low_rank_linear_backward(grad, input, P, U, S, V, mask), input)
+def _merged_conv(input, U, S, V, bias, *geometry):
+    _check_conv(input, *geometry)
+    return reference.merged_conv(input, U, S, V, bias, *geometry)
 
 
-def _conv_backward(grad, input, P, U, S, V, mask, *geometry):
-    return _or_empty(reference.low_rank_conv_backward(grad, input, P, U, S, V, mask, *geometry), input)
+def _or_empty(backward):
+    """The gradients that are not asked for as empty tensors, the others contiguous but for dX, which is as it comes."""
 
+    def run(grad, *args):
+        dX, *factors = (grad.new_empty(0) if g is None else g for g in backward(grad, *args))
+        return dX, *(g.contiguous() for g in factors)
+
+    return run
+
+
+_linear_backward = _or_empty(reference.low_rank_linear_backward)
+_conv_backward = _or_empty(reference.low_rank_conv_backward)
+_merged_linear_backward = _or_empty(reference.merged_linear_backward)
+_merged_conv_backward = _or_empty(reference.merged_conv_backward)
 
 _LIBRARIES = "torch's products, oneDNN or MKL"
+_LAYER = "Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias"
 _GRADS = "(Tensor dX, Tensor dU, Tensor dS, Tensor dV, Tensor db)"
-_SAVED = "Tensor grad, Tensor input, Tensor P, Tensor U, Tensor S, Tensor V, bool[5] mask"
+_FACTORS = "Tensor U, Tensor S, Tensor V, bool[5] mask"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
-low_rank_linear = Op(
-    "low_rank_linear(Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias) -> (Tensor output, Tensor P)",
-    reference=reference.low_rank_linear,
-    fake=reference.low_rank_linear,
-    cpu=_cpu,
-    cpu_is=_LIBRARIES,
+
+def _op(schema, implementation) -> Op:
+    return Op(schema, reference=implementation, fake=implementation, cpu=_cpu, cpu_is=_LIBRARIES)
+
+
+low_rank_linear = _op(f"low_rank_linear({_LAYER}) -> (Tensor output, Tensor P)", reference.low_rank_linear)
+low_rank_linear_backward = _op(
+    f"low_rank_linear_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}) -> {_GRADS}", _linear_backward
 )
-low_rank_linear_backward = Op(
-    f"low_rank_linear_backward({_SAVED}) -> {_GRADS}",
-    reference=_linear_backward,
-    fake=_linear_backward,
-    cpu=_cpu,
-    cpu_is=_LIBRARIES,
+low_rank_conv = _op(f"low_rank_conv({_LAYER}, {_GEOMETRY}) -> (Tensor output, Tensor P)", _conv)
+low_rank_conv_backward = _op(
+    f"low_rank_conv_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}, {_GEOMETRY}) -> {_GRADS}",
+    _conv_backward,
 )
-low_rank_conv = Op(
-    "low_rank_conv(Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias, "
-    f"{_GEOMETRY}) -> (Tensor output, Tensor P)",
-    reference=_conv,
-    fake=_conv,
-    cpu=_cpu,
-    cpu_is=_LIBRARIES,
+merged_linear = _op(f"merged_linear({_LAYER}) -> Tensor", reference.merged_linear)
+merged_linear_backward = _op(
+    f"merged_linear_backward(Tensor grad, Tensor? input, {_FACTORS}) -> {_GRADS}", _merged_linear_backward
 )
-low_rank_conv_backward = Op(
-    f"low_rank_conv_backward({_SAVED}, {_GEOMETRY}) -> {_GRADS}",
-    reference=_conv_backward,
-    fake=_conv_backward,
-    cpu=_cpu,
-    cpu_is=_LIBRARIES,
+merged_conv = _op(f"merged_conv({_LAYER}, {_GEOMETRY}) -> Tensor", _merged_conv)
+merged_conv_backward = _op(
+    f"merged_conv_backward(Tensor grad, Tensor? input, {_FACTORS}, {_GEOMETRY}) -> {_GRADS}", _merged_conv_backward
 )

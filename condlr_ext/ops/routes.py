@@ -1,0 +1,92 @@
+"""Factorised or merged: which products a layer runs, chosen at every call by a cost model.
+
+Factorised, the thin products with V and with U S, saves work where the rank is low. Merged forms W = U S Vᵀ, runs the
+dense product and takes the factors' gradients from dW: it pays where the rank is high, or a side so thin that a second
+product costs more than it saves, and the rows are many, since forming W costs the same for any number of them.
+
+Costs are in flops of a large product, so the constants are ratios, which carry over between machines better than
+seconds do; the choice hardly depends on them: halving or doubling one changes it near the crossing only.
+bench/routes.py sets it against the clock.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROUTES = ("auto", "factorised", "merged")
+
+CHANNELS = 16  # oneDNN's convolutions work on blocks of so many channels, full or not; up to 3 of an image as they are
+MOVE = 60  # reading or writing one number of an activation
+COPY = 300  # one number of a filter bank copied into another memory format, as every use of it does
+FORM = 1.5  # one flop of the small products that form W or take it apart
+CALL = 10e6  # one dense layer of any size, forward and backward: autograd and the calls
+CALLS = 3  # the same for a low-rank layer
+
+
+class Plan(NamedTuple):
+    """Estimated cost of one call, forward and the backward it will need, by each route and of the dense layer."""
+
+    factorised: float
+    merged: float
+    dense: float
+
+    @property
+    def route(self) -> str:
+        """The cheaper route."""
+        return "merged" if self.merged < self.factorised else "factorised"
+
+    @property
+    def gain(self) -> float:
+        """Predicted time of the dense layer over that of the cheaper route."""
+        return self.dense / min(self.factorised, self.merged)
+
+
+def choose(plan: Callable[..., Plan], input: Tensor, *args) -> str:
+    """The route that plan, linear or conv, names for these arguments; on CPUs only, which is where it was measured."""
+    return plan(input, *args).route if input.device.type == "cpu" else "factorised"
+
+
+def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Plan:
+    """The costs of low_rank_linear on these arguments, of which only sizes and requires_grad are looked at."""
+    (m, r), n = U.shape, V.shape[0]
+    return _plan(input, U, S, V, input.numel() // n, r, n * r, r * m, m * n, 0)
+
+
+def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Plan:
+    """The costs of low_rank_conv on these arguments, as for linear."""
+    m, r = U.shape
+    rows, taps = input.shape[0], 1
+    for size, k, s, p, d in zip(input.shape[2:], kernel_size, stride, padding, dilation, strict=True):
+        rows, taps = rows * ((size + 2 * p - d * (k - 1) - 1) // s + 1), taps * k
+    channels = V.shape[0] // taps
+    fan_in = taps * (channels if channels <= 3 else _blocks(channels))
+    filters = groups * _blocks(m // groups) if m > groups else m
+    core = _blocks(r)
+    return _plan(input, U, S, V, rows, groups * r, groups * core * fan_in, core * filters, filters * fan_in, COPY)
+
+
+def _blocks(channels: int) -> int:
+    return (channels + CHANNELS - 1) // CHANNELS * CHANNELS
+
+
+def _plan(input, U, S, V, rows, width, first, second, full, copy) -> Plan:
+    """From the multiply-adds for one row of the first, the second and the dense product; width numbers of P a row."""
+    (m, r), n = U.shape, V.shape[0]
+    graph = torch.is_grad_enabled()
+    image = graph and input.requires_grad
+    factors = graph and (U.requires_grad or S.requires_grad or V.requires_grad)
+    passes = 1 + factors + image
+    X, P, Y = input.numel(), rows * width, rows * m
+    outer = X + Y + factors * (X + Y) + image * (X + Y)  # what any route reads and writes
+    form = r * min(m * (r + n), n * (r + m))
+
+    thin = first * passes + second * (1 + factors + (factors or image))
+    factorised = 2 * rows * thin + MOVE * (outer + P * (2 + 3 * factors + 2 * image))
+    factorised += FORM * 2 * min(rows, m) * r * r * (1 + 3 * factors) + copy * n * r * 2 * passes
+
+    dense = 2 * rows * full * passes + MOVE * outer + copy * m * n * passes
+    merged = FORM * 2 * (form * (1 + image) + factors * (m * n * r + 2 * m * r * r + form))
+    merged += dense + copy * m * n * passes
+    return Plan(factorised + CALLS * CALL, merged + CALLS * CALL, dense + CALL)

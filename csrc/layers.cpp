@@ -1,0 +1,152 @@
+// low_rank_linear and its backward on CPUs: small float32 and float64 layers by the core, in one call each; large
+// ones and other dtypes by torch's products, that is by the reference op.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "isa.h"
+
+namespace condlr {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Multiply-adds of the forward above which torch's products, blocked and threaded, were measured to be faster.
+constexpr int64_t kLargest = 8'000'000;
+
+// A layer and as many rows as `like` has, checked to fit together.
+struct Call {
+  int64_t rows, m, n, r;
+  ScalarType dtype;
+  bool small;  // the core serves it
+
+  // like: X or the gradient of Y, whose last dimension is n or m
+  Call(const Tensor& like, bool is_input, const Tensor& U, const Tensor& S, const Tensor& V)
+      : dtype(U.scalar_type()) {
+    STD_TORCH_CHECK(U.dim() == 2 && S.dim() == 2 && V.dim() == 2 && S.size(0) == U.size(1) &&
+                        S.size(1) == U.size(1) && V.size(1) == U.size(1),
+                    "low_rank_linear: U, S, V must be [m, r], [r, r], [n, r]");
+    m = U.size(0), n = V.size(0), r = U.size(1);
+    const int64_t width = is_input ? n : m;
+    STD_TORCH_CHECK(like.dim() > 0 && like.size(like.dim() - 1) == width, "low_rank_linear: the ",
+                    is_input ? "input" : "gradient", " must be [*, ", width, "]");
+    rows = 1;
+    for (int64_t i = 0; i < like.dim() - 1; ++i) rows *= like.size(i);
+    STD_TORCH_CHECK(like.scalar_type() == dtype && S.scalar_type() == dtype && V.scalar_type() == dtype,
+                    "low_rank_linear: all tensors must have one dtype");
+    small = (dtype == ScalarType::Float || dtype == ScalarType::Double) && rows * r * (m + n) <= kLargest;
+  }
+
+  // Of that many elements and the dtype of the layer.
+  void check(const Tensor& t, int64_t elements, const char* name) const {
+    STD_TORCH_CHECK(t.numel() == elements && t.scalar_type() == dtype, "low_rank_linear: ", name,
+                    " must have ", elements, " elements and the dtype of U");
+  }
+
+  template <class Work>
+  void run(const Work& work) const {
+    static thread_local Workspace workspace;  // kept: from the second call on nothing is allocated
+    const KernelSet& kernels = *default_isa().kernels;
+    dtype == ScalarType::Double ? work(kernels.f64, double{}, workspace)
+                                : work(kernels.f32, float{}, workspace);
+  }
+};
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+template <class T>
+const T* read(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* write(const Tensor& t) {
+  return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
+}
+
+// Uninitialised, in the shape of t with another last dimension.
+Tensor empty_rows(const Tensor& t, int64_t last) {
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes.back() = last;
+  return torch::stable::new_empty(t, sizes);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& U, const Tensor& S, const Tensor& V,
+                                   const std::optional<Tensor>& bias) {
+  const Call call(input, /*is_input=*/true, U, S, V);
+  if (bias) call.check(*bias, call.m, "bias");
+  if (!call.small) {
+    std::array<StableIValue, 5> stack{from(input), from(U), from(S), from(V), from(bias)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("condlr_ext::_reference_low_rank_linear", "",
+                                                        stack.data(), TORCH_ABI_VERSION));
+    return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+  }
+  const Tensor X = dense(input), u = dense(U), s = dense(S), v = dense(V);
+  const Tensor b = bias ? dense(*bias) : U;
+  const Tensor Y = empty_rows(X, call.m), P = empty_rows(X, call.r);
+  call.run([&](const auto& kernels, auto zero, Workspace& workspace) {
+    using T = decltype(zero);
+    const Linear<T> layer{call.rows, call.m, call.n, call.r, read<T>(u), read<T>(s), read<T>(v)};
+    kernels.linear_forward(layer, read<T>(X), bias ? read<T>(b) : nullptr, write<T>(Y), write<T>(P), workspace);
+  });
+  return {Y, P};
+}
+
+StableIValue from_mask(const std::vector<bool>& mask) {
+  StableListHandle list;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(mask.size(), &list));
+  for (const bool wanted : mask) STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, torch::stable::detail::from(wanted)));
+  return torch::stable::detail::from(list);
+}
+
+Gradients backward(const Tensor& grad, const std::optional<Tensor>& input, const std::optional<Tensor>& P,
+                   const Tensor& U, const Tensor& S, const Tensor& V, const std::vector<bool>& mask) {
+  const Call call(grad, /*is_input=*/false, U, S, V);
+  const bool needs_P = mask[1] || mask[2], needs_X = mask[3];
+  STD_TORCH_CHECK(input || !(needs_X || (needs_P && !P)),
+                  "low_rank_linear_backward: the gradients asked for need the input");
+  if (input) call.check(*input, call.rows * call.n, "input");
+  if (P) call.check(*P, call.rows * call.r, "P");
+  if (!call.small || (needs_P && !P)) {
+    std::array<StableIValue, 7> stack{from(grad), from(input), from(P),        from(U),
+                                      from(S),    from(V),     from_mask(mask)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("condlr_ext::_reference_low_rank_linear_backward", "",
+                                                        stack.data(), TORCH_ABI_VERSION));
+    return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2]), to<Tensor>(stack[3]),
+            to<Tensor>(stack[4])};
+  }
+  const Tensor G = dense(grad), u = dense(U), s = dense(S), v = dense(V);
+  const Tensor X = needs_X ? dense(*input) : G, p = needs_P ? dense(*P) : G;
+  const auto wanted = [&](int i, std::initializer_list<int64_t> shape) {
+    return torch::stable::new_empty(U, mask[i] ? std::vector<int64_t>(shape) : std::vector<int64_t>{0});
+  };
+  const Tensor dX = mask[0] ? empty_rows(G, call.n) : wanted(0, {}), dU = wanted(1, {call.m, call.r}),
+               dS = wanted(2, {call.r, call.r}), dV = wanted(3, {call.n, call.r}), db = wanted(4, {call.m});
+  call.run([&](const auto& kernels, auto zero, Workspace& workspace) {
+    using T = decltype(zero);
+    const Linear<T> layer{call.rows, call.m, call.n, call.r, read<T>(u), read<T>(s), read<T>(v)};
+    const LinearGradients<T> gradients{write<T>(dX), write<T>(dU), write<T>(dS), write<T>(dV), write<T>(db)};
+    kernels.linear_backward(layer, read<T>(G), read<T>(X), read<T>(p), gradients, workspace);
+  });
+  return {dX, dU, dS, dV, db};
+}
+
+}  // namespace
+}  // namespace condlr
+
+STABLE_TORCH_LIBRARY_IMPL(condlr_ext, CPU, m) {
+  m.impl("low_rank_linear", TORCH_BOX(&condlr::forward));
+  m.impl("low_rank_linear_backward", TORCH_BOX(&condlr::backward));
+}
