@@ -71,7 +71,7 @@ def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, 
 def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
     """Gradients of low_rank_conv by the same two convolutions; P and mask as in low_rank_linear_backward.
 
-    input: None where neither dX nor dV is asked for.
+    input: None where neither dX nor dV is asked for, and P is given.
     """
     one, zero = _unit(kernel_size)
     geometry = (stride, padding, dilation, False, zero, groups)
@@ -89,7 +89,7 @@ def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, p
         dU = dcore @ S.mT if mask[1] else None
         dS = U.mT @ dcore if mask[2] else None
     elif mask[4]:
-        db = grad.sum([i for i in range(grad.dim()) if i != 1])
+        db = _sum_of_channels(grad)
     if mask[0] or mask[3]:
         transposed = core.reshape(groups, -1, core.shape[1]).mT.reshape(-1, U.shape[0] // groups, *one)
         dP = torch.convolution(grad, transposed, None, one, zero, one, False, zero, groups)
@@ -121,7 +121,9 @@ def merged_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, gr
 
 
 def merged_conv_backward(grad, input, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
-    """Gradients of merged_conv, those of the factors from dW."""
+    """Gradients of merged_conv, those of the factors from dW; input as in low_rank_conv_backward, for any factor."""
+    if not any(mask[:4]):
+        return None, None, None, None, _sum_of_channels(grad) if mask[4] else None
     # for dW alone torch looks at no more than the shape of W
     W = multi_dot((U, S, V.mT)) if mask[0] else U.new_empty(U.shape[0], V.shape[0])
     W = W.reshape(U.shape[0], -1, *kernel_size)
@@ -140,6 +142,10 @@ def _factor_gradients(dW: Tensor | None, U: Tensor, S: Tensor, V: Tensor, mask):
     dS = U.mT @ dWV if mask[2] else None
     dV = multi_dot((dW.mT, U, S)) if mask[3] else None
     return dU, dS, dV
+
+
+def _sum_of_channels(grad: Tensor) -> Tensor:
+    return grad.sum([i for i in range(grad.dim()) if i != 1])
 
 
 def _unit(kernel_size) -> tuple[list[int], list[int]]:

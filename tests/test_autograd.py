@@ -1,6 +1,8 @@
 """Gradients: gradcheck in float64 on every backend, double backward, torch.func, only what is asked for."""
 
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from condlr_ext import functional, linalg, reference
 
 F64 = torch.float64
+ROUTES = pytest.mark.parametrize("route", ["factorised", "merged"])
 
 
 def factors(m, n, r, requires_grad=True):
@@ -21,12 +24,14 @@ def factors(m, n, r, requires_grad=True):
     "lead,m,n,r", [((4,), 3, 5, 2), ((2, 3), 5, 3, 3), ((), 4, 4, 1), ((0,), 3, 5, 2), ((9,), 2, 2, 2)]
 )
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear(backend, lead, m, n, r, with_bias):
+@ROUTES
+def test_linear(backend, lead, m, n, r, with_bias, route):
     U, S, V, b = factors(m, n, r)
     X = torch.randn(*lead, n, dtype=F64, requires_grad=True)
     args = (X, U, S, V, b if with_bias else None)
-    assert gradcheck(functional.low_rank_linear, args)
-    assert gradgradcheck(functional.low_rank_linear, args)
+    layer = partial(functional.low_rank_linear, route=route)
+    assert gradcheck(layer, args)
+    assert gradgradcheck(layer, args)
 
 
 CONVS = [
@@ -38,7 +43,8 @@ CONVS = [
 
 
 @pytest.mark.parametrize("conv", CONVS, ids=str)
-def test_conv(backend, conv):
+@ROUTES
+def test_conv(backend, conv, route):
     d, k, g = conv["d"], conv["k"], conv["groups"]
     m, c, r = 4, 2, 2
     U, S, V, b = factors(m, c * math.prod(k), r)
@@ -46,7 +52,7 @@ def test_conv(backend, conv):
     fn = getattr(functional, f"low_rank_conv{d}d")
 
     def call(X, U, S, V, b):
-        return fn(X, U, S, V, b, conv["stride"], conv["padding"], conv["dilation"], g, kernel_size=k)
+        return fn(X, U, S, V, b, conv["stride"], conv["padding"], conv["dilation"], g, kernel_size=k, route=route)
 
     dense = getattr(torch.nn.functional, f"conv{d}d")
     W = (U @ S @ V.mT).reshape(m, c, *k)
@@ -57,20 +63,45 @@ def test_conv(backend, conv):
     assert gradgradcheck(call, (X, U, S, V, b))
 
 
-def test_only_the_gradients_asked_for(backend):
-    for wanted in range(5):
-        U, S, V, b = factors(4, 5, 2, requires_grad=False)
-        args = [torch.randn(3, 5, dtype=F64), U, S, V, b]
-        args[wanted].requires_grad_()
-        functional.low_rank_linear(*args).sum().backward()
-        assert [a.grad is not None for a in args] == [i == wanted for i in range(5)]
+@ROUTES
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_any_subset_of_the_gradients(backend, kind, route):
+    """Each is the one that asking for all gives, in a first and in a second backward."""
+    U, S, V, b = factors(4, 8, 2, requires_grad=False)
+    if kind == "linear":
+        X, fn = torch.randn(3, 8, dtype=F64), functional.low_rank_linear
+    else:
+        X, fn = torch.randn(3, 2, 3, 4, dtype=F64), partial(functional.low_rank_conv2d, kernel_size=2, stride=(1, 2))
+
+    def gradients(wanted):
+        args = [t.clone().requires_grad_(w) for t, w in zip((X, U, S, V, b), wanted, strict=True)]
+        leaves = [t for t in args if t.requires_grad]
+        loss = fn(*args, route=route).pow(3).sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+        plain = torch.autograd.grad(fn(*args, route=route).pow(3).sum(), leaves)
+        torch.testing.assert_close(plain, first)
+        return first, second
+
+    every, _ = gradients([True] * 5)
+    for wanted in itertools.product([False, True], repeat=5):
+        if any(wanted):
+            first, second = gradients(wanted)
+            torch.testing.assert_close(first, tuple(g for g, w in zip(every, wanted, strict=True) if w))
+            with torch.autograd.forward_ad.dual_level():  # plain products, through torch's own derivatives
+                expected = gradients(wanted)[1]
+            torch.testing.assert_close(second, expected)
 
 
-def test_backward_contiguous_factor_gradients(backend):
+@ROUTES
+def test_backward_contiguous_factor_gradients(backend, route):
     """The step takes them as they come."""
-    U, S, V, b = factors(6, 7, 3)
-    functional.low_rank_linear(torch.randn(5, 7, dtype=F64), U, S, V, b).sum().backward()
-    assert all(p.grad.is_contiguous() for p in (U, S, V, b))
+    for X, options in ((torch.randn(5, 8), {}), (torch.randn(2, 2, 3, 4), {"kernel_size": 2})):
+        U, S, V, b = (p.detach().float().requires_grad_() for p in factors(6, 8, 3))
+        for image in (X, X.to(memory_format=torch.channels_last)) if options else (X,):
+            fn = functional.low_rank_conv2d if options else functional.low_rank_linear
+            grads = torch.autograd.grad(fn(image, U, S, V, b, route=route, **options).sum(), (U, S, V, b))
+            assert all(g.is_contiguous() for g in grads)
 
 
 def invariant(fn):
@@ -251,14 +282,15 @@ def test_zero_core_gradient_is_finite(backend):
     assert torch.isfinite(A.grad).all()
 
 
-def test_func_transforms(backend):
+@ROUTES
+def test_func_transforms(backend, route):
     from torch.func import functional_call, grad, jacrev, vmap
 
     U, S, V, b = factors(4, 5, 2, requires_grad=False)
     X = torch.randn(6, 5, dtype=F64)
 
     def loss(x, S):
-        return functional.low_rank_linear(x, U, S, V, b).pow(2).sum()
+        return functional.low_rank_linear(x, U, S, V, b, route=route).pow(2).sum()
 
     per_sample = vmap(grad(loss, argnums=1), (0, None))(X, S)
     one_by_one = torch.stack([grad(loss, argnums=1)(x, S) for x in X])
@@ -278,6 +310,7 @@ def test_func_transforms(backend):
     import condlr_ext
 
     conv = condlr_ext.LowRankConv2d(2, 4, 3, rank=2).double()
+    conv.route = route
     images = torch.randn(3, 1, 2, 5, 5, dtype=F64)
     params = dict(conv.named_parameters())
     batched = vmap(lambda x: functional_call(conv, params, (x,)))(images)

@@ -272,7 +272,10 @@ def test_backward_keeps_the_backend_of_forward():
 
 
 FUNCTIONS = {
-    "linear": lambda x: functional.low_rank_linear(x, *TENSORS),
+    "linear": lambda x: functional.low_rank_linear(x, *TENSORS, route="factorised"),
+    "merged linear": lambda x: functional.low_rank_linear(x, *TENSORS, route="merged"),
+    "conv": lambda x: functional.low_rank_conv1d(x[:, None], *TENSORS, kernel_size=5, route="factorised"),
+    "merged conv": lambda x: functional.low_rank_conv1d(x[:, None], *TENSORS, kernel_size=5, route="merged"),
     "svd": lambda x: linalg.svd(x).sigma,
     "qr": lambda x: linalg.qr(x).Q,
     "polar": lambda x: linalg.polar(x).Q,
@@ -295,6 +298,23 @@ def test_compile_fullgraph(name):
         y.pow(2).sum().backward()
         results.append((y.detach(), x.grad))
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("route", ["factorised", "merged"])
+def test_compiled_torch_func(route):
+    """Transforms inside compiled code reach plain products too."""
+    torch._dynamo.reset()
+    U, S, V, b = (t.detach() for t in TENSORS)
+
+    def loss(x, S):
+        return functional.low_rank_linear(x, U, S, V, b, route=route).pow(2).sum()
+
+    def per_sample(x, S):
+        return torch.vmap(torch.func.grad(loss, argnums=1), (0, None))(x, S)
+
+    x, S = torch.randn(7, 5), torch.randn(3, 3)
+    compiled = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, S), per_sample(x, S))
 
 
 def make_model():

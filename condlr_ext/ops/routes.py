@@ -21,8 +21,9 @@ CHANNELS = 16  # oneDNN's convolutions work on blocks of so many channels, full 
 MOVE = 60  # reading or writing one number of an activation
 COPY = 300  # one number of a filter bank copied into another memory format, as every use of it does
 FORM = 1.5  # one flop of the small products that form W or take it apart
-CALL = 10e6  # one dense layer of any size, forward and backward: autograd and the calls
-CALLS = 3  # the same for a low-rank layer
+CALL = 10e6  # what a dense layer of any size costs forward and backward: autograd and the calls
+CALLS = 3  # so many times that, merged or a convolution
+FEWER_CALLS = 1.5  # the same, factorised and linear: one call of compiled code each way where the layer is small
 
 
 class Plan(NamedTuple):
@@ -51,7 +52,7 @@ def choose(plan: Callable[..., Plan], input: Tensor, *args) -> str:
 def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Plan:
     """The costs of low_rank_linear on these arguments, of which only sizes and requires_grad are looked at."""
     (m, r), n = U.shape, V.shape[0]
-    return _plan(input, U, S, V, input.numel() // n, r, n * r, r * m, m * n, 0)
+    return _plan(input, U, S, V, input.numel() // n, r, n * r, r * m, m * n, 0, FEWER_CALLS)
 
 
 def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Plan:
@@ -64,14 +65,14 @@ def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -
     fan_in = taps * (channels if channels <= 3 else _blocks(channels))
     filters = groups * _blocks(m // groups) if m > groups else m
     core = _blocks(r)
-    return _plan(input, U, S, V, rows, groups * r, groups * core * fan_in, core * filters, filters * fan_in, COPY)
+    return _plan(input, U, S, V, rows, groups * r, groups * core * fan_in, core * filters, filters * fan_in, COPY, CALLS)
 
 
 def _blocks(channels: int) -> int:
     return (channels + CHANNELS - 1) // CHANNELS * CHANNELS
 
 
-def _plan(input, U, S, V, rows, width, first, second, full, copy) -> Plan:
+def _plan(input, U, S, V, rows, width, first, second, full, copy, calls) -> Plan:
     """From the multiply-adds for one row of the first, the second and the dense product; width numbers of P a row."""
     (m, r), n = U.shape, V.shape[0]
     graph = torch.is_grad_enabled()
@@ -89,4 +90,4 @@ def _plan(input, U, S, V, rows, width, first, second, full, copy) -> Plan:
     dense = 2 * rows * full * passes + MOVE * outer + copy * m * n * passes
     merged = FORM * 2 * (form * (1 + image) + factors * (m * n * r + 2 * m * r * r + form))
     merged += dense + copy * m * n * passes
-    return Plan(factorised + CALLS * CALL, merged + CALLS * CALL, dense + CALL)
+    return Plan(factorised + calls * CALL, merged + CALLS * CALL, dense + CALL)
