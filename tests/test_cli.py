@@ -57,11 +57,16 @@ def test_inspect_prints_the_layers(trained, capsys):
     path = str(trained / "condlr-tau0.1-budget0.27.safetensors")
     assert main(["inspect", path]) == 0
     printed = capsys.readouterr().out
-    for text in ("fc1", "256 x 64", "32", "fc2", "20", "head", "κ", "σ max"):
+    for text in ("fc1", "256 x 64", "32", "fc2", "20", "head", "κ", "σ max", "batches of 32"):
         assert text in printed
     assert main(["inspect", path, "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert all(layer["kappa"] <= 1.1 * (1 + 1e-5) for layer in layers if layer["name"] != "head")
+    assert [layer["route"] for layer in layers] == ["factorised", "factorised", None]
+    assert main(["inspect", path, "--json", "--batch-size", "4096"]) == 0
+    larger = json.loads(capsys.readouterr().out)["layers"]
+    assert larger[1]["gain"] > layers[1]["gain"]  # the calls weigh less
+    assert "batch_size must be >= 1, got 0" in failure(capsys, "inspect", path, "--batch-size", "0")
 
 
 def test_info(capsys):

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ CONVS = [
 ]
 
 
+ROUTES = pytest.mark.parametrize("route", ["factorised", "merged"])
+
+
 def randomise(layer):
     with torch.no_grad():
         for p in layer.parameters():
@@ -37,9 +41,11 @@ def randomise(layer):
 
 @pytest.mark.parametrize("options", CONVS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("cls", [LowRankConv1d, LowRankConv2d, LowRankConv3d])
-def test_conv_is_its_dense_twin(backend, cls, options):
+@ROUTES
+def test_conv_is_its_dense_twin(backend, cls, options, route):
     d = cls._d
     layer = randomise(cls(4, 6, **options, rank=3, dtype=torch.float64))
+    layer.route = route
     dense = layer.to_dense()
     assert type(dense) is cls._dense and (dense.bias is None) == (options.get("bias") is False)
     x = torch.randn(2, 4, *[9, 8, 7][:d], dtype=torch.float64)
@@ -56,9 +62,11 @@ def test_conv_is_its_dense_twin(backend, cls, options):
 
 @pytest.mark.parametrize("m,n,r", [(1, 1, 1), (3, 17, 2), (33, 5, 5), (10, 64, 10), (63, 100, 17)])
 @pytest.mark.parametrize("lead", [(), (7,), (2, 3), (0,), (300,)], ids=str)
-def test_linear_is_its_dense_twin(backend, m, n, r, lead):
+@ROUTES
+def test_linear_is_its_dense_twin(backend, m, n, r, lead, route):
     for bias in (True, False):
         layer = randomise(LowRankLinear(n, m, bias, rank=r, dtype=torch.float64))
+        layer.route = route
         dense = layer.to_dense()
         x = torch.randn(*lead, n, dtype=torch.float64)
         torch.testing.assert_close(layer(x), dense(x))
@@ -73,18 +81,20 @@ def gradients(fn, tensors):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows,m,n,r", [(3, 33, 17, 5), (64, 20, 30, 20), (40, 100, 7, 3)])
-def test_error_is_that_of_plain_pytorch(backend, dtype, rows, m, n, r):
-    """Outputs and gradients: at most twice the error of the plain three products at the same dtype."""
+@pytest.mark.parametrize("rows,m,n,r", [(3, 33, 17, 5), (64, 20, 30, 20), (40, 100, 7, 3), (300, 150, 90, 70)])
+@ROUTES
+def test_error_is_that_of_plain_pytorch(backend, dtype, rows, m, n, r, route):
+    """Outputs and gradients: at most twice the error of the same products in plain PyTorch at the same dtype."""
 
     def plain(X, U, S, V, b):
-        return X @ V @ S.mT @ U.mT + b
+        return X @ V @ S.mT @ U.mT + b if route == "factorised" else F.linear(X, U @ S @ V.mT, b)
 
+    layer = partial(functional.low_rank_linear, route=route)
     shapes = ((rows, n), (m, r), (r, r), (n, r), (m,))
     exact = [torch.randn(s, dtype=dtype).double() / s[-1] ** 0.5 for s in shapes]
     low = [t.to(dtype) for t in exact]
     truth = [plain(*exact), *gradients(plain, exact)]
-    ours = [functional.low_rank_linear(*low), *gradients(functional.low_rank_linear, low)]
+    ours = [layer(*low), *gradients(layer, low)]
     theirs = [plain(*low), *gradients(plain, low)]
     for o, p, t in zip(ours, theirs, truth, strict=True):
         assert o.dtype == dtype
@@ -234,6 +244,179 @@ def test_conv_of_one_tap_is_a_linear_map():
     x = torch.randn(2, 5, 3, 3, dtype=torch.float64)
     flat = F.linear(x.movedim(1, -1), layer.weight.flatten(1), layer.bias).movedim(-1, 1)
     torch.testing.assert_close(layer(x), flat)
+
+
+def image_layer(dtype, groups=1, **options):
+    """Tensors of a convolution, and the layer and its plain twin as functions of them."""
+    shapes = ((2, 6, 9, 9), (8, 5), (5, 5), (6 // groups * 9, 5), (8,))
+    tensors = [torch.randn(s, dtype=dtype).double() / max(s[-1], 5) ** 0.5 for s in shapes]
+
+    def plain(X, U, S, V, b):
+        if options["route"] == "merged":
+            return F.conv2d(X, (U @ S @ V.mT).reshape(8, -1, 3, 3), b, padding=1, groups=groups)
+        filters = V.mT.reshape(5, -1, 3, 3).repeat(groups, 1, 1, 1)
+        P = F.conv2d(X, filters, padding=1, groups=groups)
+        return F.conv2d(P, (U @ S)[:, :, None, None], b, groups=groups)
+
+    layer = partial(functional.low_rank_conv2d, kernel_size=3, padding=1, groups=groups, **options)
+    return tensors, layer, plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@ROUTES
+def test_conv_error_is_that_of_plain_pytorch(backend, dtype, groups, route):
+    """Outputs and gradients, in both memory formats, as for the linear layer."""
+    exact, layer, plain = image_layer(dtype, groups, route=route)
+    truth = [plain(*exact), *gradients(plain, exact)]
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        low = [t.to(dtype) for t in exact]
+        low[0] = low[0].contiguous(memory_format=memory_format)
+        ours, theirs = ([fn(*low), *gradients(fn, low)] for fn in (layer, plain))
+        for o, p, t in zip(ours, theirs, truth, strict=True):
+            assert o.dtype == dtype
+            atol = torch.finfo(dtype).eps * t.abs().max()
+            assert (o.double() - t).abs().max() <= 2 * (p.double() - t).abs().max() + atol
+
+
+@ROUTES
+def test_autocast_is_as_right_as_the_dtype(route):
+    exact, layer, plain = image_layer(torch.float32, route=route)
+    single = [t.float() for t in exact]
+    truth = [plain(*exact), *gradients(plain, exact)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = [layer(*single), *gradients(layer, single)]
+        theirs = [plain(*single), *gradients(plain, single)]
+    assert ours[0].dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in ours[1:])
+    for o, p, t in zip(ours, theirs, truth, strict=True):
+        atol = torch.finfo(torch.bfloat16).eps * t.abs().max()
+        assert (o.double() - t).abs().max() <= 2 * (p.double() - t).abs().max() + atol
+
+
+@ROUTES
+def test_channels_last_without_copies(route):
+    """No activation changes its memory format on the way, and nothing is copied but filters."""
+    layer = LowRankConv2d(16, 32, 3, padding=1, rank=8)
+    layer.route = route
+    # from 16 images on torch leaves pointwise convolutions to oneDNN also on one thread
+    x = torch.randn(16, 16, 12, 12).to(memory_format=torch.channels_last).requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+    copies = [e.input_shapes[0] for e in profile.events() if e.name in ("aten::copy_", "aten::_to_copy")]
+    assert copies and all(math.prod(shape) < x.numel() for shape in copies)
+
+
+def vgg16() -> nn.Sequential:
+    layers, channels = [], 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        if width == 0:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.LeakyReLU()]
+        channels = width
+    head = [nn.Linear(512, 512), nn.LeakyReLU(), nn.Linear(512, 512), nn.LeakyReLU(), nn.Linear(512, 10)]
+    return nn.Sequential(*layers, nn.Flatten(), *head)
+
+
+def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """What the forward keeps for the backward, beside parameters and buffers."""
+    known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    storages = {}
+
+    def pack(t):
+        if t.untyped_storage()._cdata not in known:
+            storages[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(x)
+    assert output.requires_grad
+    return sum(s.nbytes() for s in storages.values())
+
+
+def test_memory_of_a_training_iteration_is_below_the_dense_models():
+    """Saved tensors, parameters and gradients of VGG16 at 20 % rank; of P no more is kept than its size says."""
+    with torch.device("meta"):
+        dense, x = vgg16(), torch.empty(128, 3, 32, 32)
+        saved = {"dense": saved_bytes(dense, x)}
+        total = {"dense": saved["dense"] + 8 * sum(p.numel() for p in dense.parameters())}
+        low_rank = vgg16()
+        condlr_ext.factorize(low_rank, rank=0.2, exclude=str(len(low_rank) - 1), init="random")
+        thin = 0
+        for layer in low_rank:
+            if isinstance(layer, condlr_ext.nn.LowRankLayer):
+                layer.register_forward_hook(lambda layer, _, y: pixels.append(layer.rank * y.numel() // y.shape[1]))
+        for route in ("factorised", "merged"):
+            pixels = []
+            for layer in low_rank:
+                if isinstance(layer, condlr_ext.nn.LowRankLayer):
+                    layer.route = route
+            saved[route] = saved_bytes(low_rank, x)
+            total[route] = saved[route] + 8 * sum(p.numel() for p in low_rank.parameters())
+            thin = 4 * sum(pixels)
+    assert saved["merged"] == saved["dense"] and saved["factorised"] == saved["dense"] + thin
+    assert total["factorised"] < 0.93 * total["dense"] and total["merged"] < 0.9 * total["dense"]
+
+
+def test_frozen_layers_keep_nothing_they_do_not_need():
+    layer = LowRankLinear(40, 30, rank=5).requires_grad_(False)
+    x = torch.randn(8, 40, requires_grad=True)
+    for route in ("factorised", "merged"):
+        layer.route = route
+        assert saved_bytes(layer, x) == 0
+        layer.V.requires_grad_(True)
+        assert saved_bytes(layer, x) == x.numel() * 4
+        layer.V.requires_grad_(False)
+    layer.route = "factorised"
+    layer.U.requires_grad_(True)
+    assert saved_bytes(layer, x.detach()) == 8 * 5 * 4
+
+
+def test_route_is_validated_and_kept():
+    layer = randomise(LowRankConv2d(2, 3, 3, rank=2))
+    assert layer.route == "auto" and "route" not in repr(layer)
+    layer.route = "merged"
+    assert "route=merged" in repr(layer) and set(layer.state_dict()) == {"U", "S", "V", "bias"}
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.route == "merged"
+    with pytest.raises(ValueError, match="LowRankConv2d.route: route must be one of auto, factorised, merged, got 'fast'"):
+        layer.route = "fast"
+    assert layer.route == "merged"
+    for fn, args in ((linear, (X, U, S, V)), (partial(conv, kernel_size=3), (image, U, S, Vc))):
+        with pytest.raises(ValueError, match="route must be one of auto, factorised, merged, got 'fast'"):
+            fn(*args, route="fast")
+
+
+def test_plan_says_which_route_and_why():
+    """Far from the crossing, where no machine should disagree."""
+    x = torch.empty(64, 256, 16, 16)
+    low = LowRankConv2d(256, 256, 3, padding=1, rank=0.2).plan(x)
+    assert low.route == "factorised" and low.factorised < low.merged and 2 < low.gain < 5
+    full = LowRankConv2d(64, 64, 3, padding=1, rank=1.0).plan(torch.empty(64, 64, 32, 32))
+    assert full.route == "merged" and full.gain < 1 < full.factorised / full.merged
+    shortcut = LowRankConv2d(16, 64, 1, rank=8).plan(torch.empty(64, 16, 32, 32))
+    assert shortcut.route == "merged" and shortcut.gain > 0.8
+    wide = LowRankLinear(512, 512, rank=512)
+    assert wide.plan(torch.empty(8192, 512)).route == "merged"
+    assert wide.plan(torch.empty(4, 512)).route == "factorised"  # forming W costs more than the rows
+    with torch.no_grad():
+        inference = wide.plan(torch.empty(8192, 512))
+    assert inference.dense < 0.6 * wide.plan(torch.empty(8192, 512)).dense
+    with pytest.raises(ShapeError, match=r"input must be \[\*, 512\]"):
+        wide.plan(torch.empty(4, 5))
+
+
+def test_auto_takes_the_route_of_the_plan():
+    layer = LowRankLinear(64, 64, rank=64)
+    for rows in (1, 4096):
+        x = torch.randn(rows, 64)
+        y = layer(x)
+        expected = "MergedLinearBackward" if layer.plan(x).route == "merged" else "LowRankLinearBackward"
+        assert y.grad_fn.name() == expected
+    assert expected == "MergedLinearBackward"
 
 
 def test_float32_conv_error_is_that_of_plain_pytorch(backend):

@@ -39,7 +39,7 @@ def evaluate(arguments: Namespace) -> None:
 def inspect(arguments: Namespace) -> None:
     from ..experiments import inspect_checkpoint, report
 
-    result = inspect_checkpoint(Path(arguments.checkpoint))
+    result = inspect_checkpoint(Path(arguments.checkpoint), arguments.batch_size)
     if arguments.json:
         print(json.dumps(result))
         return
@@ -47,13 +47,17 @@ def inspect(arguments: Namespace) -> None:
         [
             layer["name"], f"{layer['m']} x {layer['n']}", str(layer["rank"]), str(layer["weights"]),
             report.number(layer["kappa"], ".7g"), f"{layer['sigma_max']:.4g}", f"{layer['sigma_min']:.4g}",
-            report.number(layer["orthonormality"], ".1e"),
+            report.number(layer["orthonormality"], ".1e"), layer["route"] or "-", report.number(layer["gain"], ".2f"),
         ]
         for layer in result["layers"]
     ]  # fmt: skip
     metadata = result["metadata"]
     print(f"{metadata['run']}, {metadata['data']}, seed {metadata['seed']}, condlr_ext {metadata['condlr_ext']}")
-    report.show(["layer", "weight", "rank", "weights", "κ", "σ max", "σ min", "‖UᵀU−I‖"], rows)
+    report.show(["layer", "weight", "rank", "weights", "κ", "σ max", "σ min", "‖UᵀU−I‖", "route", "gain"], rows)
+    print(
+        f"route and gain: what a layer runs in training on batches of {result['batch_size']}, and the cost model's"
+        " estimate of the dense layer's time over its own"
+    )
 
 
 def info(arguments: Namespace) -> None:

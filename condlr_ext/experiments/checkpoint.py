@@ -98,8 +98,14 @@ def evaluate_checkpoint(path: Path, *, data: str | None = None, eps=None, attack
     return {"run": metadata["run"], "data": data, **evaluate(model, split.x_test, split.y_test, **attack)}
 
 
-def inspect_checkpoint(path: Path) -> dict:
-    """The metadata, and for each linear layer its shape, rank, weights, sigma, kappa and orthonormality."""
+def inspect_checkpoint(path: Path, batch_size: int = 32) -> dict:
+    """The metadata, and for each linear layer its shape, rank, weights, sigma, kappa and orthonormality.
+
+    For low-rank layers also the route that they take in training on batches of that size, and the speed that the cost
+    model predicts over a dense layer.
+    """
+    if batch_size < 1:
+        raise ValueError(f"inspect: batch_size must be >= 1, got {batch_size}")
     model, metadata = load_checkpoint(path)
     layers = []
     for name, layer in model.named_children():
@@ -108,6 +114,7 @@ def inspect_checkpoint(path: Path) -> dict:
         sigma = svd(core(layer)).sigma
         low_rank = isinstance(layer, LowRankLinear)
         m, n = _shape(layer)
+        plan = layer.plan(torch.empty(batch_size, n, requires_grad=bool(layers))) if low_rank else None
         layers.append(
             {
                 "name": name,
@@ -119,9 +126,11 @@ def inspect_checkpoint(path: Path) -> dict:
                 "sigma_max": float(sigma[0]),
                 "sigma_min": float(sigma[-1]),
                 "orthonormality": float(orthonormality_error(layer)) if low_rank else None,
+                "route": plan.route if plan else None,
+                "gain": plan.gain if plan else None,
             }
         )
-    return {"metadata": metadata, "layers": layers}
+    return {"metadata": metadata, "batch_size": batch_size, "layers": layers}
 
 
 def _shape(layer: nn.Module) -> tuple[int, int]:

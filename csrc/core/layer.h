@@ -59,8 +59,13 @@ void linear_backward(const Linear<T>& layer, const T* G, const T* X, const T* P,
   }
   if (out.db != nullptr) {
     fill(out.db, m, T(0));
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < m; ++j) out.db[j] += G[i * m + j];
+    T* part = scratch.take<T>(m);
+    for (int64_t block = 0; block < rows; block += 32) {  // sums of sums: the error grows with the blocks
+      fill(part, m, T(0));
+      for (int64_t i = block; i < rows && i < block + 32; ++i)
+        for (int64_t j = 0; j < m; ++j) part[j] += G[i * m + j];
+      for (int64_t j = 0; j < m; ++j) out.db[j] += part[j];
+    }
   }
 }
 
