@@ -11,7 +11,6 @@ from torch.autograd import Function
 from . import ops, reference
 from .ops import layers, linalg
 
-
 # The Functions of the layers take ctx in forward: for the form with setup_context torch looks up the signature at every
 # call, which costs as much as a small layer. torch.func does not need it: functional sends it to plain products.
 
@@ -74,9 +73,7 @@ def _factorised(ctx, op, backend, args):
     _, by_X, by_U, by_S, by_V, *_ = ctx.needs_input_grad
     of_P = by_U or by_S
     ctx.backend = backend
-    ctx.save_for_backward(
-        input if by_V or (by_X and (of_P or ctx.geometry)) else None, P if of_P else None, U, S, V
-    )
+    ctx.save_for_backward(input if by_V or (by_X and (of_P or ctx.geometry)) else None, P if of_P else None, U, S, V)
     return Y
 
 

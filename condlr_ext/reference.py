@@ -61,9 +61,7 @@ def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, 
     Returns (Y [B, m, *out], P [B, groups r, *out]).
     """
     one, zero = _unit(kernel_size)
-    P = torch.convolution(
-        input, _filters(V, kernel_size, groups), None, stride, padding, dilation, False, zero, groups
-    )
+    P = torch.convolution(input, _filters(V, kernel_size, groups), None, stride, padding, dilation, False, zero, groups)
     pointwise = (U @ S).reshape(*U.shape, *one)
     return torch.convolution(P, pointwise, bias, one, zero, one, False, zero, groups), P
 

@@ -23,7 +23,8 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Multiply-adds of the forward above which torch's products, blocked and threaded, were measured to be faster.
+// Multiply-adds of the forward on each thread above which torch's products, blocked and threaded, were measured to be
+// no slower.
 constexpr int64_t kLargest = 8'000'000;
 
 // A layer and as many rows as `like` has, checked to fit together.
@@ -46,7 +47,8 @@ struct Call {
     for (int64_t i = 0; i < like.dim() - 1; ++i) rows *= like.size(i);
     STD_TORCH_CHECK(like.scalar_type() == dtype && S.scalar_type() == dtype && V.scalar_type() == dtype,
                     "low_rank_linear: all tensors must have one dtype");
-    small = (dtype == ScalarType::Float || dtype == ScalarType::Double) && rows * r * (m + n) <= kLargest;
+    small = (dtype == ScalarType::Float || dtype == ScalarType::Double) &&
+            rows * r * (m + n) <= kLargest / torch::stable::get_num_threads();
   }
 
   // Of that many elements and the dtype of the layer.

@@ -382,7 +382,9 @@ def test_route_is_validated_and_kept():
     assert "route=merged" in repr(layer) and set(layer.state_dict()) == {"U", "S", "V", "bias"}
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin.route == "merged"
-    with pytest.raises(ValueError, match="LowRankConv2d.route: route must be one of auto, factorised, merged, got 'fast'"):
+    with pytest.raises(
+        ValueError, match="LowRankConv2d.route: route must be one of auto, factorised, merged, got 'fast'"
+    ):
         layer.route = "fast"
     assert layer.route == "merged"
     for fn, args in ((linear, (X, U, S, V)), (partial(conv, kernel_size=3), (image, U, S, Vc))):

@@ -122,7 +122,7 @@ def one_of_each():
     return [p.detach().clone() for p in model.parameters()]
 
 
-COMPILED = ("svd", "qr", "polar", "clip_spectrum", "step")
+COMPILED = ("svd", "qr", "polar", "clip_spectrum", "step", "low_rank_linear", "low_rank_linear_backward")
 
 
 @pytest.mark.parametrize("name", ["auto", "cpu", "reference"])
@@ -172,6 +172,62 @@ def test_which_implementation_serves(where, tmp_path):
     assert Path(done.stdout.strip()).name.startswith("_C.")
 
 
+@pytest.mark.skipif(os.environ.get("CONDLR_EXT_BUILD") == "none", reason="built without compiled parts")
+def test_small_linear_layers_are_compiled_and_large_ones_are_torchs_products():
+    for rows, dtype, by_reference in (
+        (4, torch.float32, False),
+        (4, torch.bfloat16, True),
+        (40000, torch.float32, True),
+    ):
+        U, S, V, b = (t.to(dtype).requires_grad_() for t in layer_tensors(m=60, n=50, r=5))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            functional.low_rank_linear(
+                torch.randn(rows, 50, dtype=dtype), U, S, V, b, route="factorised"
+            ).sum().backward()
+        names = {e.name for e in profile.events() if e.name.startswith("condlr_ext::")}
+        expected = {f"condlr_ext::{prefix}low_rank_linear{suffix}" for suffix in ("", "_backward") for prefix in
+                    (("", "_reference_") if by_reference else ("",))}  # fmt: skip
+        assert names == expected
+
+
+_EVERY_ISA = """
+import torch
+from condlr_ext import _host, ops
+forward, backward = ops.layers.low_rank_linear, ops.layers.low_rank_linear_backward
+torch.manual_seed(0)
+
+def run(way, X, U, S, V, b, G, P):
+    gradients = getattr(backward, way)(G, X, P, U, S, V, [True] * 5)
+    return *getattr(forward, way)(X, U, S, V, b), *gradients
+
+for rows, m, n, r in ((1, 1, 1, 1), (3, 33, 17, 5), (70, 20, 45, 20), (0, 6, 5, 2), (40, 100, 7, 3)):
+    for dtype in (torch.float32, torch.float64):
+        shapes = ((rows, n), (m, r), (r, r), (n, r), (m,), (rows, m), (rows, r))
+        low = [torch.randn(shape, dtype=dtype) for shape in shapes]
+        exact = [t.double() for t in low]
+        # the rounding error of sums of products, each factor by its modulus: twice, as the "exact" values have theirs
+        bounds = run("reference", *(t.abs() for t in exact))
+        unit = 2 * (rows + m + n + 2 * r + 1) * torch.finfo(dtype).eps
+        for got, true, bound in zip(run("dispatched", *low), run("reference", *exact), bounds):
+            assert got.shape == true.shape and ((got - true).abs() <= unit * bound).all(), (rows, m, n, r, dtype)
+print(_host.isa())
+"""
+
+
+@pytest.mark.skipif(condlr_ext.ops.COMPILED.host is None, reason="built without compiled parts")
+def test_linear_kernel_on_every_instruction_set():
+    for isa in condlr_ext.ops.COMPILED.host.isa_levels():
+        done = subprocess.run(
+            [sys.executable, "-c", _EVERY_ISA],
+            cwd=ROOT,
+            env=os.environ | {"CONDLR_EXT_ISA": isa},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == isa
+
+
 def test_vmap_keeps_the_backend():
     A = torch.randn(3, 4, 4)
     for name, prefix in (("reference", "_reference_"), ("cpu", "")):
@@ -185,6 +241,24 @@ def test_direct_calls_are_checked():
     raw = torch.ops.condlr_ext
     params, grads, buffers, hyper, skipped = step_arguments()
     for call, text in (
+        (
+            lambda op: op("low_rank_linear")(
+                torch.ones(2, 3), torch.ones(4, 2), torch.ones(2, 2), torch.ones(5, 2), None
+            ),
+            "must be|cannot be multiplied",
+        ),
+        (
+            lambda op: op("low_rank_linear")(
+                torch.ones(2, 5), torch.ones(4, 2), torch.ones(3, 3), torch.ones(5, 2), None
+            ),
+            "must be|cannot be multiplied",
+        ),
+        (
+            lambda op: op("low_rank_linear")(
+                torch.ones(2, 5), torch.ones(4, 2), torch.ones(2, 2), torch.ones(5, 2), torch.ones(3)
+            ),
+            "must have|must match",
+        ),
         (lambda op: op("svd")(torch.ones(3)), "A must be a matrix"),
         (lambda op: op("polar")(torch.ones(3, 3, dtype=torch.complex64)), "real floating point|float32 or float64"),
         (lambda op: op("clip_spectrum")(torch.eye(3), -1.0, 0, 1.0), "tau must be >= 0"),
@@ -315,6 +389,25 @@ def test_compiled_torch_func(route):
     x, S = torch.randn(7, 5), torch.randn(3, 3)
     compiled = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, S), per_sample(x, S))
+
+
+def test_symbolic_sizes():
+    """The cost model also takes sizes that are symbols, in compiled code and in other traces."""
+    torch._dynamo.reset()
+    tensors = [t.detach() for t in layer_tensors(m=4, n=3)]
+
+    def forward(x, *tensors):
+        image = functional.low_rank_conv1d(x, *tensors, kernel_size=3)
+        return functional.low_rank_linear(image.mT[..., :3], *tensors)
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    traced = torch.fx.experimental.proxy_tensor.make_fx(forward, tracing_mode="symbolic")(
+        torch.randn(7, 1, 9), *tensors
+    )
+    for rows in (7, 11):
+        x = torch.randn(rows, 1, 9)
+        torch.testing.assert_close(compiled(x, *tensors), forward(x, *tensors))
+        torch.testing.assert_close(traced(x, *tensors), forward(x, *tensors))
 
 
 def make_model():

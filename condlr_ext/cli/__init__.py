@@ -107,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--attack-steps", type=int, metavar="N", help="instead of those of its training run")
     evaluate.add_argument("--json", action="store_true", help="print every number as JSON")
 
-    inspect = command("inspect", commands.inspect, "show the layers of a checkpoint: rank, spectrum, orthonormality, route")
+    inspect = command(
+        "inspect", commands.inspect, "show the layers of a checkpoint: rank, spectrum, orthonormality, route"
+    )
     inspect.add_argument("checkpoint", metavar="CHECKPOINT")
     inspect.add_argument("--batch-size", type=int, default=32, metavar="N", help="for route and gain; default 32")
     inspect.add_argument("--json", action="store_true", help="print every number as JSON")

@@ -1,14 +1,15 @@
-"""low_rank_linear and low_rank_conv with their backwards: products in the cheapest order by torch's own libraries.
+"""low_rank_linear and low_rank_conv, factorised and merged, with their backwards.
 
-On CPUs those libraries (oneDNN, MKL) are the implementation, so the "cpu" backend serves them too. Gradients that
-are not asked for come back empty.
+On CPUs small factorised linear layers are one compiled call each way; everything else is products by torch's own
+libraries (oneDNN, MKL) in the cheapest order, which the "cpu" backend serves too. Gradients that are not asked for come
+back empty.
 """
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import Op
+from ._dispatch import COMPILED, Op
 
 
 def _cpu(input: Tensor, *_) -> list[str]:
@@ -51,19 +52,24 @@ _merged_linear_backward = _or_empty(reference.merged_linear_backward)
 _merged_conv_backward = _or_empty(reference.merged_conv_backward)
 
 _LIBRARIES = "torch's products, oneDNN or MKL"
+_SMALL = (
+    _LIBRARIES if COMPILED.ops_reason else f"compiled kernel for small layers in float32 and float64, else {_LIBRARIES}"
+)
 _LAYER = "Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias"
 _GRADS = "(Tensor dX, Tensor dU, Tensor dS, Tensor dV, Tensor db)"
 _FACTORS = "Tensor U, Tensor S, Tensor V, bool[5] mask"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 
-def _op(schema, implementation) -> Op:
-    return Op(schema, reference=implementation, fake=implementation, cpu=_cpu, cpu_is=_LIBRARIES)
+def _op(schema, implementation, cpu_is=_LIBRARIES) -> Op:
+    return Op(schema, reference=implementation, fake=implementation, cpu=_cpu, cpu_is=cpu_is)
 
 
-low_rank_linear = _op(f"low_rank_linear({_LAYER}) -> (Tensor output, Tensor P)", reference.low_rank_linear)
+low_rank_linear = _op(f"low_rank_linear({_LAYER}) -> (Tensor output, Tensor P)", reference.low_rank_linear, _SMALL)
 low_rank_linear_backward = _op(
-    f"low_rank_linear_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}) -> {_GRADS}", _linear_backward
+    f"low_rank_linear_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}) -> {_GRADS}",
+    _linear_backward,
+    _SMALL,
 )
 low_rank_conv = _op(f"low_rank_conv({_LAYER}, {_GEOMETRY}) -> (Tensor output, Tensor P)", _conv)
 low_rank_conv_backward = _op(

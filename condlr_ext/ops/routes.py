@@ -9,6 +9,7 @@ seconds do; the choice hardly depends on them: halving or doubling one changes i
 bench/routes.py sets it against the clock.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,41 +47,52 @@ class Plan(NamedTuple):
 
 def choose(plan: Callable[..., Plan], input: Tensor, *args) -> str:
     """The route that plan, linear or conv, names for these arguments; on CPUs only, which is where it was measured."""
-    return plan(input, *args).route if input.device.type == "cpu" else "factorised"
+    return plan(input, *args).route if input.is_cpu else "factorised"
 
 
 def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Plan:
     """The costs of low_rank_linear on these arguments, of which only sizes and requires_grad are looked at."""
-    (m, r), n = U.shape, V.shape[0]
-    return _plan(input, U, S, V, input.numel() // n, r, n * r, r * m, m * n, 0, FEWER_CALLS)
+    (m, r), n, numbers = U.shape, V.shape[0], input.numel()
+    gradients = _gradients(input, U, S, V)
+    return _costs(numbers)(m, n, r, numbers, numbers // n, r, n * r, r * m, m * n, 0, FEWER_CALLS, *gradients)
 
 
 def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Plan:
     """The costs of low_rank_conv on these arguments, as for linear."""
-    m, r = U.shape
+    (m, r), n, numbers = U.shape, V.shape[0], input.numel()
     rows, taps = input.shape[0], 1
     for size, k, s, p, d in zip(input.shape[2:], kernel_size, stride, padding, dilation, strict=True):
         rows, taps = rows * ((size + 2 * p - d * (k - 1) - 1) // s + 1), taps * k
-    channels = V.shape[0] // taps
+    channels = n // taps
     fan_in = taps * (channels if channels <= 3 else _blocks(channels))
     filters = groups * _blocks(m // groups) if m > groups else m
     core = _blocks(r)
-    return _plan(input, U, S, V, rows, groups * r, groups * core * fan_in, core * filters, filters * fan_in, COPY, CALLS)
+    products = groups * core * fan_in, core * filters, filters * fan_in
+    gradients = _gradients(input, U, S, V)
+    return _costs(numbers)(m, n, r, numbers, rows, groups * r, *products, COPY, CALLS, *gradients)
 
 
 def _blocks(channels: int) -> int:
     return (channels + CHANNELS - 1) // CHANNELS * CHANNELS
 
 
-def _plan(input, U, S, V, rows, width, first, second, full, copy, calls) -> Plan:
-    """From the multiply-adds for one row of the first, the second and the dense product; width numbers of P a row."""
-    (m, r), n = U.shape, V.shape[0]
+def _gradients(input: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[bool, bool]:
+    """Whether a backward will ask for the gradients of the factors, and of the input."""
     graph = torch.is_grad_enabled()
-    image = graph and input.requires_grad
-    factors = graph and (U.requires_grad or S.requires_grad or V.requires_grad)
+    return graph and (U.requires_grad or S.requires_grad or V.requires_grad), graph and input.requires_grad
+
+
+def _costs(numbers):
+    """_plan, remembered for the sizes seen; where code is traced, and sizes may be symbols, it is computed."""
+    return _plan if torch.compiler.is_compiling() or type(numbers) is not int else _remembered
+
+
+def _plan(m, n, r, numbers, rows, width, first, second, full, copy, calls, factors, image) -> Plan:
+    """From the sizes of an input of so many numbers, the numbers of P for one row of the output, and for one row the
+    multiply-adds of the first, the second and the dense product."""
     passes = 1 + factors + image
-    X, P, Y = input.numel(), rows * width, rows * m
-    outer = X + Y + factors * (X + Y) + image * (X + Y)  # what any route reads and writes
+    P = rows * width
+    outer = (numbers + rows * m) * passes  # what any route reads and writes
     form = r * min(m * (r + n), n * (r + m))
 
     thin = first * passes + second * (1 + factors + (factors or image))
@@ -91,3 +103,6 @@ def _plan(input, U, S, V, rows, width, first, second, full, copy, calls) -> Plan
     merged = FORM * 2 * (form * (1 + image) + factors * (m * n * r + 2 * m * r * r + form))
     merged += dense + copy * m * n * passes
     return Plan(factorised + calls * CALL, merged + CALLS * CALL, dense + CALL)
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_plan)

@@ -154,30 +154,30 @@ struct Panels {
   static int64_t size(int64_t depth, int64_t n) { return depth * vectors_of<T>(n) * Vec<T>::kLanes; }
 };
 
-// to [depth, width]: the columns of a [depth, columns] view, then zeros. Reads along the view's unit stride.
+// to [depth, width]: the columns of a [depth, columns] view, then zeros. Reads along the unit stride, if there is one.
 template <class T>
 inline void pack(View<T> from, int64_t depth, int64_t columns, int64_t width, T* __restrict to) {
-  int64_t j = 0;
+  int64_t first = 0;
   if (from.row == 1) {
-    for (; j + 4 <= columns; j += 4) {
-      const T *a = from.data + j * from.col, *b = a + from.col, *c = b + from.col, *d = c + from.col;
-      for (int64_t i = 0; i < depth; ++i) {
-        T* out = to + i * width + j;
-        out[0] = a[i];
-        out[1] = b[i];
-        out[2] = c[i];
-        out[3] = d[i];
+    for (; first + 4 <= columns; first += 4) {
+      const T *a = from.at(0, first).data, *b = a + from.col, *c = b + from.col, *d = c + from.col;
+      T* quad = to + first;
+      for (int64_t i = 0; i < depth; ++i, quad += width) {
+        quad[0] = a[i];
+        quad[1] = b[i];
+        quad[2] = c[i];
+        quad[3] = d[i];
       }
     }
   }
   for (int64_t i = 0; i < depth; ++i, to += width) {
     const T* row = from.data + i * from.row;
     if (from.col == 1) {
-      for (int64_t k = j; k < columns; ++k) to[k] = row[k];
+      for (int64_t j = first; j < columns; ++j) to[j] = row[j];
     } else {
-      for (int64_t k = j; k < columns; ++k) to[k] = row[k * from.col];
+      for (int64_t j = first; j < columns; ++j) to[j] = row[j * from.col];
     }
-    for (int64_t k = columns; k < width; ++k) to[k] = 0;
+    for (int64_t j = columns; j < width; ++j) to[j] = 0;
   }
 }
 
