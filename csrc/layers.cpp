@@ -59,10 +59,11 @@ struct Call {
 
   template <class Work>
   void run(const Work& work) const {
-    static thread_local Workspace workspace;  // kept: from the second call on nothing is allocated
+    Workspaces workspaces;
+    const Workspaces::Lease lease(workspaces);
     const KernelSet& kernels = *default_isa().kernels;
-    dtype == ScalarType::Double ? work(kernels.f64, double{}, workspace)
-                                : work(kernels.f32, float{}, workspace);
+    dtype == ScalarType::Double ? work(kernels.f64, double{}, lease.workspace())
+                                : work(kernels.f32, float{}, lease.workspace());
   }
 };
 
