@@ -1,5 +1,5 @@
-// low_rank_linear and its backward on CPUs: small float32 and float64 layers by the core, in one call each; large
-// ones and other dtypes by torch's products, that is by the reference op.
+// low_rank_linear and its backward on CPUs: small float32 and float64 layers by the core, in one call each;
+// large ones and other dtypes by torch's products, that is by the reference op.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,8 +23,8 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Multiply-adds of the forward on each thread above which torch's products, blocked and threaded, were measured to be
-// no slower.
+// Multiply-adds of the forward for each thread above which torch's products, which are threaded, were measured
+// to be no slower.
 constexpr int64_t kLargest = 8'000'000;
 
 // A layer and as many rows as `like` has, checked to fit together.
@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& U, const T
   call.run([&](const auto& kernels, auto zero, Workspace& workspace) {
     using T = decltype(zero);
     const Linear<T> layer{call.rows, call.m, call.n, call.r, read<T>(u), read<T>(s), read<T>(v)};
-    kernels.linear_forward(layer, read<T>(X), bias ? read<T>(b) : nullptr, write<T>(Y), write<T>(P), workspace);
+    kernels.linear_forward(layer, read<T>(X), bias ? read<T>(b) : nullptr, write<T>(Y), write<T>(P),
+                           workspace);
   });
   return {Y, P};
 }
@@ -140,7 +141,8 @@ Gradients backward(const Tensor& grad, const std::optional<Tensor>& input, const
   call.run([&](const auto& kernels, auto zero, Workspace& workspace) {
     using T = decltype(zero);
     const Linear<T> layer{call.rows, call.m, call.n, call.r, read<T>(u), read<T>(s), read<T>(v)};
-    const LinearGradients<T> gradients{write<T>(dX), write<T>(dU), write<T>(dS), write<T>(dV), write<T>(db)};
+    const LinearGradients<T> gradients{write<T>(dX), write<T>(dU), write<T>(dS), write<T>(dV),
+                                       write<T>(db)};
     kernels.linear_backward(layer, read<T>(G), read<T>(X), read<T>(p), gradients, workspace);
   });
   return {dX, dU, dS, dV, db};

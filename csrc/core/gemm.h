@@ -154,7 +154,7 @@ struct Panels {
   static int64_t size(int64_t depth, int64_t n) { return depth * vectors_of<T>(n) * Vec<T>::kLanes; }
 };
 
-// to [depth, width]: the columns of a [depth, columns] view, then zeros. Reads along the unit stride, if there is one.
+// to [depth, width]: the columns of a [depth, columns] view, then zeros; read along the unit stride.
 template <class T>
 inline void pack(View<T> from, int64_t depth, int64_t columns, int64_t width, T* __restrict to) {
   int64_t first = 0;
