@@ -111,7 +111,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& U, const T
 StableIValue from_mask(const std::vector<bool>& mask) {
   StableListHandle list;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(mask.size(), &list));
-  for (const bool wanted : mask) STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, torch::stable::detail::from(wanted)));
+  for (const bool wanted : mask)
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, torch::stable::detail::from(wanted)));
   return torch::stable::detail::from(list);
 }
 
