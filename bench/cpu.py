@@ -1,219 +1,223 @@
-"""CPU microbenchmark of the compiled kernels: python bench/cpu.py [--json FILE] [--quick]
+"""CPU benchmark: python bench/cpu.py [--only PATTERN] [--threads 1 2] [--allocator tuned] [--json FILE]
 
-Rows: core linear algebra on batches, and the step of a whole network. Providers are timed in turn in one process
-(torch.utils.benchmark, median of blocks); each is compared with float64 first, and one whose error is out of line
-gets no time. "floor" is the row's multiply-adds at the rate this machine reaches in a float32 matrix product.
+Rows: core linear algebra, the optimiser step of whole networks, whole training iterations, peak memory. The providers
+of a row are first compared with float64, and one that is wrong gets no time; then they are timed in turn in this
+process. "x ours" is a provider's time over ours; "floor" the time of the row's arithmetic and memory traffic at the
+rates that this machine reaches in a matrix product or convolution and in a copy or axpy, measured at the start.
 """
 
 import argparse
 import datetime
+import fnmatch
 import json
-import math
+import os
+import re
 import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import torch
-from torch.utils.benchmark import Timer
+from iterations import IterationRows
+from linear_algebra import linear_algebra_rows
+from memory import peak_memory
+from networks import NETWORKS
+from profiling import breakdown
+from steps import StepRows
+from subjects import FRACTIONS
+from targets import outcomes
+from timing import Rates, interleave, machine_rates, median
 
-import condlr_ext
-from condlr_ext import ops, reference
 from condlr_ext.info import collect
-from condlr_ext.reference import HYPER
 
-NETWORKS = {  # (m, n, r) of each layer: 20 % rank
-    "digits MLP": [(256, 64, 13), (256, 256, 52)],
-    "LeNet5": [(20, 25, 4), (50, 500, 10), (500, 800, 100)],
-    "VGG16": [(64, 27, 6), (64, 576, 13), (128, 576, 26), (128, 1152, 26), (256, 1152, 52)]
-    + [(256, 2304, 52)] * 2 + [(512, 2304, 103)] + [(512, 4608, 103)] * 5 + [(512, 512, 103)] * 2,
-}  # fmt: skip
-
-
-def clamped_core(r: int) -> torch.Tensor:
-    """A core as the step meets it: in the band of tau = 0.1, then moved a little."""
-    S = condlr_ext.linalg.clip_spectrum(torch.randn(r, r, dtype=torch.float64), 0.1)
-    return (S + 1e-2 * torch.linalg.norm(S) / r * torch.randn(r, r, dtype=torch.float64)).float()
-
-
-def on_cpu(fn):
-    """fn on the compiled kernels, also where "auto" would leave it to LAPACK."""
-
-    def call(A):
-        with condlr_ext.backend("cpu"):
-            return fn(A)
-
-    return call
-
-
-def linalg_rows(quick: bool):
-    """name, providers {name: function of a batch}, check(result, batch) -> error, batch, multiply-adds."""
-    for r in (8, 32) if quick else (8, 16, 32, 64, 128):
-        A = torch.stack([clamped_core(r) for _ in range(16)])
-        exact = np.linalg.svd(A.double().numpy(), compute_uv=False)
-        lo, hi = reference.clip_edges(torch.from_numpy(exact), 0.1)
-        clipped = torch.from_numpy(exact).clamp(lo[:, None], hi[:, None])
-
-        def svd_error(out, A=A):
-            U, sigma, V = out
-            return ((U * sigma.unsqueeze(-2)) @ V.mT - A).abs().max().item()
-
-        def clip_error(out, clipped=clipped):
-            return (
-                (torch.from_numpy(np.linalg.svd(out.double().numpy(), compute_uv=False)) - clipped).abs().max().item()
-            )
-
-        def torch_svd(A):
-            U, sigma, Vh = torch.linalg.svd(A, full_matrices=False)
-            return U, sigma, Vh.mT
-
-        def torch_clip(A):
-            U, sigma, Vh = torch.linalg.svd(A)
-            lo, hi = reference.band_edges(sigma, 0.1)
-            return (U * sigma.clamp(lo[:, None], hi[:, None]).unsqueeze(-2)) @ Vh
-
-        def numpy_svd(A):
-            U, sigma, Vh = np.linalg.svd(A.numpy())
-            return torch.from_numpy(U), torch.from_numpy(sigma), torch.from_numpy(Vh).mT
-
-        flops = 16 * 9 * r**3
-        svds = {"ours": on_cpu(condlr_ext.linalg.svd), "torch.linalg": torch_svd, "numpy": numpy_svd}
-        yield f"svd 16 x {r}x{r}", svds, svd_error, A, flops
-        clips = {"ours": on_cpu(lambda A: condlr_ext.linalg.clip_spectrum(A, 0.1)), "torch.linalg": torch_clip}
-        yield f"clip 16 x {r}x{r}", clips, clip_error, A, flops
-
-
-def qr_rows(quick: bool):
-    """As linalg_rows; the error is that of the product and of the orthonormality."""
-
-    def error(out, A):
-        Q, R = out
-        eye = torch.eye(Q.shape[-1])
-        return max((Q @ R - A).abs().max().item(), (Q.mT @ Q - eye).abs().max().item())
-
-    for m, n in ((256, 32),) if quick else ((64, 64), (256, 32), (512, 52), (4608, 103)):
-        A = torch.randn(m, n) / m**0.5
-        providers = {"ours": on_cpu(condlr_ext.linalg.qr), "torch.linalg": torch.linalg.qr}
-        yield f"qr {m}x{n}", providers, lambda out, A=A: error(out, A), A, 2 * m * n * n
-
-
-def step_rows(quick: bool):
-    """name, providers {name: function of the step's arguments}, arguments, multiply-adds."""
-    for name, layers in NETWORKS.items():
-        if quick and name == "VGG16":
-            continue
-        params = []
-        for m, n, r in layers:
-            factors = (torch.linalg.qr(torch.randn(k, r))[0].contiguous() for k in (m, n))
-            U, V = factors
-            params += [U, clamped_core(r), V, torch.zeros(0)]
-        grads = [torch.randn_like(p) for p in params]
-        buffers = [torch.zeros_like(p) for p in params]
-        hyper = torch.zeros(len(layers), 4, len(HYPER), dtype=torch.float64)
-        for column, value in {"lr": 1e-4, "momentum": 0.3, "tau": 0.1, "sigma_max": math.inf}.items():
-            hyper[..., HYPER.index(column)] = value
-        args = (params, grads, buffers, hyper, torch.zeros(len(layers), dtype=torch.int64))
-        flops = sum(3 * (m + n) * r * r + 9 * r**3 for m, n, r in layers)
-        yield (
-            f"step {name}",
-            {"ours": ops.step.step.dispatched, "reference": ops.step.step.reference},
-            args,
-            flops,
-        )
-
-
-def step_error(step, args) -> float:
-    """Largest difference of one step's new factors and cores to the same step in float64."""
-    params, grads, buffers, hyper, skipped = args
-    mine = [p.clone() for p in params]
-    step(mine, grads, [b.clone() for b in buffers], hyper, skipped.clone())
-    exact = [p.double() for p in params]
-    ops.step.step.reference(exact, [g.double() for g in grads], [b.double() for b in buffers], hyper, skipped.clone())
-    return max((a - b).abs().max().item() for a, b in zip(mine, exact, strict=True) if a.numel())
-
-
-def time_of(call, seconds: float) -> float:
-    return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads()).blocked_autorange(
-        min_run_time=seconds
-    ).median  # fmt: skip
-
-
-def matrix_rate(seconds: float) -> float:
-    """Multiply-adds per second of a float32 matrix product, n = 1024."""
-    A = torch.randn(1024, 1024)
-    return 1024**3 / time_of(lambda: A @ A, seconds)
-
-
-def measure(quick: bool) -> list[dict]:
-    seconds = 0.05 if quick else 0.5
-    rate = matrix_rate(seconds)
-    rows = []
-
-    def add(name, providers, errors, call, flops, n):
-        worst = 30 * torch.finfo(torch.float32).eps * n**0.5  # what a backward stable float32 method may show
-        times = {
-            p: time_of(lambda fn=fn: call(fn), seconds) if errors[p] <= worst else None for p, fn in providers.items()
-        }
-        for provider in providers:
-            rows.append(
-                {
-                    "row": name,
-                    "provider": provider,
-                    "error": errors[provider],
-                    "seconds": times[provider],
-                    "ratio": times[provider] / times["ours"] if times[provider] and times["ours"] else None,
-                    "over_floor": times[provider] / (flops / rate) if times[provider] else None,
-                }
-            )
-
-    for name, providers, error, A, flops in (*linalg_rows(quick), *qr_rows(quick)):
-        add(
-            name,
-            providers,
-            {p: error(fn(A)) for p, fn in providers.items()},
-            lambda fn, A=A: fn(A),
-            flops,
-            A.shape[-1],
-        )
-    for name, providers, args, flops in step_rows(quick):
-        add(
-            name,
-            providers,
-            {p: step_error(fn, args) for p, fn in providers.items()},
-            lambda fn, a=args: fn(*a),
-            flops,
-            512,
-        )
-    return rows
+# glibc then keeps what is freed instead of handing it back to the kernel, which costs a page fault per page when the
+# next iteration asks for it again
+TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
+MEMORY_ROWS = {f"memory VGG16 {fraction:.0%}": ("VGG16", fraction) for fraction in FRACTIONS}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="also write the rows with machine, versions, commit and date to this file")
-    parser.add_argument("--quick", action="store_true", help="few rows, short runs: a smoke test")
-    parser.add_argument("--threads", type=int, help="torch threads")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse()
+    if options.allocator == "tuned" and allocator() != "tuned":
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)  # read by glibc at the start
     torch.manual_seed(0)
-    rows = measure(options.quick)
-    print(f"{'row':<22} {'provider':<14} {'time':>10} {'time / ours':>12} {'over floor':>11} {'error':>9}")
-    for r in rows:
-        time = f"{1e6 * r['seconds']:.0f} us" if r["seconds"] else "wrong"
-        ratio, floor = (f"{r[k]:.2f}" if r[k] else "-" for k in ("ratio", "over_floor"))
-        print(f"{r['row']:<22} {r['provider']:<14} {time:>10} {ratio:>12} {floor:>11} {r['error']:>9.1e}")
-    if options.json:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-        ).stdout.strip()
-        data = collect()
-        machine = {k: data[k] for k in ("versions", "build", "isa", "cpu_features", "threads")}
-        record = {
-            "date": datetime.date.today().isoformat(),
-            "commit": commit,
-            "machine": machine,
-            "rows": rows,
-        }
-        with open(options.json, "w") as file:
-            json.dump(record, file, indent=1)
+    threads = options.threads or sorted({1, min(2, os.cpu_count())})
+    rates = {}
+    for n in threads:
+        torch.set_num_threads(n)
+        rates[n] = machine_rates(options.quick)
+    print(
+        f"allocator {allocator()}; "
+        + "; ".join(f"{n} threads: {r.flops / 1e9:.0f} Gflop/s, {r.bytes / 1e9:.0f} GB/s" for n, r in rates.items())
+    )
+    if options.profile:
+        profile_rows(options, threads)
+        return
+    records = []
+    print(HEADER)
+    for group in groups(options):
+        wanted = selected(group.names, options.only)
+        for n in threads if wanted else ():
+            torch.set_num_threads(n)
+            found = measure(group, wanted, rates[n], options)
+            show(found)
+            records += found
+    if not options.quick:
+        found = memory_records(selected(MEMORY_ROWS, options.only))
+        show(found)
+        records += found
+    targets = outcomes(records)
+    show_targets(targets)
+    write(options.json, records, targets, rates)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="PATTERN", default="", help="rows whose name contains this (* and ? match)")
+    parser.add_argument("--threads", type=int, nargs="+", help="numbers of torch threads to measure with")
+    parser.add_argument("--allocator", choices=("default", "tuned"), default="default", help="glibc's, see README")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time for each provider of a row")
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each provider, at most")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile of the dense and of our network")
+    parser.add_argument("--profile", metavar="ROW", help="instead of timing, what the time of these rows is made of")
+    parser.add_argument("--quick", action="store_true", help="few and small rows, few samples: a smoke test")
+    parser.add_argument("--json", metavar="FILE", help="where the records go; default runs/cpu-DATE-ALLOCATOR.json")
+    options = parser.parse_args()
+    if options.quick:
+        options.seconds, options.rounds = 0.1, 3
+    return options
+
+
+def allocator() -> str:
+    return "tuned" if all(os.environ.get(name) == value for name, value in TUNED.items()) else "default"
+
+
+def groups(options) -> list:
+    networks = [net for net in NETWORKS if net.quick or not options.quick]
+    return [
+        *linear_algebra_rows(options.quick),
+        *(StepRows(net) for net in networks),
+        *(IterationRows(net, options.compile) for net in networks),
+    ]
+
+
+def selected(names, pattern: str) -> list[str]:
+    return [name for name in names if fnmatch.fnmatch(name, f"*{pattern}*")]
+
+
+def measure(group, wanted: list[str], rates: Rates, options) -> list[dict]:
+    """Records of the group's wanted rows with the present number of threads."""
+    rows = group.rows(wanted)
+    cases = list({id(case): case for row in rows.values() for case in row.values()}.values())
+    errors = {id(case): case.error() for case in cases}
+    right = [case for case in cases if errors[id(case)] <= case.limit]
+    samples = interleave(right, options.seconds, options.rounds)
+    times = {id(case): s for case, s in zip(right, samples, strict=True)}
+    records = []
+    for name, row in rows.items():
+        mine = times.get(id(row["ours"]))
+        for provider, case in row.items():
+            its = times.get(id(case))
+            seconds, floor = median(its) if its else None, rates.floor(case.work)
+            records.append(
+                {
+                    "row": name,
+                    "provider": provider,
+                    "threads": torch.get_num_threads(),
+                    "seconds": seconds,
+                    "samples": its and len(its),
+                    "ratio": seconds / median(mine) if its and mine else None,
+                    "floor": floor,
+                    "over_floor": seconds / floor if its else None,
+                    "error": errors[id(case)],
+                }
+            )
+    return records
+
+
+def memory_records(wanted: list[str]) -> list[dict]:
+    records = []
+    for name in wanted:
+        network, fraction = MEMORY_ROWS[name]
+        peaks = {p: peak_memory(network, p, fraction) for p in ("ours", "dense", "fast PyTorch")}
+        records += [
+            {
+                "row": name,
+                "provider": provider,
+                "threads": torch.get_num_threads(),
+                "bytes": peak,
+                "ratio": peak / peaks["ours"],
+            }
+            for provider, peak in peaks.items()
+        ]
+    return records
+
+
+HEADER = (
+    f"{'row':<26} {'threads':>7} {'provider':<15} {'time':>11} {'samples':>7} {'x ours':>7}"
+    f" {'floor':>11} {'x floor':>8} {'error':>8}"
+)
+
+
+def show(records: list[dict]) -> None:
+    for r in records:
+        start = f"{r['row']:<26} {r['threads']:>7} {r['provider']:<15}"
+        ratio = f"{r['ratio']:.2f}" if r["ratio"] else "-"
+        if "bytes" in r:
+            print(f"{start} {r['bytes'] / 2**20:>8.0f} MiB {'':>7} {ratio:>7}", flush=True)
+            continue
+        over = f"{r['over_floor']:.2f}" if r["over_floor"] else "-"
+        time = duration(r["seconds"]) if r["seconds"] else "wrong"
+        print(
+            f"{start} {time:>11} {r['samples'] or 0:>7} {ratio:>7} {duration(r['floor']):>11} {over:>8}"
+            f" {r['error']:>8.0e}",
+            flush=True,
+        )
+
+
+def duration(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.1f} us"
+
+
+def show_targets(targets: list[dict]) -> None:
+    print("\ntargets")
+    for t in targets:
+        print(
+            f"{t['row']:<26} {t['threads']:>7} {t['against']:<15} {t['ratio']:>7.2f} of {t['target']:<6g}"
+            f" {'reached' if t['reached'] else 'not reached'}"
+        )
+
+
+def profile_rows(options, threads: list[int]) -> None:
+    for group in groups(options):
+        wanted = selected(group.names, options.profile)
+        for n in threads if wanted else ():
+            torch.set_num_threads(n)
+            for name, row in group.rows(wanted).items():
+                for provider in ("ours", "dense", "fast PyTorch"):
+                    if provider in row:
+                        print(f"\n{name}, {provider}, {n} threads: {breakdown(row[provider])}", flush=True)
+
+
+def write(path: str | None, records: list[dict], targets: list[dict], rates: dict[int, Rates]) -> None:
+    today = datetime.date.today().isoformat()
+    file = Path(path or f"runs/cpu-{today}-{allocator()}.json")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    data = collect()
+    record = {
+        "date": today,
+        "commit": described.stdout.strip(),
+        "command": sys.argv[1:],
+        "cpu": cpu and cpu[1],
+        "allocator": allocator(),
+        "machine": {key: data[key] for key in ("versions", "build", "isa", "cpu_features")},
+        "rates": {n: {"flops": r.flops, "bytes": r.bytes} for n, r in rates.items()},
+        "rows": records,
+        "targets": targets,
+    }
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{file}")
 
 
 if __name__ == "__main__":

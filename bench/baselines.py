@@ -1,0 +1,138 @@
+"""What the package is compared with: the same layers and step in plain PyTorch, and the released code's step."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condlr_ext import LowRankConv2d, LowRankLinear
+from condlr_ext.nn import LowRankLayer
+
+
+class PlainLinear(nn.Module):
+    """Y = (X V) (U S)ᵀ + b as ordinary autograd operations."""
+
+    def __init__(self, layer: LowRankLinear):
+        super().__init__()
+        self.U, self.S, self.V, self.bias = layer.U, layer.S, layer.V, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.V.mT), self.U @ self.S, self.bias)
+
+
+class PlainConv2d(nn.Module):
+    """A convolution with the r filters of V, then a pointwise one with U S."""
+
+    def __init__(self, layer: LowRankConv2d):
+        super().__init__()
+        self.U, self.S, self.V, self.bias = layer.U, layer.S, layer.V, layer.bias
+        self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        filters = self.V.mT.reshape(self.V.shape[1], -1, *self.kernel_size)
+        core = (self.U @ self.S)[:, :, None, None]
+        return F.conv2d(F.conv2d(x, filters, None, self.stride, self.padding), core, self.bias)
+
+
+def plain_twin(model: nn.Module) -> nn.Module:
+    """A copy of a factorised model with plain layers: the same function, parameters and parameter names."""
+    twin = copy.deepcopy(model)
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, LowRankLayer):
+            twin.set_submodule(name, (PlainLinear if isinstance(module, LowRankLinear) else PlainConv2d)(module))
+    return twin
+
+
+class PlainStep:
+    """SGD with momentum on the parameters that are not factors; what the two constrained steps below share.
+
+    lr: {"factors", "cores", "other"}: learning rates of U and V, of S, and of everything else.
+    """
+
+    def __init__(self, model: nn.Module, lr: dict[str, float], momentum: float, tau: float):
+        params = dict(model.named_parameters())
+        prefixes = [name[:-1] for name in params if name.endswith(".S")]
+        self.layers = [[params[prefix + role] for role in "USV"] for prefix in prefixes]
+        inside = {id(p) for layer in self.layers for p in layer}
+        self.others = [p for p in params.values() if id(p) not in inside]
+        self.params = [p for layer in self.layers for p in layer] + self.others
+        self.lr, self.momentum, self.tau = lr, momentum, tau
+        self.buffers = []
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        grads = [p.grad for p in self.params]
+        if self.buffers:
+            torch._foreach_mul_(self.buffers, self.momentum)
+            torch._foreach_add_(self.buffers, grads)
+        else:
+            self.buffers = [g.clone() for g in grads]
+        for i, (U, S, V) in enumerate(self.layers):
+            self.layer_step(i, U, S, V, *self.buffers[3 * i : 3 * i + 3])
+        torch._foreach_add_(self.others, self.buffers[3 * len(self.layers) :], alpha=-self.lr["other"])
+
+
+class FastPyTorch(PlainStep):
+    """The package's step in plain PyTorch: B - U(UᵀB), Cholesky-QR, torch.linalg.svd and a vectorised clamp."""
+
+    def layer_step(self, _, U, S, V, BU, BS, BV) -> None:
+        for X, B, gram in ((U, BU, S @ S.mT), (V, BV, S.mT @ S)):
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+            Y = X - self.lr["factors"] * (B - X @ (X.mT @ B)) @ inverse
+            L = torch.linalg.cholesky(Y.mT @ Y)
+            X.copy_(torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False))
+        S.copy_(clamp_by_svd(S - self.lr["cores"] * BS, self.tau))
+
+
+class Released(PlainStep):
+    """The step of the code released with the paper, from its description: an explicit n x n projector, a scalar
+    preconditioner (σ_r/σ₁)², the projected direction kept as momentum, QR, and a loop over the singular values.
+    """
+
+    def __init__(self, model, lr, momentum, tau):
+        super().__init__(model, lr, momentum, tau)
+        self.scale = [1.0] * len(self.layers)
+
+    def tangent(self, X: Tensor, B: Tensor) -> Tensor:
+        return (torch.eye(len(X), dtype=X.dtype) - X @ X.mT) @ B
+
+    def layer_step(self, i, U, S, V, BU, BS, BV) -> None:
+        for X, B in ((U, BU), (V, BV)):
+            B.copy_(self.tangent(X, B) * self.scale[i])
+            X.sub_(B, alpha=self.lr["factors"])
+            Q, R = torch.linalg.qr(X)
+            X.copy_(Q * R.diagonal().sign())
+        P, sigma, Qh = svd(S - self.lr["cores"] * BS)
+        mean = sigma.mean()
+        half = mean * self.tau / (2 + self.tau)
+        for k in range(len(sigma)):
+            sigma[k] = torch.clamp(sigma[k], mean - half, mean + half)
+        S.copy_((P * sigma) @ Qh)
+        self.scale[i] = float(sigma[-1] / sigma[0]) ** 2
+
+
+class ReleasedByFormula(Released):
+    """The same step without the n x n matrix: what Released is checked against, in float64."""
+
+    def tangent(self, X: Tensor, B: Tensor) -> Tensor:
+        return B - X @ (X.mT @ B)
+
+
+def svd(A: Tensor):
+    """torch.linalg.svd, in float64 where LAPACK does not converge in float32, which happens on clamped cores."""
+    try:
+        return torch.linalg.svd(A)
+    except torch.linalg.LinAlgError:
+        return tuple(t.to(A.dtype) for t in torch.linalg.svd(A.double()))
+
+
+def clamp_by_svd(A: Tensor, tau: float) -> Tensor:
+    """Singular values clamped to the band around their root mean square; A may be a batch."""
+    P, sigma, Qh = svd(A)
+    lo = 2 / (2 + tau) * torch.linalg.vector_norm(sigma, dim=-1, keepdim=True) / sigma.shape[-1] ** 0.5
+    return (P * torch.clamp(sigma, lo, (1 + tau) * lo).unsqueeze(-2)) @ Qh

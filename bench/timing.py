@@ -1,0 +1,92 @@
+"""Timing of several providers in turn, and the rates of the machine that floors are made of."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Work:
+    """Arithmetic and memory traffic that no implementation avoids."""
+
+    flops: float = 0
+    bytes: float = 0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine reached just now with the present number of threads: flop/s and byte/s."""
+
+    flops: float
+    bytes: float
+
+    def floor(self, works: Iterable[Work]) -> float:
+        """Seconds of parts that follow each other, each bound by arithmetic or by memory."""
+        return sum(max(w.flops / self.flops, w.bytes / self.bytes) for w in works)
+
+
+@dataclass
+class Case:
+    """One provider of one row. `error` runs it once and compares with float64; above `limit` it gets no time."""
+
+    call: Callable[[], object]
+    error: Callable[[], float]
+    limit: float
+    work: list[Work] = field(default_factory=list)
+    prepare: Callable[[], object] = lambda: None  # before every call, not timed
+    share: float = 1.0  # of the seconds a row's provider may take
+
+
+def sample(case: Case, number: int) -> float:
+    """Mean seconds of `number` calls."""
+    total = 0.0
+    for _ in range(number):
+        case.prepare()
+        start = time.perf_counter()
+        case.call()
+        total += time.perf_counter() - start
+    return total / number
+
+
+def interleave(cases: list[Case], seconds: float, rounds: int) -> list[list[float]]:
+    """Samples of each case, taken in turn until each has had its `rounds` or used up its seconds (at least one).
+
+    Short calls are repeated within a sample so that it lasts 10 ms.
+    """
+    samples, spent, numbers = [[] for _ in cases], [0.0] * len(cases), []
+    for case in cases:
+        warm = sample(case, 1)
+        numbers.append(max(1, int(0.01 / warm)))
+    for _ in range(rounds):
+        for i, case in enumerate(cases):
+            if not samples[i] or spent[i] < seconds * case.share:
+                samples[i].append(sample(case, numbers[i]))
+                spent[i] += samples[i][-1] * numbers[i]
+    return samples
+
+
+def machine_rates(quick: bool) -> Rates:
+    """The better of MKL's matrix product and oneDNN's convolution, and of a copy and an axpy in memory."""
+    n, channels, numel = (512, 64, 1 << 22) if quick else (2048, 256, 1 << 26)
+    A, B, C = (torch.randn(n, n) for _ in range(3))
+    x = torch.randn(32, channels, 16, 16).contiguous(memory_format=torch.channels_last)
+    filters = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+    a, b = torch.randn(numel), torch.randn(numel)
+
+    def best(call) -> float:
+        return min(sample(Case(call, float, 0), 1) for _ in range(5))
+
+    with torch.no_grad():
+        product = 2 * n**3 / best(lambda: torch.mm(A, B, out=C))
+        convolution = 2 * 32 * 16 * 16 * channels**2 * 9 / best(lambda: F.conv2d(x, filters, padding=1))
+        axpy = 3 * 4 * numel / best(lambda: a.add_(b, alpha=1e-3))
+        copy = 2 * 4 * numel / best(lambda: a.copy_(b))
+    return Rates(max(product, convolution), max(axpy, copy))
+
+
+def median(samples: list[float]) -> float:
+    return statistics.median(samples)
