@@ -84,15 +84,16 @@ class StepRows(Group):
         return Case(step, error, LIMIT, self.step_work(fraction), prepare, share)
 
     def _gradients(self, fraction: float | None) -> list[dict[str, Tensor]]:
-        """Two random sets with the norms of their parameters; U's and V's times σ², which the step divides by."""
-        model = self.source(fraction)
-        norms = {name: p.detach().norm() for name, p in model.named_parameters()}
+        """Two random sets; those of factors and cores with the norm of the parameter, U's and V's times σ², which
+        the step divides by.
+        """
+        model, norms = self.source(fraction), {}
         for name, layer in low_rank_layers(model):
-            norms[f"{name}.U"] *= mean_square(layer)
-            norms[f"{name}.V"] *= mean_square(layer)
+            for role, scale in (("U", mean_square(layer)), ("S", 1), ("V", mean_square(layer))):
+                norms[f"{name}.{role}"] = scale * getattr(layer, role).detach().norm()
         shapes = {name: p.shape for name, p in model.named_parameters()}
         sets = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2)]
-        return [{name: g * (norms[name] / g.norm()) for name, g in gradients.items()} for gradients in sets]
+        return [{name: g * (norms.get(name, 1) / g.norm()) for name, g in gradients.items()} for gradients in sets]
 
     def _exact(self, fraction: float | None, kind: str, make: Callable) -> dict[str, Tensor]:
         """The parameters after one step in float64, on the reference path where the package makes it."""
