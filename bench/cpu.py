@@ -34,6 +34,9 @@ from condlr_ext.info import collect
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
 MEMORY_ROWS = {f"memory VGG16 {fraction:.0%}": ("VGG16", fraction) for fraction in FRACTIONS}
 
+# minutes each, of a block with more parameters than its dense twin, or of little news; measured if --only asks
+NOT_BY_DEFAULT = ("* MLP block 4096 50%", "step still MLP block *")
+
 
 def main() -> None:
     options = parse()
@@ -75,8 +78,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", metavar="PATTERN", default="", help="rows whose name contains this (* and ? match)")
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of torch threads to measure with")
     parser.add_argument("--allocator", choices=("default", "tuned"), default="default", help="glibc's, see README")
-    parser.add_argument("--seconds", type=float, default=6.0, help="time for each provider of a row")
-    parser.add_argument("--rounds", type=int, default=15, help="samples of each provider, at most")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for each provider of a row")
+    parser.add_argument("--rounds", type=int, default=11, help="samples of each provider, at most")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the dense and of our network")
     parser.add_argument("--profile", metavar="ROW", help="instead of timing, what the time of these rows is made of")
     parser.add_argument("--quick", action="store_true", help="few and small rows, few samples: a smoke test")
@@ -101,7 +104,8 @@ def groups(options) -> list:
 
 
 def selected(names, pattern: str) -> list[str]:
-    return [name for name in names if fnmatch.fnmatch(name, f"*{pattern}*")]
+    named = [name for name in names if fnmatch.fnmatch(name, f"*{pattern}*")]
+    return [name for name in named if pattern or not any(fnmatch.fnmatch(name, p) for p in NOT_BY_DEFAULT)]
 
 
 def measure(group, wanted: list[str], rates: Rates, options) -> list[dict]:

@@ -96,7 +96,9 @@ class IterationRows(Group):
         def error() -> float:
             with smooth(plain):
                 loss = wrap(training.gradients)()
-            return relative_error(loss_and_gradients(loss, plain), self.exact(fraction))
+            result = relative_error(loss_and_gradients(loss, plain), self.exact(fraction))
+            wrap(training.iteration)()  # momentum exists, memory has been asked for once
+            return result
 
         work = self.cost().iteration(self.ranks(fraction)) + self.step_work(fraction)
         return Case(wrap(training.iteration), error, LIMIT, work, share=share)

@@ -1,8 +1,6 @@
 """What the time of a row is made of."""
 
-import time
-
-from timing import Case
+from timing import Case, sample
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = (  # what an operator's time counts as: the first name that occurs in the operator's
@@ -19,28 +17,21 @@ KINDS = (  # what an operator's time counts as: the first name that occurs in th
 
 
 def breakdown(case: Case, repeats: int = 5) -> str:
-    """Self time per call of torch's operators, by kind and the longest by name, and what is left: Python, autograd's
-    bookkeeping and freeing memory. Timed without the profiler, shares from a profiled run.
+    """Self time per call of torch's operators, by kind and the longest by name. What is left is outside of operators:
+    Python, autograd's bookkeeping, the profiler.
     """
-    case.prepare()
-    case.call()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        case.prepare()
-        case.call()
-    wall = (time.perf_counter() - start) / repeats
+    case.error()  # warms up
+    plain = sample(case, repeats)
     with profile(activities=[ProfilerActivity.CPU]) as prof:
-        for _ in range(repeats):
-            case.prepare()
-            case.call()
+        profiled = sample(case, repeats)
     events = [e for e in prof.key_averages() if "::" in e.key]
     by_kind = dict.fromkeys([kind for kind, _ in KINDS] + ["other operators"], 0.0)
     for event in events:
         kind = next((kind for kind, names in KINDS if any(n in event.key for n in names)), "other operators")
         by_kind[kind] += event.self_cpu_time_total / 1e6 / repeats
-    by_kind["outside operators"] = wall - sum(by_kind.values())
-    lines = [f"{1e3 * wall:.3f} ms a call"]
-    lines += [f"  {kind:<22} {1e3 * t:>10.3f} ms {t / wall:>6.1%}" for kind, t in by_kind.items() if t]
+    by_kind["outside operators"] = profiled - sum(by_kind.values())
+    lines = [f"{1e3 * plain:.3f} ms a call, {1e3 * profiled:.3f} ms with the profiler:"]
+    lines += [f"  {kind:<22} {1e3 * t:>10.3f} ms {t / profiled:>6.1%}" for kind, t in by_kind.items() if t]
     for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:12]:
         seconds = event.self_cpu_time_total / 1e6 / repeats
         lines.append(f"    {event.key:<48} {1e3 * seconds:>10.3f} ms, {event.count / repeats:.0f} calls")

@@ -53,19 +53,20 @@ def sample(case: Case, number: int) -> float:
 
 
 def interleave(cases: list[Case], seconds: float, rounds: int) -> list[list[float]]:
-    """Samples of each case, taken in turn until each has had its `rounds` or used up its seconds (at least one).
-
-    Short calls are repeated within a sample so that it lasts 10 ms.
+    """Samples of each case, which `error` has warmed up, taken in turn until each has had its `rounds` or used up its
+    seconds (at least one). Short calls are repeated within a sample so that it lasts 10 ms.
     """
-    samples, spent, numbers = [[] for _ in cases], [0.0] * len(cases), []
-    for case in cases:
-        warm = sample(case, 1)
-        numbers.append(max(1, int(0.01 / warm)))
+    samples, spent, numbers = [[] for _ in cases], [0.0] * len(cases), [1] * len(cases)
     for _ in range(rounds):
         for i, case in enumerate(cases):
-            if not samples[i] or spent[i] < seconds * case.share:
-                samples[i].append(sample(case, numbers[i]))
-                spent[i] += samples[i][-1] * numbers[i]
+            if samples[i] and spent[i] >= seconds * case.share:
+                continue
+            time = sample(case, numbers[i])
+            if not samples[i] and numbers[i] == 1 and time < 0.01:
+                numbers[i] = max(1, int(0.01 / time))
+                time = sample(case, numbers[i])
+            samples[i].append(time)
+            spent[i] += time * numbers[i]
     return samples
 
 
@@ -78,7 +79,7 @@ def machine_rates(quick: bool) -> Rates:
     a, b = torch.randn(numel), torch.randn(numel)
 
     def best(call) -> float:
-        return min(sample(Case(call, float, 0), 1) for _ in range(5))
+        return min(sample(Case(call, float, 0), 1) for _ in range(10))
 
     with torch.no_grad():
         product = 2 * n**3 / best(lambda: torch.mm(A, B, out=C))
