@@ -3,7 +3,7 @@
 Rows: core linear algebra, the optimiser step of whole networks, whole training iterations, peak memory. The providers
 of a row are first compared with float64, and one that is wrong gets no time; then they are timed in turn in this
 process. "x ours" is a provider's time over ours; "floor" the time of the row's arithmetic and memory traffic at the
-rates that this machine reaches in a matrix product or convolution and in a copy or axpy, measured at the start.
+rates that this machine reaches in a matrix product or convolution and in a copy or axpy (the best of the run).
 """
 
 import argparse
@@ -44,32 +44,26 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | TUNED)  # read by glibc at the start
     torch.manual_seed(0)
     threads = options.threads or sorted({1, min(2, os.cpu_count())})
-    rates = {}
-    for n in threads:
-        torch.set_num_threads(n)
-        rates[n] = machine_rates(options.quick)
-    print(
-        f"allocator {allocator()}; "
-        + "; ".join(f"{n} threads: {r.flops / 1e9:.0f} Gflop/s, {r.bytes / 1e9:.0f} GB/s" for n, r in rates.items())
-    )
     if options.profile:
         profile_rows(options, threads)
         return
-    records = []
-    print(HEADER)
+    records, rates = [], dict.fromkeys(threads, Rates(0, 0))
     for group in groups(options):
         wanted = selected(group.names, options.only)
         for n in threads if wanted else ():
+            print(f"{', '.join(wanted)}; threads: {n}", file=sys.stderr, flush=True)
             torch.set_num_threads(n)
-            found = measure(group, wanted, rates[n], options)
-            show(found)
-            records += found
+            rates[n] = rates[n].better(machine_rates(options.quick))  # other users of the machine come and go
+            records += measure(group, wanted, options)
+    add_floors(records, rates)
     if not options.quick:
-        found = memory_records(selected(MEMORY_ROWS, options.only))
-        show(found)
-        records += found
+        records += memory_records(selected(MEMORY_ROWS, options.only))
     targets = outcomes(records)
+    show(records)
     show_targets(targets)
+    print(f"\nallocator {allocator()}")
+    for n, r in rates.items():
+        print(f"machine, {n} threads: {r.flops / 1e9:.0f} Gflop/s, {r.bytes / 1e9:.0f} GB/s")
     write(options.json, records, targets, rates)
 
 
@@ -108,7 +102,7 @@ def selected(names, pattern: str) -> list[str]:
     return [name for name in named if pattern or not any(fnmatch.fnmatch(name, p) for p in NOT_BY_DEFAULT)]
 
 
-def measure(group, wanted: list[str], rates: Rates, options) -> list[dict]:
+def measure(group, wanted: list[str], options) -> list[dict]:
     """Records of the group's wanted rows with the present number of threads."""
     rows = group.rows(wanted)
     cases = list({id(case): case for row in rows.values() for case in row.values()}.values())
@@ -121,7 +115,7 @@ def measure(group, wanted: list[str], rates: Rates, options) -> list[dict]:
         mine = times.get(id(row["ours"]))
         for provider, case in row.items():
             its = times.get(id(case))
-            seconds, floor = median(its) if its else None, rates.floor(case.work)
+            seconds = median(its) if its else None
             records.append(
                 {
                     "row": name,
@@ -130,12 +124,17 @@ def measure(group, wanted: list[str], rates: Rates, options) -> list[dict]:
                     "seconds": seconds,
                     "samples": its and len(its),
                     "ratio": seconds / median(mine) if its and mine else None,
-                    "floor": floor,
-                    "over_floor": seconds / floor if its else None,
                     "error": errors[id(case)],
+                    "work": case.work,
                 }
             )
     return records
+
+
+def add_floors(records: list[dict], rates: dict[int, Rates]) -> None:
+    for r in records:
+        r["floor"] = rates[r["threads"]].floor(r.pop("work"))
+        r["over_floor"] = r["seconds"] / r["floor"] if r["seconds"] else None
 
 
 def memory_records(wanted: list[str]) -> list[dict]:
@@ -156,25 +155,23 @@ def memory_records(wanted: list[str]) -> list[dict]:
     return records
 
 
-HEADER = (
-    f"{'row':<26} {'threads':>7} {'provider':<15} {'time':>11} {'samples':>7} {'x ours':>7}"
-    f" {'floor':>11} {'x floor':>8} {'error':>8}"
-)
-
-
 def show(records: list[dict]) -> None:
-    for r in records:
-        start = f"{r['row']:<26} {r['threads']:>7} {r['provider']:<15}"
+    print(
+        f"{'row':<27} {'threads':>7} {'provider':<15} {'time':>11} {'samples':>7} {'x ours':>7}"
+        f" {'floor':>11} {'x floor':>8} {'error':>8}"
+    )
+    order = {name: i for i, name in enumerate(dict.fromkeys(r["row"] for r in records))}
+    for r in sorted(records, key=lambda r: order[r["row"]]):
+        start = f"{r['row']:<27} {r['threads']:>7} {r['provider']:<15}"
         ratio = f"{r['ratio']:.2f}" if r["ratio"] else "-"
         if "bytes" in r:
-            print(f"{start} {r['bytes'] / 2**20:>8.0f} MiB {'':>7} {ratio:>7}", flush=True)
+            print(f"{start} {r['bytes'] / 2**20:>7.0f} MiB {'':>7} {ratio:>7}")
             continue
         over = f"{r['over_floor']:.2f}" if r["over_floor"] else "-"
         time = duration(r["seconds"]) if r["seconds"] else "wrong"
         print(
             f"{start} {time:>11} {r['samples'] or 0:>7} {ratio:>7} {duration(r['floor']):>11} {over:>8}"
-            f" {r['error']:>8.0e}",
-            flush=True,
+            f" {r['error']:>8.0e}"
         )
 
 
@@ -186,7 +183,7 @@ def show_targets(targets: list[dict]) -> None:
     print("\ntargets")
     for t in targets:
         print(
-            f"{t['row']:<26} {t['threads']:>7} {t['against']:<15} {t['ratio']:>7.2f} of {t['target']:<6g}"
+            f"{t['row']:<27} {t['threads']:>7} {t['against']:<15} {t['ratio']:>7.2f} of {t['target']:<6g}"
             f" {'reached' if t['reached'] else 'not reached'}"
         )
 

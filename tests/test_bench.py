@@ -45,8 +45,9 @@ def test_a_wrong_provider_gets_no_time(monkeypatch, capsys):
             return {"row": {"ours": right, "other": wrong}}
 
     monkeypatch.setattr("sys.argv", ["cpu.py", "--quick"])
-    ours, other = cpu.measure(Rows(), ["row"], Rates(1.0, 1.0), cpu.parse())
+    ours, other = records = cpu.measure(Rows(), ["row"], cpu.parse())
+    cpu.add_floors(records, {ours["threads"]: Rates(1.0, 1.0)})
     assert ours["seconds"] and ours["ratio"] == 1
     assert other["seconds"] is None and other["ratio"] is None and other["error"] == 1e-3
-    cpu.show([ours, other])
+    cpu.show(records)
     assert "wrong" in capsys.readouterr().out
