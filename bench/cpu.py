@@ -34,7 +34,7 @@ from condlr_ext.info import collect
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
 MEMORY_ROWS = {f"memory VGG16 {fraction:.0%}": ("VGG16", fraction) for fraction in FRACTIONS}
 
-# minutes each, of a block with more parameters than its dense twin, or of little news; measured if --only asks
+# minutes each, of a block with more parameters than its dense twin, or of little news; measured if --only is the name
 NOT_BY_DEFAULT = ("* MLP block 4096 50%", "step still MLP block *")
 
 
@@ -98,8 +98,8 @@ def groups(options) -> list:
 
 
 def selected(names, pattern: str) -> list[str]:
-    named = [name for name in names if fnmatch.fnmatch(name, f"*{pattern}*")]
-    return [name for name in named if pattern or not any(fnmatch.fnmatch(name, p) for p in NOT_BY_DEFAULT)]
+    hidden = {name for name in names if any(fnmatch.fnmatch(name, p) for p in NOT_BY_DEFAULT)}
+    return [name for name in names if name == pattern or (name not in hidden and fnmatch.fnmatch(name, f"*{pattern}*"))]
 
 
 def measure(group, wanted: list[str], options) -> list[dict]:
