@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", metavar="PATTERN", default="", help="rows whose name contains this (* and ? match)")
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of torch threads to measure with")
     parser.add_argument("--allocator", choices=("default", "tuned"), default="default", help="glibc's, see README")
-    parser.add_argument("--seconds", type=float, default=4.0, help="time for each provider of a row")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each provider of a row")
     parser.add_argument("--rounds", type=int, default=11, help="samples of each provider, at most")
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the dense and of our network")
     parser.add_argument("--profile", metavar="ROW", help="instead of timing, what the time of these rows is made of")

@@ -31,7 +31,7 @@ class LinearAlgebraRow:
         return {name: {key: self._case(fn) for key, fn in self.providers.items()} for name in wanted}
 
     def _case(self, fn: Callable) -> Case:
-        return Case(lambda: fn(self.A), lambda: self.error(fn(self.A)), self.limit, self.work, share=0.3)
+        return Case(lambda: fn(self.A), lambda: self.error(fn(self.A)), self.limit, self.work, share=0.2)
 
 
 def linear_algebra_rows(quick: bool) -> Iterator[LinearAlgebraRow]:
