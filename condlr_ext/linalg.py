@@ -58,8 +58,8 @@ def svd(A: Tensor) -> SVDResult:
         ArithmeticError: in backward through U or V, where two singular values are equal (through sigma alone the
             gradient is always defined).
 
-    Source: one-sided Jacobi, G. Golub and C. Van Loan, Matrix Computations, section 8.6.3; gradient J. Townsend,
-        Differentiating the singular value decomposition (2016).
+    Source: eigenvectors of AᵀA and one-sided Jacobi, G. Golub and C. Van Loan, Matrix Computations, sections 8.3 and
+        8.6.3; gradient J. Townsend, Differentiating the singular value decomposition (2016).
     """
     op = ops.linalg.svd
     U, sigma, V = _apply("svd", op, autograd.SVD, A)

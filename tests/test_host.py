@@ -124,6 +124,48 @@ def test_svd_is_as_accurate_as_lapack():
     assert (ours <= 2 * lapack).all(), (ours, lapack)
 
 
+def scaled_columns(m, n, kappa):
+    """Short columns, as LAPACK's SVD treats well and a Gram matrix badly."""
+    return rng(m, n).standard_normal((m, n)) * np.logspace(0, -math.log10(kappa), n)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kappa", [1e3, 1e6, 1e12, 1e30])
+def test_svd_at_many_scales(kappa, dtype, isa):
+    """Eigenvectors of the Gram matrix, again for what is short beside it, rotations for the rest, null columns."""
+    for m, n in ((9, 9), (24, 24), (100, 65)):
+        A = scaled_columns(m, n, kappa).astype(dtype)
+        A[:, 3] = 0
+        for B in (A, A.T):
+            check_svd(B, isa)
+            Q, info = host.polar(B, isa=isa)
+            assert info == 0 and off_orthonormal(Q if B is A else Q.T) <= tolerance(dtype, m, n)
+
+
+@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_svd_of_200(dtype, kind):
+    check_svd(with_spectrum(SPECTRA[kind](200), 200, 200, dtype), None)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("log_kappa", [1, 3, 5, 7, 9, 14])
+def test_qr_of_any_condition(log_kappa, dtype, isa):
+    """One pass of Cholesky-QR, two, three, Householder; short columns cost no pass and no digit."""
+    for m, n in ((65, 65), (130, 40)):
+        bound = tolerance(dtype, m, n)
+        A = with_spectrum(np.logspace(0, -log_kappa, n), m, n)
+        for B in (A, A * np.logspace(0, -20, n)):
+            B = B.astype(dtype)
+            Q, R, info = host.qr(B, isa=isa)
+            assert info == 0 and off_orthonormal(Q) <= bound
+            # column by column: Householder is backward stable in each
+            residual = np.linalg.norm(f64(Q) @ f64(R) - f64(B), axis=0)
+            assert (residual <= bound * np.linalg.norm(f64(B), axis=0) + np.finfo(dtype).tiny).all()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     "dtype,scale", [(np.float32, 1e30), (np.float32, 1e-30), (np.float64, 1e200), (np.float64, 1e-200)]
@@ -251,10 +293,8 @@ def test_cores_that_break_lapack(name, isa):
     Q, info = host.polar(A, isa=isa)
     assert info == 0 and off_orthonormal(Q) <= bound
     out, info = host.clip_spectrum(A, 0.0, isa=isa)
-    # singular values of an almost orthogonal matrix, without any SVD: ‖AᵀA / s² - I‖₂ <= its Frobenius norm
-    s2 = np.linalg.norm(f64(out)) ** 2 / 128
-    distance = np.linalg.norm(f64(out).T @ f64(out) / s2 - np.eye(128))
-    assert info == 0 and math.sqrt((1 + distance) / (1 - distance)) <= 1 + 5e-6
+    lambdas = np.linalg.eigvalsh(f64(out).T @ f64(out))  # not by the SVD that fails
+    assert info == 0 and math.sqrt(lambdas[-1] / lambdas[0]) <= 1 + 5e-6
 
 
 # ---- clip_spectrum
@@ -305,6 +345,56 @@ def test_clip(kind, band, dtype, isa):
                 # rounding, and the lower edge's rise by at most what storing the matrix costs
                 error = np.linalg.norm(f64(out) - expected)
                 assert error <= 2 * math.sqrt(min(m, n)) * tolerance(dtype, m, n) * np.linalg.norm(expected)
+
+
+CORES = {
+    "tame": lambda k: np.sort(rng(k).uniform(1, 1.3, k))[::-1],
+    "repeated": SPECTRA["repeated"],
+    "two_values": SPECTRA["two_values"],
+    "clustered": SPECTRA["clustered"],
+    "just_tame": lambda k: np.geomspace(2.99, 1, k),
+    "just_wild": lambda k: np.geomspace(3.01, 1, k),
+    "one_small": lambda k: np.r_[np.full(k - 1, 1.0), 1e-3],
+    "wild": lambda k: np.geomspace(1, 1e-4, k),
+    "graded": SPECTRA["graded"],
+    "rank_deficient": SPECTRA["rank_deficient"],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", CORES)
+@pytest.mark.parametrize("m,n", [(7, 7), (65, 65), (100, 100), (128, 128), (200, 200), (150, 70), (70, 150)])
+def test_clip_of_large_cores(m, n, kind, dtype):
+    """In the arithmetic of the dtype where kappa allows it, else in double: the bound holds on both sides."""
+    k = min(m, n)
+    A = with_spectrum(CORES[kind](k), m, n, dtype)
+    U, sigma, Vt = np.linalg.svd(f64(A), full_matrices=False)
+    for tau, band, sigma_max in ((0, 0, INF), (0.1, 0, INF), (0.1, 1, 0.9), (0.1, 2, INF), (INF, 0, 0.8)):
+        out, info = host.clip_spectrum(A, tau, band, sigma_max)
+        assert info == 0
+        lo, hi = band_of(sigma, tau, band, sigma_max)
+        after = sigma_of(out)
+        assert after[0] <= min(hi, sigma_max) * (1 + 5e-6) + 1e-12
+        assert tau == INF or after[0] / after[-1] <= (1 + tau) * (1 + 5e-6)
+        if sigma[-1] > 1e-4:
+            expected = (U * sigma.clip(lo, hi)) @ Vt
+            error = np.linalg.norm(f64(out) - expected)
+            assert error <= 2 * math.sqrt(k) * tolerance(dtype, m, n) * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clip_at_the_edges_of_the_band(dtype, isa):
+    """Singular values on, just inside and just outside an edge: what is in the band by more than rounding returns
+    bit for bit, what is out of it by more does not."""
+    for k in (5, 33, 100):
+        for edge in (1e-5, -1e-5):
+            sigma = np.r_[1.5 * (1 + edge), np.linspace(1.4, 1.1, k - 2), 1.0]
+            for factor in (1.0, 1e-20):
+                A = (factor * with_spectrum(sigma, k, k)).astype(dtype)
+                out, info = host.clip_spectrum(A, INF, 0, 1.5 * factor, isa=isa)
+                assert info == 0 and np.array_equal(out, A) == (edge < 0)
+                assert sigma_of(out)[0] <= 1.5 * factor * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

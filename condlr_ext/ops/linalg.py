@@ -1,4 +1,4 @@
-"""svd, qr, polar, clip_spectrum: reference everywhere, compiled Jacobi and Householder kernels on CPUs.
+"""svd, qr, polar, clip_spectrum: reference everywhere, compiled kernels on CPUs.
 
 `info` (int32, one per matrix): OK, NOT_CONVERGED, NOT_FINITE (outputs NaN; clip_spectrum returns its input) or
 ALL_ZERO (clip_spectrum only, input returned).
@@ -69,7 +69,7 @@ def _same_shape_fake(A: Tensor, *constraint):
     return A.new_empty(A.shape), _info(A)
 
 
-LARGEST = 512  # unblocked Jacobi sweeps take seconds there
+LARGEST = 512  # above, the caches and the threads of LAPACK win, and Jacobi sweeps take seconds where they are needed
 
 
 def _cpu(A: Tensor, *_) -> list[str]:
@@ -79,13 +79,9 @@ def _cpu(A: Tensor, *_) -> list[str]:
     return reasons
 
 
-# LAPACK was measured to be faster above; batches on one thread cross over earlier than a single matrix does
-def _svd_slower(A: Tensor, *_) -> bool:
-    return min(A.shape[-2:]) > (32 if A.dim() == 2 else 16)
-
-
+# LAPACK's blocked Householder was measured to be faster above; of svd, polar and clip_spectrum it was at no size
 def _qr_slower(A: Tensor) -> bool:
-    return A.shape[-2] * min(A.shape[-2:]) ** 2 > 1.5e6
+    return min(A.shape[-2:]) > (150 if A.dtype == torch.float32 else 128)
 
 
 def _batch_first(op):
@@ -103,7 +99,6 @@ svd = Op(
     reference=_flagged(reference.svd),
     fake=_svd_fake,
     cpu=_cpu,
-    slower=_svd_slower,
     vmap=_batch_first,
 )
 qr = Op(
@@ -119,7 +114,6 @@ polar = Op(
     reference=_flagged(reference.polar),
     fake=_same_shape_fake,
     cpu=_cpu,
-    slower=_svd_slower,
     vmap=_batch_first,
 )
 clip_spectrum = Op(
@@ -127,6 +121,5 @@ clip_spectrum = Op(
     reference=_clip_spectrum,
     fake=_same_shape_fake,
     cpu=_cpu,
-    slower=_svd_slower,
     vmap=_batch_first,
 )

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "band.h"
+#include "eigen.h"
 #include "svd.h"
 
 namespace condlr {
@@ -11,25 +12,33 @@ namespace CONDLR_ISA {
 template <class T>
 constexpr double kRounding = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
 
-// out [m, n] may be A itself. In-band, all-zero, non-finite and unconverged matrices come back bit for bit.
-template <class T>
-int clip_spectrum(const T* A, int64_t m, int64_t n, double tau, int band, double sigma_max, T* out,
-                  Workspace& workspace) {
-  const int64_t k = m < n ? m : n;
-  if (out != A) std::memcpy(out, A, sizeof(T) * static_cast<std::size_t>(m * n));
-  if (k == 0) return kOk;
-  if (!all_finite(A, m * n)) return kNotFinite;
+// Singular values computed in W are known to a few rounding errors of the largest one: closer than that to an
+// edge is in the band. In float32 that is kept below what the bound on kappa would feel.
+template <class W>
+constexpr double kSlack = sizeof(W) == 4 ? 0x1p-23 : 0x1p-49;
 
-  Scratch scratch(workspace);
-  Svd svd = take_svd(m, n, scratch);
-  if (!svd_columns(A, m, n, svd, workspace)) return kNotConverged;
-  double* sigma = svd.sigma;
-  if (sigma[0] == 0) return kAllZero;
-  Edges edges = band_edges(sigma, k, tau, band, sigma_max * svd.scaling.down, scratch);
+// A Gram matrix squares the condition number; above this one it is left to an SVD in double.
+constexpr double kTameKappa = 3;
 
-  // the sigma are known to a few rounding errors of the largest one: closer than that to an edge is in band
-  const double slack = 16 * kRounding<double> * sigma[0];
-  if (sigma[0] <= edges.hi + slack && sigma[k - 1] >= edges.lo - slack) return kOk;
+struct Constraint {
+  double tau;
+  int band;
+  double sigma_max;
+};
+
+// Where the band lies and which singular values, descending, are not in it: [0, above) and [below, k).
+struct Clip {
+  Edges edges;
+  int64_t above, below;
+};
+
+// sigma was computed in W, the result is stored in T.
+template <class T, class W>
+Clip plan_clip(const double* sigma, int64_t k, const Constraint& constraint, Scratch& scratch) {
+  Clip clip{band_edges(sigma, k, constraint.tau, constraint.band, constraint.sigma_max, scratch), 0, k};
+  Edges& edges = clip.edges;
+  const double slack = kSlack<W> * sigma[0];
+  if (sigma[0] <= edges.hi + slack && sigma[k - 1] >= edges.lo - slack) return clip;
 
   // Storing the result moves each of its singular values by at most `stored`. Where that would be felt in
   // kappa (a lower edge far below the upper one) the lower edge rises by as much.
@@ -43,20 +52,108 @@ int clip_spectrum(const T* A, int64_t m, int64_t n, double tau, int band, double
     edges.lo += stored;
     edges.lo = edges.lo < edges.hi ? edges.lo : edges.hi;
   }
+  while (clip.above < k && sigma[clip.above] > edges.hi) ++clip.above;
+  while (clip.below > clip.above && sigma[clip.below - 1] < edges.lo) --clip.below;
+  return clip;
+}
 
-  int64_t above = 0, below = k;  // [0, above) and [below, k) are out of band
-  while (above < k && sigma[above] > edges.hi) ++above;
-  while (below > above && sigma[below - 1] < edges.lo) --below;
+// The out-of-band singular values i of B [m, n] move into the band; the rows of Q are their unit singular
+// vectors, right ones (length n) or left ones. Returns false where Q shows that sigma is not to be trusted.
+template <class T>
+bool correct(T* B, int64_t m, int64_t n, const T* Q, bool right, const double* sigma, int64_t k,
+             const Clip& clip, Workspace& workspace) {
+  Scratch scratch(workspace);
+  const int64_t count = clip.above + k - clip.below;
+  const int64_t width = right ? n : m, other = right ? m : n;
+  T* images = scratch.take<T>(count * other);  // B q or Bᵀ q
+  const View<T> b = row_major<T>(B, n), q = row_major(Q, width), image = row_major<T>(images, other);
+  gemm<T>(count, other, width, 1, q, right ? b.transpose() : b, nullptr, images, workspace);
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = images + i * other;
+    const double square = dot(Q + i * width, Q + i * width, width);  // 1 but for rounding
+    const double rayleigh = dot(row, row, other) / square;
+    const double expected = sigma[i < clip.above ? i : k - count + i];
+    const double error = __builtin_fabs(rayleigh - expected * expected);
+    if (!(error <= 256 * kRounding<T> * sigma[0] * sigma[0])) return false;
+    const double target = i < clip.above ? clip.edges.hi : clip.edges.lo;
+    scale(other, static_cast<T>((target / __builtin_sqrt(rayleigh) - 1) / square), row);
+  }
+  gemm<T>(m, n, count, 1, (right ? image : q).transpose(), right ? q : image, B, B, workspace);
+  return true;
+}
+
+enum Outcome { kInBand, kClipped, kWild };
+
+// In the arithmetic of T, which a condition number below kTameKappa allows; kWild asks for an SVD in double.
+template <class T>
+Outcome clip_tame(T* B, int64_t m, int64_t n, const Constraint& constraint, Workspace& workspace) {
+  Scratch scratch(workspace);
+  const bool tall = m > n;
+  const int64_t k = tall ? n : m, l = tall ? m : n;
+  const View<T> b = row_major<T>(B, n), wide = tall ? b.transpose() : b;
+  T* gram = scratch.take<T>(k * k);
+  T* lambda = scratch.take<T>(k);
+  double* sigma = scratch.take<double>(k);
+  gemm<T>(k, k, l, 1, wide, wide.transpose(), false, gram, k, workspace, 0);
+  Eigen<T> eigen = take_eigen<T>(k, scratch);
+  if (!eigenvalues(gram, eigen, lambda, workspace)) return kWild;
+  if (!(lambda[k - 1] > 0 && lambda[0] <= kTameKappa * kTameKappa * lambda[k - 1])) return kWild;
+  for (int64_t i = 0; i < k; ++i) sigma[i] = __builtin_sqrt(static_cast<double>(lambda[i]));
+  const Clip clip = plan_clip<T, T>(sigma, k, constraint, scratch);
+  const int64_t above = clip.above, below = k - clip.below;
+  if (above + below == 0) return kInBand;
+  T* Q = scratch.take<T>((above + below) * k);
+  eigenvectors(eigen, above, below, Q, workspace);
+  return correct(B, m, n, Q, /*right=*/tall, sigma, k, clip, workspace) ? kClipped : kWild;
+}
+
+// B [m, n] in double, of any spectrum.
+template <class T>
+int clip_wild(const T* A, int64_t m, int64_t n, const Constraint& constraint, T* out, Workspace& workspace) {
+  const int64_t k = m < n ? m : n;
+  Scratch scratch(workspace);
+  Svd svd = take_svd(m, n, scratch);
+  if (!svd_columns(A, m, n, svd, workspace)) return kNotConverged;
+  double* sigma = svd.sigma;
+  if (sigma[0] == 0) return kAllZero;
+  const Constraint scaled{constraint.tau, constraint.band, constraint.sigma_max * svd.scaling.down};
+  const Clip clip = plan_clip<T, double>(sigma, k, scaled, scratch);
+  if (clip.above == 0 && clip.below == k) return kOk;
   for (int64_t i = 0; i < k; ++i) {
-    const double target = i < above ? edges.hi : edges.lo;
-    if (i < above || i >= below) scale(n, target - sigma[i], svd.V + i * n);
+    if (i < clip.above) scale(n, clip.edges.hi - sigma[i], svd.V + i * n);
+    if (i >= clip.below) scale(n, clip.edges.lo - sigma[i], svd.V + i * n);
   }
   double* sum = scratch.take<double>(m * n);
   for (int64_t i = 0; i < m * n; ++i) sum[i] = svd.scaling.down * static_cast<double>(A[i]);
   const View<double> U{svd.U, 1, m}, V{svd.V, n, 1};
-  gemm<double>(m, n, above, 1, U, V, sum, sum, workspace);
-  gemm<double>(m, n, k - below, 1, U.at(0, below), V.at(below, 0), sum, sum, workspace);
+  gemm<double>(m, n, clip.above, 1, U, V, sum, sum, workspace);
+  gemm<double>(m, n, k - clip.below, 1, U.at(0, clip.below), V.at(clip.below, 0), sum, sum, workspace);
   for (int64_t i = 0; i < m * n; ++i) out[i] = static_cast<T>(svd.scaling.up * sum[i]);
+  return kOk;
+}
+
+// out [m, n] may be A itself. In-band, all-zero, non-finite and unconverged matrices come back bit for bit.
+template <class T>
+int clip_spectrum(const T* A, int64_t m, int64_t n, double tau, int band, double sigma_max, T* out,
+                  Workspace& workspace) {
+  const int64_t size = m * n;
+  if (out != A) std::memcpy(out, A, sizeof(T) * static_cast<std::size_t>(size));
+  if (size == 0) return kOk;
+  if (!all_finite(A, size)) return kNotFinite;
+  Scratch scratch(workspace);
+  const Scaling scaling = scaling_of(A, size);
+  const Constraint scaled{tau, band, sigma_max * scaling.down};
+  T* B = scratch.take<T>(size);
+  for (int64_t i = 0; i < size; ++i) B[i] = static_cast<T>(scaling.down * static_cast<double>(A[i]));
+  switch (clip_tame(B, m, n, scaled, workspace)) {
+    case kInBand:
+      return kOk;
+    case kWild:
+      return clip_wild(A, m, n, {tau, band, sigma_max}, out, workspace);
+    case kClipped:
+      for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(scaling.up * static_cast<double>(B[i]));
+      break;
+  }
   return kOk;
 }
 

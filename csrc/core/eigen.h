@@ -5,6 +5,7 @@
 #pragma once
 
 #include "divide_conquer.h"
+#include "scaling.h"
 #include "tridiagonal.h"
 
 namespace condlr {
@@ -22,31 +23,6 @@ Eigen<T> take_eigen(int64_t n, Scratch& scratch) {
   return {take_tridiagonal<T>(n, scratch), take_merge<T>(n, scratch)};
 }
 
-// The largest magnitude, or NaN where an entry is not finite.
-template <class T>
-inline T largest_finite(const T* x, int64_t n) {
-  using V = Vec<T>;
-  using S = typename V::type;
-  S largest = {}, nothing = {};
-  int64_t i = 0;
-  for (; i + V::kLanes <= n; i += V::kLanes) {
-    const S a = magnitude<T>(V::load(x + i));
-    largest = a > largest ? a : largest;
-    nothing += a - a;
-  }
-  T result = 0, rest = 0;
-  for (int lane = 0; lane < V::kLanes; ++lane) {
-    result = largest[lane] > result ? largest[lane] : result;
-    rest += nothing[lane];
-  }
-  for (; i < n; ++i) {
-    const T a = __builtin_fabs(x[i]);
-    result = a > result ? a : result;
-    rest += a - a;
-  }
-  return result + rest;
-}
-
 // A [n, n] row-major, of which the lower half is read; lambda [n] descending. False for non-finite input or
 // where something did not converge: then lambda means nothing, and there are no eigenvectors.
 template <class T>
@@ -55,7 +31,7 @@ bool eigenvalues(const T* A, Eigen<T>& eigen, T* lambda, Workspace& workspace) {
   const int64_t n = reduction.n;
   T largest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const T row = largest_finite(A + i * n, i + 1);
+    const T row = largest_magnitude(A + i * n, i + 1);
     if (!(row - row == 0)) return false;
     largest = row > largest ? row : largest;
   }

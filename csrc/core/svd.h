@@ -1,6 +1,8 @@
-// A = U diag(sigma) Vᵀ, reduced, in scaled double: QR, one-sided Jacobi on Rᵀ, orthonormal completion.
+// A = U diag(sigma) Vᵀ, reduced, in scaled double: eigenvectors of AᵀA, one-sided Jacobi, orthonormal
+// completion.
 #pragma once
 
+#include "eigen.h"
 #include "householder.h"
 #include "info.h"
 #include "jacobi.h"
@@ -23,40 +25,156 @@ inline Svd take_svd(int64_t m, int64_t n, Scratch& scratch) {
   return {scratch.take<double>(m * k), scratch.take<double>(k), scratch.take<double>(n * k), {1, 1}};
 }
 
-// m >= n. A * scaling.down = Q R and, with the rotations G, Rᵀ G = Z diag(sigma): then U = Q G and V = Z.
+// The cosine below which vectors of this length, to be stored as T, count as orthogonal: rounding hides it.
+template <class T>
+double orthogonality(int64_t length) {
+  if (sizeof(T) == 4) return 0x1p-26;
+  const double spread = __builtin_sqrt(static_cast<double>(length));
+  return 0x1p-52 * (spread > 4 ? spread : 4);
+}
+
+// Whether the rows with this Gram matrix, of which the lower half is read, are orthogonal to `tolerance`.
+inline bool is_orthogonal(const double* gram, int64_t n, double tolerance, double* length) {
+  int bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    length[i] = __builtin_sqrt(gram[i * (n + 1)]);
+    const double bound = tolerance * length[i];
+    for (int64_t j = 0; j < i; ++j) bad |= !(__builtin_fabs(gram[i * n + j]) <= bound * length[j]);
+  }
+  return bad == 0;
+}
+
+// The lower half of X Xᵀ for X [n, m].
+inline void gram_of_rows(const double* X, int64_t n, int64_t m, double* gram, Workspace& workspace) {
+  const View<double> x = row_major(X, m);
+  gemm<double>(n, n, m, 1, x, x.transpose(), false, gram, n, workspace, 0);
+}
+
+// X [n, m] <- Q X
+inline void multiply_rows(const double* Q, int64_t n, int64_t m, double* X, Workspace& workspace) {
+  Scratch scratch(workspace);
+  double* copy = scratch.take<double>(n * m);
+  std::memcpy(copy, X, sizeof(double) * static_cast<std::size_t>(n * m));
+  gemm<double>(n, m, n, 1, row_major(Q, n), row_major<double>(copy, m), false, X, m, workspace);
+}
+
+// X [n, m] turns: the rows from `head` on lose what the angles [n - head, head] say of those before, which gain
+// it. The squares of the angles are no more than rounding.
+inline void turn_away(const double* angles, int64_t head, double* X, int64_t n, int64_t m,
+                      Workspace& workspace) {
+  const int64_t tail = n - head;
+  double* rest = X + head * m;
+  const View<double> a = row_major(angles, head);
+  gemm<double>(tail, m, head, -1, a, row_major<double>(X, m), true, rest, m, workspace);
+  gemm<double>(head, m, tail, 1, a.transpose(), row_major<double>(rest, m), true, X, m, workspace);
+}
+
+// The rows of W = V Aᵀ, by descending norm, are orthogonal to the rounding of the longest one, which is much to
+// the short ones. Those turn away from the long ones, then by the eigenvectors of their own Gram matrix, and so
+// on with what is short among them. square: the squared norms of the rows; gram: room.
+inline void separate_scales(double* W, int64_t m, double* V, int64_t n, double* square, double* gram,
+                            Workspace& workspace) {
+  constexpr double kShort = 0x1p-24;  // squared length relative to the longest
+  Scratch scratch(workspace);
+  double* matrix = scratch.take<double>(n * n);
+  for (int64_t begin = 0, head = 0; begin < n; begin = head) {
+    while (head < n && square[head] >= kShort * square[begin]) ++head;
+    const int64_t tail = n - head;
+    if (tail == 0 || square[begin] < kNullSquare) return;
+    double *short_rows = W + head * m, *angles = matrix, *Q = matrix;
+    gemm<double>(tail, head, m, 1, row_major<double>(short_rows, m), row_major<double>(W, m).transpose(),
+                 false, angles, head, workspace);
+    for (int64_t i = 0; i < tail; ++i) {
+      for (int64_t j = 0; j < head; ++j) angles[i * head + j] /= square[j];
+    }
+    turn_away(angles, head, W, n, m, workspace);
+    turn_away(angles, head, V, n, n, workspace);
+    gram_of_rows(short_rows, tail, m, gram, workspace);
+    if (!eigh(gram, tail, tail, int64_t{0}, square + head, Q, workspace)) return;
+    multiply_rows(Q, tail, m, short_rows, workspace);
+    multiply_rows(Q, tail, n, V + head * n, workspace);
+    for (int64_t i = head; i < n; ++i) square[i] = dot(W + i * m, W + i * m, m);
+  }
+}
+
+// Up to here rotations alone take no longer.
+constexpr int64_t kLargestJacobi = 8;
+
+// The rows of X and of V turn together until those of X are orthogonal; square: their squared norms.
+inline bool rotate_rows(double* X, int64_t m, double* V, int64_t n, double tolerance, double* square,
+                        int64_t* order, Workspace& workspace) {
+  Scratch scratch(workspace);
+  const int64_t width = padded(m), width_of_V = padded(n);
+  double* x = scratch.take<double>((n + n % 2) * width);
+  double* v = scratch.take<double>(n * width_of_V);
+  to_rows(row_major<double>(X, m), n, m, width, x);
+  to_rows(row_major<double>(V, n), n, n, width_of_V, v);
+  const bool converged = jacobi(x, width, n, v, width_of_V, tolerance, square, order, workspace);
+  for (int64_t i = 0; i < n; ++i) {
+    std::memcpy(X + i * m, x + i * width, sizeof(double) * static_cast<std::size_t>(m));
+    std::memcpy(V + i * n, v + i * width_of_V, sizeof(double) * static_cast<std::size_t>(n));
+  }
+  return converged;
+}
+
+// m >= n. The eigenvectors V of AᵀA make the columns of A V orthogonal up to rounding errors of sigma_1²; where
+// small singular values feel those, rotations finish what is then almost done.
 template <class T>
 bool svd_tall(View<T> A, int64_t m, int64_t n, Svd out, Workspace& workspace) {
   Scratch scratch(workspace);
-  double* W = scratch.take<double>(m * n);
-  double* X = scratch.take<double>(n * n);
-  double* G = scratch.take<double>(n * n);
-  double* beta = scratch.take<double>(n);
+  double* columns = scratch.take<double>(n * m);
+  double* W = scratch.take<double>(n * m);  // the rows are the columns of A V
+  double* V = scratch.take<double>(n * n);  // the rows are those of Vᵀ
+  double* gram = scratch.take<double>(n * n);
   double* square = scratch.take<double>(n);
   int64_t* order = scratch.take<int64_t>(n);
+  const View<double> a = row_major<double>(columns, m), v = row_major<double>(V, n);
 
-  to_columns(A, m, n, out.scaling.down, W);
-  householder(W, m, n, n, beta);
-  for (int64_t j = 0; j < n; ++j) {
-    for (int64_t i = 0; i < n; ++i) X[j * n + i] = i < j ? 0 : W[i * m + j];
+  to_columns(A, m, n, out.scaling.down, columns);
+  bool turned = false;
+  if (n > kLargestJacobi) {
+    gram_of_rows(columns, n, m, gram, workspace);
+    turned = eigh(gram, n, n, int64_t{0}, square, V, workspace);
   }
-  const bool converged = jacobi(X, n, n, G, square, order);
+  if (!turned) {
+    for (int64_t i = 0; i < n * n; ++i) V[i] = i % (n + 1) == 0;
+  }
+  gemm<double>(n, m, n, 1, v, a, false, W, m, workspace);
+  gram_of_rows(W, n, m, gram, workspace);
+  const double tolerance = orthogonality<T>(m);
+  bool converged = is_orthogonal(gram, n, tolerance, square);
+  if (!converged && turned) {
+    for (int64_t i = 0; i < n; ++i) square[i] = gram[i * (n + 1)];
+    separate_scales(W, m, V, n, square, gram, workspace);
+    gram_of_rows(W, n, m, gram, workspace);
+    converged = is_orthogonal(gram, n, tolerance, square);
+  }
+  if (converged) {
+    for (int64_t i = 0; i < n; ++i) {
+      square[i] = gram[i * (n + 1)];
+      order[i] = i;
+    }
+    sort_descending(square, n, order);
+  } else {
+    converged = rotate_rows(W, m, V, n, tolerance, square, order, workspace);
+  }
 
+  bool null = false;
   for (int64_t j = 0; j < n; ++j) {
-    double* u = out.U + j * m;
-    std::memcpy(u, G + order[j] * n, sizeof(double) * static_cast<std::size_t>(n));
-    fill(u + n, m - n, 0.0);
-    apply_reflections(W, m, n, beta, u);
-  }
-  // the QR of orthogonal unit columns leaves them as they are and completes null ones orthonormally
-  double* Z = G;
-  for (int64_t j = 0; j < n; ++j) {
-    const double norm2 = square[order[j]];
-    out.sigma[j] = norm2 < kNullSquare ? 0 : __builtin_sqrt(norm2);
+    const int64_t row = order[j];
+    out.sigma[j] = square[row] < kNullSquare ? 0 : __builtin_sqrt(square[row]);
     const double inverse = out.sigma[j] == 0 ? 0 : 1 / out.sigma[j];
-    for (int64_t i = 0; i < n; ++i) Z[j * n + i] = inverse * X[order[j] * n + i];
+    null |= out.sigma[j] == 0;
+    for (int64_t i = 0; i < m; ++i) out.U[j * m + i] = inverse * W[row * m + i];
+    std::memcpy(out.V + j * n, V + row * n, sizeof(double) * static_cast<std::size_t>(n));
   }
-  householder(Z, n, n, n, beta);
-  form_q(Z, n, n, beta, out.V);
+  if (null) {
+    // the QR of orthogonal unit columns leaves them as they are and completes null ones orthonormally
+    double* beta = scratch.take<double>(n);
+    std::memcpy(W, out.U, sizeof(double) * static_cast<std::size_t>(n * m));
+    householder(W, m, n, n, beta);
+    form_q(W, m, n, beta, out.U);
+  }
   return converged;
 }
 

@@ -68,14 +68,35 @@ struct Vec {
 #endif
 };
 
-inline double sum_lanes(const Vec<double>::type& v) {
-  double sum = 0;
-  for (int i = 0; i < Vec<double>::kLanes; ++i) sum += v[i];
+// The sum of the 16-byte parts of a vector: the last steps of a sum over lanes are left to row_sums().
+template <class T>
+struct Part {
+  static constexpr int kLanes = 16 / sizeof(T);
+  typedef T type __attribute__((vector_size(16)));
+};
+
+template <class T>
+inline void store_part(const typename Vec<T>::type& v, T* out) {
+  constexpr int kParts = CONDLR_VECTOR_BYTES / 16;
+  typename Part<T>::type part[kParts];
+  std::memcpy(part, &v, sizeof v);
+  CONDLR_UNROLL
+  for (int i = 1; i < kParts; ++i) part[0] += part[i];
+  std::memcpy(out, part, 16);
+}
+
+// Sum over lanes.
+template <class T>
+inline T total(const typename Vec<T>::type& v) {
+  T part[Part<T>::kLanes], sum = 0;
+  store_part<T>(v, part);
+  for (int i = 0; i < Part<T>::kLanes; ++i) sum += part[i];
   return sum;
 }
 
-inline double dot(const double* x, const double* y, int64_t n) {
-  using V = Vec<double>;
+template <class T>
+inline T dot(const T* x, const T* y, int64_t n) {
+  using V = Vec<T>;
   constexpr int kStep = 4 * V::kLanes;
   typename V::type sum[4] = {};
   int64_t i = 0;
@@ -84,53 +105,20 @@ inline double dot(const double* x, const double* y, int64_t n) {
     for (int k = 0; k < 4; ++k) sum[k] += V::load(x + i + k * V::kLanes) * V::load(y + i + k * V::kLanes);
   }
   for (; i + V::kLanes <= n; i += V::kLanes) sum[0] += V::load(x + i) * V::load(y + i);
-  double total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; i < n; ++i) total += x[i] * y[i];
-  return total;
-}
-
-// xx = x·x, yy = y·y, xy = x·y in one pass.
-inline void gram_pair(const double* x, const double* y, int64_t n, double& xx, double& yy, double& xy) {
-  using V = Vec<double>;
-  constexpr int kStep = 2 * V::kLanes;
-  typename V::type a[2] = {}, b[2] = {}, c[2] = {};
-  int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    CONDLR_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      const typename V::type u = V::load(x + i + k * V::kLanes), v = V::load(y + i + k * V::kLanes);
-      a[k] += u * u;
-      b[k] += v * v;
-      c[k] += u * v;
-    }
-  }
-  xx = sum_lanes(a[0] + a[1]);
-  yy = sum_lanes(b[0] + b[1]);
-  xy = sum_lanes(c[0] + c[1]);
-  for (; i < n; ++i) {
-    xx += x[i] * x[i];
-    yy += y[i] * y[i];
-    xy += x[i] * y[i];
-  }
+  T result = total<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for (; i < n; ++i) result += x[i] * y[i];
+  return result;
 }
 
 // y += a x
-inline void axpy(int64_t n, double a, const double* __restrict x, double* __restrict y) {
+template <class T>
+inline void axpy(int64_t n, T a, const T* __restrict x, T* __restrict y) {
   for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
 }
 
-inline void scale(int64_t n, double a, double* x) {
+template <class T>
+inline void scale(int64_t n, T a, T* x) {
   for (int64_t i = 0; i < n; ++i) x[i] *= a;
-}
-
-// (x, y) <- (c x - s y, s x + c y) with c = 1 - s h, h = s / (1 + c): in this form the lengths of x and y do
-// not drift over many small rotations.
-inline void rotate(int64_t n, double s, double h, double* __restrict x, double* __restrict y) {
-  for (int64_t i = 0; i < n; ++i) {
-    const double a = x[i], b = y[i];
-    x[i] = a - s * (b + h * a);
-    y[i] = b + s * (a - h * b);
-  }
 }
 
 // Σ x² and Σ |x|
@@ -171,32 +159,6 @@ inline bool all_finite(const T* x, int64_t n) {
 template <class T>
 inline void fill(T* x, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) x[i] = value;
-}
-
-// The sum of the 16-byte parts of a vector: the last steps of a sum over lanes are left to row_sums().
-template <class T>
-struct Part {
-  static constexpr int kLanes = 16 / sizeof(T);
-  typedef T type __attribute__((vector_size(16)));
-};
-
-template <class T>
-inline void store_part(const typename Vec<T>::type& v, T* out) {
-  constexpr int kParts = CONDLR_VECTOR_BYTES / 16;
-  typename Part<T>::type part[kParts];
-  std::memcpy(part, &v, sizeof v);
-  CONDLR_UNROLL
-  for (int i = 1; i < kParts; ++i) part[0] += part[i];
-  std::memcpy(out, part, 16);
-}
-
-// Sum over lanes.
-template <class T>
-inline T total(const typename Vec<T>::type& v) {
-  T part[Part<T>::kLanes], sum = 0;
-  store_part<T>(v, part);
-  for (int i = 0; i < Part<T>::kLanes; ++i) sum += part[i];
-  return sum;
 }
 
 template <class T>
