@@ -16,7 +16,7 @@ from matrices import (
     with_spectrum,
 )
 
-from condlr_ext import errors, linalg, ops, reference
+from condlr_ext import errors, linalg, reference
 
 DATA = Path(__file__).parent / "data"
 SHAPES = [(1, 1), (3, 3), (17, 17), (33, 33), (64, 64), (40, 7), (7, 40), (100, 1), (1, 5), (130, 33)]
@@ -290,17 +290,6 @@ def test_threads_do_not_change_the_result(backend):
         torch.set_num_threads(threads)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-
-
-def test_auto_leaves_large_matrices_to_lapack():
-    for name, size, dtype, served_by in (
-        ("svd", 512, torch.float32, "cpu"),
-        ("svd", 513, torch.float32, "reference"),
-        ("qr", 150, torch.float32, "cpu"),
-        ("qr", 151, torch.float32, "reference"),
-        ("qr", 129, torch.float64, "reference"),
-    ):
-        assert ops.OPS[name].automatic(torch.empty(600, size, dtype=dtype)) == served_by
 
 
 def test_float32_error_is_no_worse_than_lapacks(backend):

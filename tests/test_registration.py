@@ -300,12 +300,14 @@ def test_named_backends_are_strict():
 def test_auto_leaves_to_lapack_what_lapack_does_faster():
     """Sizes on both sides of the measured crossings; a named backend is not affected."""
     for op in (ops.linalg.svd, ops.linalg.polar):
-        assert op.choose(torch.eye(512)) == "cpu" and op.choose(torch.eye(513)) == "reference"
-    qr = ops.linalg.qr
-    assert qr.choose(torch.ones(4608, 150)) == "cpu" and qr.choose(torch.eye(151)) == "reference"
-    assert qr.choose(torch.eye(128).double()) == "cpu" and qr.choose(torch.eye(129).double()) == "reference"
+        assert op.choose(torch.eye(512)) == "cpu"
+        assert op.choose(torch.eye(200).double()) == "cpu" and op.choose(torch.eye(201).double()) == "reference"
+        assert op.choose(torch.ones(4608, 64)) == "cpu" and op.choose(torch.ones(4608, 103)) == "reference"
+    assert ops.linalg.clip_spectrum.choose(torch.eye(512).double(), 0.1, 0, 1.0) == "cpu"
+    assert ops.linalg.qr.choose(torch.eye(100)) == "cpu"
+    assert ops.linalg.qr.choose(torch.ones(4608, 103)) == "reference"
     with condlr_ext.backend("cpu"):
-        assert qr.choose(torch.eye(151)) == "cpu"
+        assert ops.linalg.svd.choose(torch.eye(201).double()) == "cpu"
 
 
 def test_backend_names_and_nesting():

@@ -69,7 +69,7 @@ def _same_shape_fake(A: Tensor, *constraint):
     return A.new_empty(A.shape), _info(A)
 
 
-LARGEST = 512  # above, the caches and the threads of LAPACK win, and Jacobi sweeps take seconds where they are needed
+LARGEST = 512  # Jacobi sweeps, where a matrix needs them, take seconds above
 
 
 def _cpu(A: Tensor, *_) -> list[str]:
@@ -79,9 +79,14 @@ def _cpu(A: Tensor, *_) -> list[str]:
     return reasons
 
 
-# LAPACK's blocked Householder was measured to be faster above; of svd, polar and clip_spectrum it was at no size
+# LAPACK was measured to be faster there, on one thread or on two, which our kernels use for batches only
+def _svd_slower(A: Tensor) -> bool:
+    m, n = A.shape[-2:]
+    return min(m, n) > 200 if A.dtype == torch.float64 else m > 16 * n > 16 * 64
+
+
 def _qr_slower(A: Tensor) -> bool:
-    return min(A.shape[-2:]) > (150 if A.dtype == torch.float32 else 128)
+    return A.shape[-2] * min(A.shape[-2:]) ** 2 > 1.5e6
 
 
 def _batch_first(op):
@@ -99,6 +104,7 @@ svd = Op(
     reference=_flagged(reference.svd),
     fake=_svd_fake,
     cpu=_cpu,
+    slower=_svd_slower,
     vmap=_batch_first,
 )
 qr = Op(
@@ -114,6 +120,7 @@ polar = Op(
     reference=_flagged(reference.polar),
     fake=_same_shape_fake,
     cpu=_cpu,
+    slower=_svd_slower,
     vmap=_batch_first,
 )
 clip_spectrum = Op(
