@@ -36,10 +36,10 @@ def low_rank_linear(
     if check_route("low_rank_linear", route) == "auto":
         route = ops.routes.choose(ops.routes.linear, *args)
     if route == "merged":
-        if _transformed():
+        if transformed():
             return reference.merged_linear(*args)
         return autograd.MergedLinear.apply(ops.layers.merged_linear.choose(*args), *args)
-    if _transformed():
+    if transformed():
         return reference.low_rank_linear(*args)[0]
     return autograd.LowRankLinear.apply(ops.layers.low_rank_linear.choose(*args), *args)
 
@@ -142,11 +142,11 @@ def _conv(d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_siz
     if check_route(name, route) == "auto":
         route = ops.routes.choose(ops.routes.conv, *args)
     if route == "merged":
-        if _transformed():
+        if transformed():
             output = reference.merged_conv(*args)
         else:
             output = autograd.MergedConv.apply(ops.layers.merged_conv.choose(*args), *args)
-    elif _transformed():
+    elif transformed():
         output, _ = reference.low_rank_conv(*args)
     else:
         output = autograd.LowRankConv.apply(ops.layers.low_rank_conv.choose(*args), *args)
@@ -160,7 +160,7 @@ def check_route(name: str, route: str) -> str:
     return route
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work: plain products have every derivative and batching rule."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 

@@ -429,3 +429,22 @@ def test_float32_conv_error_is_that_of_plain_pytorch(backend):
         plain = layer.to_dense()(x)
         bound = 2 * (plain.double() - exact).abs().max() + backward_error(torch.float32, 5) * exact.abs().max()
         assert (layer(x).double() - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("d", [2, 3])
+def test_memory_format_is_that_of_the_dense_twin(channels, d):
+    """Also of an image with one channel, whose own strides do not tell, and through factorize and to_dense."""
+    last = (torch.channels_last, torch.channels_last_3d)[d - 2]
+    dense = (nn.Conv2d, nn.Conv3d)[d - 2](channels, 4, 3, padding=1)
+    cls = (LowRankConv2d, LowRankConv3d)[d - 2]
+    x = torch.randn(2, channels, *[5] * d)
+    before = cls.from_dense(dense, rank=1.0)
+    assert before(x).is_contiguous() and not before.channels_last
+    for layer in (before.to(memory_format=last), cls.from_dense(dense.to(memory_format=last), rank=1.0)):
+        y = copy.deepcopy(layer).double().float()(x)  # other conversions leave the format alone
+        assert y.stride() == dense(x).stride() and y.is_contiguous(memory_format=last)
+        torch.testing.assert_close(y, dense(x), rtol=0, atol=1e-5)
+        assert layer.to_dense().weight.stride() == dense.weight.stride()
+    if d == 2:  # torch has no way back from channels_last_3d that a module could take
+        assert before.to(memory_format=torch.contiguous_format)(x).is_contiguous()

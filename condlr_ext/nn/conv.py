@@ -2,6 +2,7 @@
 
 import numbers
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,7 +22,8 @@ class _LowRankConv(LowRankLayer):
     Raises:
         RankError: the rank does not fit. ValueError: torch's own argument rules.
 
-    The condition number bounded is that of the flattened weight, not of the convolution as an operator.
+    The condition number bounded is that of the flattened weight, not of the convolution as an operator. As with torch's
+    layers, to(memory_format=torch.channels_last) makes the outputs channels_last, which is the fast format on CPUs.
     """
 
     _costs = staticmethod(ops.routes.conv)
@@ -67,6 +69,7 @@ class _LowRankConv(LowRankLayer):
         else:
             self.padding = self._tuple("padding", padding, 0)
         self.padding_mode = padding_mode
+        self.channels_last = False
         self.weight_shape = (out_channels, in_channels // groups, *self.kernel_size)
         self._make_factors(rank, bias, device, dtype)
 
@@ -87,6 +90,31 @@ class _LowRankConv(LowRankLayer):
             module.padding_mode,
         )
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._last is not None:
+            # to(memory_format=...) converts four- and five-dimensional parameters only: a probe shows what it asks for
+            format = self._last if self.channels_last else torch.contiguous_format
+            probe = torch.empty((2,) * (self._d + 2), device="meta" if self.U.is_meta else "cpu")
+            self.channels_last = self._is_channels_last(fn(probe.to(memory_format=format)))
+        return self
+
+    def _is_channels_last(self, t: Tensor) -> bool:
+        if self._last is None:
+            return False
+        plain, last = (
+            torch.empty(t.shape, device="meta").to(memory_format=f).stride() for f in (torch.contiguous_format, self._last)
+        )
+        return t.stride() == last != plain  # strides tell where a dimension of 1 leaves both formats contiguous
+
+    def like(self, module: nn.Module) -> "LowRankLayer":
+        self.channels_last = self._is_channels_last(module.weight)
+        return super().like(module)
+
+    def to_dense(self) -> nn.Module:
+        dense = super().to_dense()
+        return dense.to(memory_format=self._last) if self.channels_last else dense
+
     def forward(self, input: Tensor) -> Tensor:
         return self._functional(*self._padded(input), kernel_size=self.kernel_size, route=self._route)
 
@@ -97,6 +125,8 @@ class _LowRankConv(LowRankLayer):
 
     def _padded(self, input: Tensor) -> tuple:
         """The positional arguments of the functional form, which pads with zeros only."""
+        if self.channels_last and input.dim() == self._d + 2 and not functional.transformed():
+            input = as_channels_last(input, self._last)
         padding = self.padding
         if self.padding_mode != "zeros" and padding != "valid":
             if padding == "same":
@@ -118,16 +148,23 @@ class _LowRankConv(LowRankLayer):
         return text + self._route_repr()
 
 
+def as_channels_last(input: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The input in this format; one channel lies in memory as in any format, but its strides tell which is meant."""
+    if input.shape[1] > 1:
+        return input.contiguous(memory_format=memory_format)
+    return input.reshape(input.shape[0], *input.shape[2:], 1).movedim(-1, 1)
+
+
 class LowRankConv1d(_LowRankConv):
     __doc__ = _LowRankConv.__doc__
-    _d, _dense, _functional = 1, nn.Conv1d, staticmethod(functional.low_rank_conv1d)
+    _d, _last, _dense, _functional = 1, None, nn.Conv1d, staticmethod(functional.low_rank_conv1d)
 
 
 class LowRankConv2d(_LowRankConv):
     __doc__ = _LowRankConv.__doc__
-    _d, _dense, _functional = 2, nn.Conv2d, staticmethod(functional.low_rank_conv2d)
+    _d, _last, _dense, _functional = 2, torch.channels_last, nn.Conv2d, staticmethod(functional.low_rank_conv2d)
 
 
 class LowRankConv3d(_LowRankConv):
     __doc__ = _LowRankConv.__doc__
-    _d, _dense, _functional = 3, nn.Conv3d, staticmethod(functional.low_rank_conv3d)
+    _d, _last, _dense, _functional = 3, torch.channels_last_3d, nn.Conv3d, staticmethod(functional.low_rank_conv3d)
