@@ -1,9 +1,10 @@
 """CPU benchmark: python bench/cpu.py [--only PATTERN] [--threads 1 2] [--allocator tuned] [--json FILE]
 
-Rows: core linear algebra, the optimiser step of whole networks, whole training iterations, peak memory. The providers
-of a row are first compared with float64, and one that is wrong gets no time; then they are timed in turn in this
-process. "x ours" is a provider's time over ours; "floor" the time of the row's arithmetic and memory traffic at the
-rates that this machine reaches in a matrix product or convolution and in a copy or axpy (the best of the run).
+Rows: core linear algebra, the optimiser step of whole networks, whole training iterations, and iterations each in a
+process of its own (memory, page faults). The providers of a row are first compared with float64, and one that is wrong
+gets no time; then they are timed in turn in this process. "x ours" is a provider's time over ours; "floor" the time of
+the row's arithmetic and memory traffic at the rates that this machine reaches in a matrix product or convolution and in
+a copy or axpy (the best of the run).
 """
 
 import argparse
@@ -17,9 +18,9 @@ import sys
 from pathlib import Path
 
 import torch
+from alone import alone
 from iterations import IterationRows
 from linear_algebra import linear_algebra_rows
-from memory import peak_memory
 from networks import NETWORKS
 from profiling import breakdown
 from steps import StepRows
@@ -32,7 +33,7 @@ from condlr_ext.info import collect
 # glibc then keeps what is freed instead of handing it back to the kernel, which costs a page fault per page when the
 # next iteration asks for it again
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
-MEMORY_ROWS = {f"memory VGG16 {fraction:.0%}": ("VGG16", fraction) for fraction in FRACTIONS}
+ALONE_ROWS = {f"alone VGG16 {fraction:.0%}": ("VGG16", fraction) for fraction in FRACTIONS}
 
 # minutes each, of a block with more parameters than its dense twin, or of little news; measured if --only is the name
 NOT_BY_DEFAULT = ("* MLP block 4096 50%", "step still MLP block *")
@@ -55,9 +56,10 @@ def main() -> None:
             torch.set_num_threads(n)
             rates[n] = rates[n].better(machine_rates(options.quick))  # other users of the machine come and go
             records += measure(group, wanted, options)
+            rates[n] = rates[n].better(machine_rates(options.quick))
     add_floors(records, rates)
     if not options.quick:
-        records += memory_records(selected(MEMORY_ROWS, options.only))
+        records += alone_records(selected(ALONE_ROWS, options.only))
     targets = outcomes(records)
     show(records)
     show_targets(targets)
@@ -137,21 +139,18 @@ def add_floors(records: list[dict], rates: dict[int, Rates]) -> None:
         r["over_floor"] = r["seconds"] / r["floor"] if r["seconds"] else None
 
 
-def memory_records(wanted: list[str]) -> list[dict]:
+def alone_records(wanted: list[str]) -> list[dict]:
     records = []
     for name in wanted:
-        network, fraction = MEMORY_ROWS[name]
-        peaks = {p: peak_memory(network, p, fraction) for p in ("ours", "dense", "fast PyTorch")}
-        records += [
-            {
-                "row": name,
-                "provider": provider,
-                "threads": torch.get_num_threads(),
-                "bytes": peak,
-                "ratio": peak / peaks["ours"],
+        network, fraction = ALONE_ROWS[name]
+        print(f"{name}; threads: {torch.get_num_threads()}", file=sys.stderr, flush=True)
+        measures = {provider: alone(network, provider, fraction) for provider in ("ours", "dense", "fast PyTorch")}
+        for provider, found in measures.items():
+            ratios = {
+                "ratio": found["seconds"] / measures["ours"]["seconds"],
+                "bytes_ratio": found["bytes"] / measures["ours"]["bytes"],
             }
-            for provider, peak in peaks.items()
-        ]
+            records.append({"row": name, "provider": provider, "threads": torch.get_num_threads()} | found | ratios)
     return records
 
 
@@ -163,12 +162,13 @@ def show(records: list[dict]) -> None:
     order = {name: i for i, name in enumerate(dict.fromkeys(r["row"] for r in records))}
     for r in sorted(records, key=lambda r: order[r["row"]]):
         start = f"{r['row']:<27} {r['threads']:>7} {r['provider']:<15}"
+        time = duration(r["seconds"]) if r["seconds"] else "wrong"
         ratio = f"{r['ratio']:.2f}" if r["ratio"] else "-"
         if "bytes" in r:
-            print(f"{start} {r['bytes'] / 2**20:>7.0f} MiB {'':>7} {ratio:>7}")
+            memory = f"{r['bytes'] / 2**20:.0f} MiB, {r['bytes_ratio']:.2f} x ours, {r['page_faults']:.0f} page faults"
+            print(f"{start} {time:>11} {'':>7} {ratio:>7}  {memory}")
             continue
         over = f"{r['over_floor']:.2f}" if r["over_floor"] else "-"
-        time = duration(r["seconds"]) if r["seconds"] else "wrong"
         print(
             f"{start} {time:>11} {r['samples'] or 0:>7} {ratio:>7} {duration(r['floor']):>11} {over:>8}"
             f" {r['error']:>8.0e}"
