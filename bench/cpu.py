@@ -65,6 +65,8 @@ def main() -> None:
     show_targets(targets)
     print(f"\nallocator {allocator()}")
     for n, r in rates.items():
+        if r.flops == 0:  # no row needed it
+            continue
         print(f"machine, {n} threads: {r.flops / 1e9:.0f} Gflop/s, {r.bytes / 1e9:.0f} GB/s")
     write(options.json, records, targets, rates)
 

@@ -304,8 +304,10 @@ def test_auto_leaves_to_lapack_what_lapack_does_faster():
         assert op.choose(torch.eye(200).double()) == "cpu" and op.choose(torch.eye(201).double()) == "reference"
         assert op.choose(torch.ones(4608, 64)) == "cpu" and op.choose(torch.ones(4608, 103)) == "reference"
     assert ops.linalg.clip_spectrum.choose(torch.eye(512).double(), 0.1, 0, 1.0) == "cpu"
-    assert ops.linalg.qr.choose(torch.eye(100)) == "cpu"
-    assert ops.linalg.qr.choose(torch.ones(4608, 103)) == "reference"
+    qr = ops.linalg.qr
+    assert qr.choose(torch.ones(4608, 103)) == "cpu" and qr.choose(torch.ones(4608, 256)) == "reference"
+    assert qr.choose(torch.eye(201).double()) == "reference" and qr.choose(torch.ones(402, 201).double()) == "cpu"
+    assert qr.choose(torch.ones(2, 4608, 256)) == "cpu"
     with condlr_ext.backend("cpu"):
         assert ops.linalg.svd.choose(torch.eye(201).double()) == "cpu"
 

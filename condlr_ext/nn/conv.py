@@ -103,7 +103,8 @@ class _LowRankConv(LowRankLayer):
         if self._last is None:
             return False
         plain, last = (
-            torch.empty(t.shape, device="meta").to(memory_format=f).stride() for f in (torch.contiguous_format, self._last)
+            torch.empty(t.shape, device="meta").to(memory_format=f).stride()
+            for f in (torch.contiguous_format, self._last)
         )
         return t.stride() == last != plain  # strides tell where a dimension of 1 leaves both formats contiguous
 

@@ -86,7 +86,8 @@ def _svd_slower(A: Tensor) -> bool:
 
 
 def _qr_slower(A: Tensor) -> bool:
-    return A.shape[-2] * min(A.shape[-2:]) ** 2 > 1.5e6
+    m, n = A.shape[-2], min(A.shape[-2:])
+    return A.dim() == 2 and (n > 200 and m < 2 * n if A.dtype == torch.float64 else m * n * n > 1e8)
 
 
 def _batch_first(op):
