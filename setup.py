@@ -4,7 +4,7 @@ Environment: CONDLR_EXT_BUILD=auto|none (auto builds when a C++ compiler and tor
 makes a pure Python package), CONDLR_EXT_CXX_FLAGS (extra compiler flags), CXX, MAX_JOBS.
 """
 
-import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -39,7 +39,10 @@ def extensions() -> list[Extension]:
     if reason is None and not any(map(shutil.which, compilers)):
         reason = "no C++ compiler found (tried CXX, c++, g++, clang++)"
     if reason is None:
-        return [Extension("condlr_ext._C", []), Extension("condlr_ext._host", [])]
+        host = [Extension("condlr_ext._host", [])] if importlib.util.find_spec("pybind11") else []
+        if not host:
+            print("condlr_ext: no pybind11, so _C alone, without _host", file=sys.stderr)
+        return [Extension("condlr_ext._C", []), *host]
     line = "*" * 80
     print(f"{line}\ncondlr_ext: no compiled kernels, pure Python only: {reason}\n{line}", file=sys.stderr)
     return []
@@ -70,11 +73,7 @@ class CMakeBuild(build_ext):
     def build_extensions(self) -> None:
         import torch
 
-        try:
-            import pybind11
-        except ImportError:
-            raise SystemExit("setup.py: pybind11 not found: pip install 'pybind11>=3.0'") from None
-
+        host = any(extension.name.endswith("_host") for extension in self.extensions)
         build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         output = build / "lib"
         torch_root = Path(torch.__file__).parent
@@ -88,8 +87,10 @@ class CMakeBuild(build_ext):
             "CONDLR_TORCH_LIB_DIR": torch_root / "lib",
             "CONDLR_TORCH_VERSION": torch.__version__,
             "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "CONDLR_HOST": "ON" if host else "OFF",
         }
+        if host:
+            options["pybind11_DIR"] = importlib.import_module("pybind11").get_cmake_dir()
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         # the cache may name the paths of an earlier environment; the objects beside it stay good
