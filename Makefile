@@ -6,13 +6,20 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test lint wheel compat clean
+.PHONY: demo test test-aot lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
 
+# Triton is told to interpret when it is imported: three processes
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not interpreter and not aot and not aot_all"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+	$(BIN)/python -m pytest -m aot
+
+# every configuration of the Triton kernels for every architecture
+test-aot: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "aot or aot_all"
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q ruff

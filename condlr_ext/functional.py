@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, ops, reference
-from .errors import RankError, ShapeError
+from .errors import BackendError, RankError, ShapeError
 
 __all__ = ["low_rank_conv1d", "low_rank_conv2d", "low_rank_conv3d", "low_rank_linear"]
 
@@ -161,8 +161,17 @@ def check_route(name: str, route: str) -> str:
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work: plain products have every derivative and batching rule."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    """Whether torch.func or forward-mode AD is at work: plain products have every derivative and batching rule.
+
+    Raises BackendError where Triton kernels are asked for by name: they have not.
+    """
+    at_work = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    if at_work and ops.current_backend() == "triton":
+        raise BackendError(
+            "condlr_ext: backend 'triton' cannot serve a layer under torch.func or forward-mode AD, which take the"
+            " reference path; use backend 'auto' there"
+        )
+    return at_work
 
 
 def _string_padding(name, input, padding, kernel_size, stride, dilation):

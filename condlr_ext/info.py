@@ -53,7 +53,7 @@ def report() -> str:
     lines.append(f"{'CUDA':<14} {data['cuda'] or 'no device'}")
     lines.append(f"{'backend':<14} {data['backend']}")
     for device, table in data["ops"].items():
-        lines += ["", f"ops on {device} (float32 tensors, backend auto)"]
+        lines += ["", f"ops on {device} (small float32 tensors, backend auto)"]
         for name, entry in table.items():
             lines.append(f"  {name:<26} {entry['served_by']} ({entry['what']})")
             lines += [f"  {'':<26}   not {other}: {'; '.join(why)}" for other, why in entry["not"].items()]
@@ -71,7 +71,7 @@ def _serving(op: ops.Op, device: str) -> dict:
     args = _sample(op.name, device)
     reasons = {name: op.reasons_not(name, *args) for name in ops.BACKENDS if name != "auto"}
     served_by = op.automatic(*args)
-    what = op.cpu_is if served_by == "cpu" else "plain PyTorch"
+    what = {"cpu": op.cpu_is, "triton": "Triton kernel"}.get(served_by, "plain PyTorch")
     return {"served_by": served_by, "what": what, "not": {name: why for name, why in reasons.items() if why}}
 
 
@@ -82,6 +82,12 @@ def _sample(name: str, device: str) -> tuple:
         layer = [U, S, V, bias]
         hyper = torch.empty(1, len(ROLES), len(HYPER), dtype=torch.float64)
         return layer, layer, layer, hyper, torch.empty(1, dtype=torch.int64, device=device)
-    if name.startswith("low_rank"):
-        return (torch.empty(2, 8, device=device), U, S, V, bias)
-    return (S,)
+    if name in ("svd", "qr", "polar", "clip_spectrum"):
+        return (S,)
+    rows = torch.empty(4096, 8, device=device)
+    if "conv" in name:
+        rows = rows.view(64, 8, 8, 8).movedim(-1, 1)  # channels_last
+    geometry = ([1, 1], [1, 1], [0, 0], [1, 1], 1) if "conv" in name else ()
+    if name.endswith("_backward"):
+        return rows, rows, *([rows] if name.startswith("low_rank") else []), U, S, V, [True] * 5, *geometry
+    return rows, U, S, V, bias, *geometry

@@ -1,4 +1,4 @@
-"""On a CUDA device everything runs on the reference path; it must agree with the CPU."""
+"""On a CUDA device the linear algebra and the step run on the reference path; training must agree with the CPU."""
 
 import copy
 

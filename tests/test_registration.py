@@ -88,7 +88,8 @@ def test_opcheck(name, prefix):
 
 def test_every_op_is_tagged_and_has_a_reference_twin():
     for name in ops.OPS:
-        for full in (name, f"_reference_{name}"):
+        by_triton = [f"_triton_{name}"] if ops.OPS[name].has_triton else []
+        for full in (name, f"_reference_{name}", *by_triton):
             op = getattr(torch.ops.condlr_ext, full).default
             assert torch.Tag.pt2_compliant_tag in op.tags
 

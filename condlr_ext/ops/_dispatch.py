@@ -1,13 +1,15 @@
 """Which implementation serves a call, and what keeps each of the others from it."""
 
 import contextlib
+import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from .. import _load
 from ..errors import BackendError
+from ..kernels import triton
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 COMPILED = _load.load()
@@ -55,7 +57,8 @@ class backend:
 
 
 class Op:
-    """One op: `condlr_ext::name`, served by torch's dispatcher, and `condlr_ext::_reference_name`.
+    """One op: `condlr_ext::name`, served by torch's dispatcher, `condlr_ext::_reference_name` and, where there is a
+    Triton kernel, `condlr_ext::_triton_name`.
 
     Args:
         schema: the schema string without namespace.
@@ -63,8 +66,10 @@ class Op:
         fake: shape and dtype propagation.
         cpu: given the arguments, the reasons why the CPU implementation cannot serve them.
         cpu_is: what that implementation is, for people to read.
-        slower: given the arguments, whether the CPU implementation was measured to be slower than the reference,
-            so that "auto" does not take it.
+        triton: "module.function" in kernels.triton that launches the kernels, imported when first called.
+        triton_not: given the arguments, the reasons why those cannot serve them, beyond what holds for all kernels.
+        slower: given the arguments, why the implementation for their device is slower than the reference, so that
+            "auto" does not take it; empty if it is not.
         vmap: makes, for an overload, its torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims).
     """
 
@@ -76,20 +81,31 @@ class Op:
         fake: Callable,
         cpu: Callable[..., list[str]],
         cpu_is: str = "compiled kernel",
-        slower: Callable[..., bool] = lambda *args: False,
+        triton: str | None = None,
+        triton_not: Callable[..., list[str]] = lambda *args: [],
+        slower: Callable[..., str] = lambda *args: "",
         vmap: Callable | None = None,
     ):
         self.name = schema.split("(")[0]
         self._cpu, self.cpu_is, self._slower = cpu, cpu_is, slower
-        overloads = []
-        for name in (self.name, f"_reference_{self.name}"):
+        self.has_triton, self._triton_not = triton is not None, triton_not
+        self._implementations = {"reference": _without_autocast(reference)}
+        if triton is not None:
+            self._implementations["triton"] = _without_autocast(_on_first_call(triton))
+        self._overloads = {}
+        for backend_name in ("dispatched", *self._implementations):
+            name = self.name if backend_name == "dispatched" else f"_{backend_name}_{self.name}"
             LIB.define(schema.replace(self.name, name, 1), tags=(torch.Tag.pt2_compliant_tag,))
-            LIB.impl(name, _without_autocast(reference), "CompositeExplicitAutograd")
+            implementation = self._implementations.get(backend_name, self._implementations["reference"])
+            LIB.impl(name, implementation, "CompositeExplicitAutograd")
             torch.library.register_fake(f"condlr_ext::{name}", fake, lib=LIB)
-            overloads.append(getattr(torch.ops.condlr_ext, name).default)
+            overload = getattr(torch.ops.condlr_ext, name).default
             if vmap is not None:
-                torch.library.register_vmap(f"condlr_ext::{name}", vmap(overloads[-1]), lib=LIB)
-        self.dispatched, self.reference = overloads
+                torch.library.register_vmap(f"condlr_ext::{name}", vmap(overload), lib=LIB)
+            self._overloads[backend_name] = overload
+        if triton is not None:
+            LIB.impl(self.name, lambda *args: self._implementations[self.automatic(*args)](*args), "CUDA")
+        self.dispatched, self.reference = self._overloads["dispatched"], self._overloads["reference"]
         OPS[self.name] = self
 
     def reasons_not(self, backend_name: str, *args) -> list[str]:
@@ -97,18 +113,29 @@ class Op:
         if backend_name == "cpu":
             return self._cpu(*args)
         if backend_name == "triton":
-            return [f"there is no Triton kernel for {self.name} in this version"]
+            if not self.has_triton:
+                return [f"there is no Triton kernel for {self.name} in this version"]
+            return triton.reasons_not(list(_tensors(args))) + self._triton_not(*args)
         return []
+
+    def explain(self, *args) -> tuple[str, str]:
+        """The backend that "auto" takes for these arguments, and why."""
+        candidate = "cpu" if next(_tensors(args)).device.type == "cpu" else "triton"
+        why = "; ".join(self.reasons_not(candidate, *args)) or self._slower(*args)
+        return ("reference", why) if why else (candidate, "it serves these arguments, and nothing faster is known")
 
     def automatic(self, *args) -> str:
         """The backend that "auto" takes for these arguments."""
-        return "reference" if self.reasons_not("cpu", *args) or self._slower(*args) else "cpu"
+        return self.explain(*args)[0]
 
     def choose(self, *args) -> str:
-        """The backend that serves these arguments now. Raises BackendError where a named one cannot."""
+        """The backend that serves these arguments now, "auto" where that is found out when the op runs.
+
+        On a GPU it is, because what the choice looks up cannot be traced. Raises BackendError where a named one cannot.
+        """
         name = current_backend()
         if name == "auto":
-            return self.automatic(*args)
+            return "auto" if self.has_triton and next(_tensors(args)).is_cuda else self.automatic(*args)
         reasons = self.reasons_not(name, *args)
         if reasons:
             raise BackendError(f"condlr_ext: backend {name!r} cannot serve {self.name}: {'; '.join(reasons)}")
@@ -116,10 +143,28 @@ class Op:
 
     def run(self, backend_name: str, *args):
         """Calls the implementation that `choose` named."""
-        return self.reference(*args) if backend_name == "reference" else self.dispatched(*args)
+        return self._overloads.get(backend_name, self.dispatched)(*args)
 
     def __call__(self, *args):
         return self.run(self.choose(*args), *args)
+
+
+def _tensors(args) -> Iterable[torch.Tensor]:
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _tensors(a)
+
+
+def _on_first_call(path: str) -> Callable:
+    """A function of kernels.triton, whose module, and with it Triton, is imported when it is first called."""
+    module, function = path.split(".")
+
+    def run(*args):
+        return getattr(importlib.import_module(f"condlr_ext.kernels.triton.{module}"), function)(*args)
+
+    return run
 
 
 def autocast_enabled(device_type: str) -> bool:

@@ -1,14 +1,16 @@
 """low_rank_linear and low_rank_conv, factorised and merged, with their backwards.
 
 On CPUs small factorised linear layers are one compiled call each way; everything else is products by torch's own
-libraries (oneDNN, MKL) in the cheapest order, which the "cpu" backend serves too. Gradients that are not asked for come
-back empty.
+libraries (oneDNN, MKL) in the cheapest order, which the "cpu" backend serves too. On GPUs Triton kernels serve the
+factorised layers, where ops.gpu does not say that the products are faster. Gradients that are not asked for come back
+empty.
 """
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from . import gpu
 from ._dispatch import COMPILED, Op
 
 
@@ -61,20 +63,98 @@ _FACTORS = "Tensor U, Tensor S, Tensor V, bool[5] mask"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 
-def _op(schema, implementation, cpu_is=_LIBRARIES) -> Op:
-    return Op(schema, reference=implementation, fake=implementation, cpu=_cpu, cpu_is=cpu_is)
+def _op(schema, implementation, cpu_is=_LIBRARIES, **triton) -> Op:
+    return Op(schema, reference=implementation, fake=implementation, cpu=_cpu, cpu_is=cpu_is, **triton)
 
 
-low_rank_linear = _op(f"low_rank_linear({_LAYER}) -> (Tensor output, Tensor P)", reference.low_rank_linear, _SMALL)
+LARGEST_RANK = 256  # of the Triton kernels, which keep a tile [rows, rank] on chip
+
+
+def _rank_not(U: Tensor) -> list[str]:
+    rank = U.shape[1]
+    return [f"rank {rank} exceeds {LARGEST_RANK}, what stays on chip"] if rank > LARGEST_RANK else []
+
+
+def _groups_not(groups: int) -> list[str]:
+    return [f"groups = {groups}, only 1 is served"] if groups != 1 else []
+
+
+def _conv_not(input, U, *rest) -> list[str]:
+    format_not = [] if _channels_last(input) else ["the input is not in channels_last memory format"]
+    return _rank_not(U) + _groups_not(rest[-1]) + format_not
+
+
+def _channels_last(image: Tensor) -> bool:
+    return image.movedim(1, -1).is_contiguous()
+
+
+def is_pointwise(kernel_size, stride, padding) -> bool:
+    """Whether a convolution is one product of its channels."""
+    return all(k == s == 1 for k, s in zip(kernel_size, stride, strict=True)) and not any(padding)
+
+
+def _linear_slower(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias) -> str:
+    return _slower(gpu.linear("forward", input, U, V)) if input.is_cuda else ""
+
+
+def _linear_backward_slower(grad: Tensor, input, P, U: Tensor, S: Tensor, V: Tensor, mask) -> str:
+    return _slower(gpu.linear("backward", grad, U, V)) if grad.is_cuda else ""
+
+
+def _conv_slower(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> str:
+    if not input.is_cuda:
+        return ""
+    if is_pointwise(kernel_size, stride, padding):
+        return _slower(gpu.linear("forward", input.movedim(1, -1), U, V))
+    rows = gpu.pixels(input.shape, kernel_size, stride, padding, dilation)
+    return _slower(gpu.conv("forward", input, rows, U, V))
+
+
+def _conv_backward_slower(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups) -> str:
+    if not grad.is_cuda:
+        return ""
+    if not _channels_last(grad):
+        return "the gradient is not in channels_last memory format"
+    if is_pointwise(kernel_size, stride, padding):
+        return _slower(gpu.linear("backward", grad.movedim(1, -1), U, V))
+    return _slower(gpu.conv("backward", grad if input is None else input, grad.numel() // grad.shape[1], U, V))
+
+
+def _slower(costs: gpu.Costs) -> str:
+    if costs.triton <= costs.products:
+        return ""
+    return f"products take {costs.products:.3g} us, the Triton kernels {costs.triton:.3g} us ({costs.source})"
+
+
+low_rank_linear = _op(
+    f"low_rank_linear({_LAYER}) -> (Tensor output, Tensor P)",
+    reference.low_rank_linear,
+    _SMALL,
+    triton="layers.low_rank_linear",
+    triton_not=lambda input, U, *_: _rank_not(U),
+    slower=_linear_slower,
+)
 low_rank_linear_backward = _op(
     f"low_rank_linear_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}) -> {_GRADS}",
     _linear_backward,
     _SMALL,
+    triton="layers.low_rank_linear_backward",
+    triton_not=lambda grad, input, P, U, *_: _rank_not(U),
+    slower=_linear_backward_slower,
 )
-low_rank_conv = _op(f"low_rank_conv({_LAYER}, {_GEOMETRY}) -> (Tensor output, Tensor P)", _conv)
+low_rank_conv = _op(
+    f"low_rank_conv({_LAYER}, {_GEOMETRY}) -> (Tensor output, Tensor P)",
+    _conv,
+    triton="layers.low_rank_conv",
+    triton_not=_conv_not,
+    slower=_conv_slower,
+)
 low_rank_conv_backward = _op(
     f"low_rank_conv_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}, {_GEOMETRY}) -> {_GRADS}",
     _conv_backward,
+    triton="layers.low_rank_conv_backward",
+    triton_not=lambda grad, input, P, U, *rest: _rank_not(U) + _groups_not(rest[-1]),
+    slower=_conv_backward_slower,
 )
 merged_linear = _op(f"merged_linear({_LAYER}) -> Tensor", reference.merged_linear)
 merged_linear_backward = _op(

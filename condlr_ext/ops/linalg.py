@@ -80,14 +80,19 @@ def _cpu(A: Tensor, *_) -> list[str]:
 
 
 # LAPACK was measured to be faster there, on one thread or on two, which our kernels use for batches only
-def _svd_slower(A: Tensor) -> bool:
+_LAPACK = "LAPACK was measured to be faster at this size"
+
+
+def _svd_slower(A: Tensor) -> str:
     m, n = A.shape[-2:]
-    return min(m, n) > 200 if A.dtype == torch.float64 else m > 16 * n > 16 * 64
+    slower = min(m, n) > 200 if A.dtype == torch.float64 else m > 16 * n > 16 * 64
+    return _LAPACK if slower else ""
 
 
-def _qr_slower(A: Tensor) -> bool:
+def _qr_slower(A: Tensor) -> str:
     m, n = A.shape[-2], min(A.shape[-2:])
-    return A.dim() == 2 and (n > 200 and m < 2 * n if A.dtype == torch.float64 else m * n * n > 1e8)
+    slower = A.dim() == 2 and (n > 200 and m < 2 * n if A.dtype == torch.float64 else m * n * n > 1e8)
+    return _LAPACK if slower else ""
 
 
 def _batch_first(op):

@@ -6,7 +6,7 @@ product costs more than it saves, and the rows are many, since forming W costs t
 
 Costs are in flops of a large product, so the constants are ratios, which carry over between machines better than
 seconds do; the choice hardly depends on them: halving or doubling one changes it near the crossing only.
-bench/routes.py sets it against the clock.
+bench/routes.py sets it against the clock. On GPUs the costs are those of ops.gpu, in microseconds.
 """
 
 import functools
@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import gpu, layers
+from ._dispatch import current_backend
 
 ROUTES = ("auto", "factorised", "merged")
 
@@ -28,11 +31,12 @@ FEWER_CALLS = 1.5  # the same, factorised and linear: one call of compiled code 
 
 
 class Plan(NamedTuple):
-    """Estimated cost of one call, forward and the backward it will need, by each route and of the dense layer."""
+    """Cost of one call, forward and the backward it will need, by each route and of the dense layer, and its source."""
 
     factorised: float
     merged: float
     dense: float
+    source: str = "estimated"
 
     @property
     def route(self) -> str:
@@ -46,12 +50,17 @@ class Plan(NamedTuple):
 
 
 def choose(plan: Callable[..., Plan], input: Tensor, *args) -> str:
-    """The route that plan, linear or conv, names for these arguments; on CPUs only, which is where it was measured."""
-    return plan(input, *args).route if input.is_cpu else "factorised"
+    """The route that plan, linear or conv, names for these arguments; "factorised" where Triton is named."""
+    if current_backend() == "triton":
+        return "factorised"
+    return plan(input, *args).route if input.is_cpu or input.is_cuda else "factorised"
 
 
 def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Plan:
     """The costs of low_rank_linear on these arguments, of which only sizes and requires_grad are looked at."""
+    if input.is_cuda:
+        fused = not layers.low_rank_linear.reasons_not("triton", input, U, S, V, bias)
+        return _on_gpu(lambda direction: gpu.linear(direction, input, U, V), fused, input, U, S, V)
     (m, r), n, numbers = U.shape, V.shape[0], input.numel()
     gradients = _gradients(input, U, S, V)
     return _costs(numbers)(m, n, r, numbers, numbers // n, r, n * r, r * m, m * n, 0, FEWER_CALLS, *gradients)
@@ -59,6 +68,11 @@ def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) 
 
 def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Plan:
     """The costs of low_rank_conv on these arguments, as for linear."""
+    geometry = kernel_size, stride, padding, dilation, groups
+    if input.is_cuda:
+        fused = not layers.low_rank_conv.reasons_not("triton", input, U, S, V, bias, *geometry)
+        rows = gpu.pixels(input.shape, *geometry[:-1])
+        return _on_gpu(lambda direction: gpu.conv(direction, input, rows, U, V), fused, input, U, S, V)
     (m, r), n, numbers = U.shape, V.shape[0], input.numel()
     rows, taps = input.shape[0], 1
     for size, k, s, p, d in zip(input.shape[2:], kernel_size, stride, padding, dilation, strict=True):
@@ -70,6 +84,14 @@ def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -
     products = groups * core * fan_in, core * filters, filters * fan_in
     gradients = _gradients(input, U, S, V)
     return _costs(numbers)(m, n, r, numbers, rows, groups * r, *products, COPY, CALLS, *gradients)
+
+
+def _on_gpu(costs, fused: bool, input, U, S, V) -> Plan:
+    """From the costs of each direction that will run; fused: the Triton kernels serve it."""
+    directions = [costs("forward")] + ([costs("backward")] if any(_gradients(input, U, S, V)) else [])
+    factorised = sum(min(c.triton if fused else c.products, c.products) for c in directions)
+    merged, dense = (sum(getattr(c, name) for c in directions) for name in ("merged", "dense"))
+    return Plan(factorised, merged, dense, "; ".join(dict.fromkeys(c.source for c in directions)))
 
 
 def _blocks(channels: int) -> int:

@@ -1,0 +1,1 @@
+"""Kernels in Python-embedded languages; nothing here is imported before a call needs it."""

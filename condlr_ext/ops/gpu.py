@@ -1,0 +1,187 @@
+"""What each way to run a layer costs on a GPU: as measured, where a table has the size, else as estimated.
+
+The table is measured.json beside this file, which `python bench/gpu.py --part table --write` produces. An estimate adds
+up kernels, each as long as its arithmetic or its memory traffic takes at the rates of the data sheet, or as a launch.
+It serves to rank the ways; it predicts no time.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 64  # rows of one program of the forward kernel
+LAUNCH = 4e-6  # seconds that the shortest kernel takes
+LIBRARY = 0.75  # of the peak arithmetic that a library's products reach
+KERNEL = 0.5  # and ours: a guess, they have not yet run on a GPU
+L2 = 80e9  # bytes/s that one multiprocessor reads from the second-level cache
+
+
+class Costs(NamedTuple):
+    """Microseconds of one direction: fused kernels, thin products by libraries, by way of W, the dense layer."""
+
+    triton: float
+    products: float
+    merged: float
+    dense: float
+    source: str
+
+
+class Size(NamedTuple):
+    """Rows or pixels of Y, sizes of the weight, numbers in X, bytes of a number; whether it is a convolution, whose
+    first half is torch's."""
+
+    rows: int
+    n: int
+    m: int
+    r: int
+    numbers: int
+    itemsize: int
+    conv: bool
+
+
+class Rates(NamedTuple):
+    """bytes/s; flop/s of float16 and bfloat16, tf32, float32, float64."""
+
+    memory: float
+    half: float
+    tf32: float
+    single: float
+    double: float
+
+
+# data sheets of A100, H100, B200, MI300X, and for all others of a card for a desktop
+_RATES = {
+    (8, 0): Rates(2.0e12, 312e12, 156e12, 19.5e12, 19.5e12),
+    (9, 0): Rates(3.3e12, 990e12, 495e12, 67e12, 67e12),
+    (10, 0): Rates(8.0e12, 2250e12, 1100e12, 80e12, 40e12),
+    (9, 4): Rates(5.3e12, 1307e12, 654e12, 163e12, 163e12),
+}
+_OTHER = Rates(0.9e12, 140e12, 70e12, 35e12, 0.6e12)
+
+
+def linear(direction: str, rows_of: Tensor, U: Tensor, V: Tensor) -> Costs:
+    """A linear layer in one direction, "forward" or "backward"; rows_of: a tensor with its rows, X or the gradient."""
+    rows = rows_of.numel() // rows_of.shape[-1]
+    n, (m, r) = V.shape[0], U.shape
+    return costs(direction, rows_of.dtype, rows_of.device, Size(rows, n, m, r, rows * n, rows_of.itemsize, False))
+
+
+def conv(direction: str, input: Tensor, rows: int, U: Tensor, V: Tensor) -> Costs:
+    """A convolution with so many pixels of output; the kernels take its second half, torch the first."""
+    size = Size(rows, V.shape[0], *U.shape, input.numel(), input.itemsize, True)
+    return costs(direction, input.dtype, input.device, size)
+
+
+def pixels(shape, kernel_size, stride, padding, dilation) -> int:
+    """Number of pixels of a convolution's output, over the batch, for an input of this shape."""
+    rows = shape[0]
+    for size, k, s, p, d in zip(shape[2:], kernel_size, stride, padding, dilation, strict=True):
+        rows *= (size + 2 * p - d * (k - 1) - 1) // s + 1
+    return rows
+
+
+def costs(direction: str, dtype: torch.dtype, device: torch.device, size: Size) -> Costs:
+    """Measured on this kind of device at the nearest size, at most a factor of 2 away in any number, or estimated.
+
+    Code that is being traced is estimated: its sizes may be symbols.
+    """
+    if not torch.compiler.is_compiling():
+        kind = "conv" if size.conv else "linear"
+        found = _nearest(torch.cuda.get_device_name(device), direction, kind, _precision(dtype), size[:4])
+        if found is not None:
+            return found
+    return estimate(direction, dtype, device, size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(device: str, direction: str, kind: str, precision: str, size: tuple) -> Costs | None:
+    best, least = None, math.inf
+    for row in _table(device).get((direction, kind, precision), ()):
+        distances = [abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(row, size, strict=False)]
+        if max(distances) <= 1 and sum(distances) < least:
+            best, least = row, sum(distances)
+    if best is None:
+        return None
+    rows, n, m, r, *times = best
+    source = f"measured on {device} at {rows} rows, n {n}, m {m}, rank {r}"
+    return Costs(*(math.inf if t is None else t for t in times), source)
+
+
+@functools.cache
+def _table(device: str) -> dict[tuple, list]:
+    """By direction, kind and precision, rows of [rows, n, m, r, triton, products, merged, dense]."""
+    table = {}
+    for entry in json.loads(Path(__file__).with_name("measured.json").read_text())["tables"]:
+        if entry["device"] == device:
+            for *key, rows, n, m, r, triton, products, merged, dense in entry["rows"]:
+                table.setdefault(tuple(key), []).append((rows, n, m, r, triton, products, merged, dense))
+    return table
+
+
+def _precision(dtype: torch.dtype) -> str:
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
+    return str(dtype).removeprefix("torch.")
+
+
+def estimate(direction: str, dtype: torch.dtype, device: torch.device, size: Size) -> Costs:
+    """Costs from the rates of the device."""
+    properties = torch.cuda.get_device_properties(device)
+    rates = _RATES.get((properties.major, properties.minor), _OTHER)
+    precision = _precision(dtype)
+    flops = getattr(rates, {"tf32": "tf32", "float32": "single", "float64": "double"}.get(precision, "half"))
+    cost = (_forward if direction == "forward" else _backward)(
+        size, rates.memory, flops, properties.multi_processor_count
+    )
+    return Costs(*(1e6 * seconds for seconds in cost), "estimated")
+
+
+def _forward(size: Size, memory: float, flops: float, programs: int):
+    rows, n, m, r, numbers, itemsize, conv = size
+
+    def product(a, b, c, moved):
+        return max(LAUNCH, 2 * a * b * c / (LIBRARY * flops), itemsize * moved / memory)
+
+    first = product(rows, n, r, numbers + n * r + rows * r)
+    core = product(min(rows, m), r, r, r * (r + 2 * min(rows, m)))
+    last = product(rows, r, m, rows * r + r * m + rows * m)
+    bias = 0 if conv else product(0, 0, 0, 2 * rows * m)  # a convolution adds it itself
+    dense = product(rows, n, m, numbers + n * m + rows * m)
+    form = product(m, r, n, n * r + m * r + m * n) + product(min(m, n), r, r, 0)
+    chain = _chain(rows, 0 if conv else n, m, r, itemsize, memory, flops, programs)
+    return chain + (first if conv else 0), first + core + last + bias, form + dense, dense
+
+
+def _chain(rows, n, m, r, itemsize, memory: float, flops: float, programs: int) -> float:
+    """The forward kernel: programs share memory and arithmetic, and each reads U and V from the cache."""
+    blocks = (rows + BLOCK - 1) // BLOCK
+    waves = (blocks + programs - 1) // programs
+    arithmetic = 2 * BLOCK * r * (n + m + r) * programs / (KERNEL * flops)
+    cache = itemsize * r * (n + m + r) / L2
+    moved = itemsize * rows * (n + m + r) / memory
+    return LAUNCH + max(waves * max(arithmetic, cache), moved)
+
+
+def _backward(size: Size, memory: float, flops: float, programs: int):
+    rows, n, m, r, numbers, itemsize, conv = size
+
+    def product(a, b, c, moved):
+        return max(LAUNCH, 2 * a * b * c / (LIBRARY * flops), itemsize * moved / memory)
+
+    of_Y = product(rows, m, r, rows * m + m * r + rows * r)  # Q = G U, Gᵀ P
+    of_X = product(rows, n, r, numbers + n * r + rows * r)  # dX, Xᵀ Q
+    core = product(min(rows, m), r, r, r * (r + 2 * min(rows, m)))
+    db = product(0, 0, 0, rows * m)
+    products = 2 * of_Y + 2 * of_X + 3 * core + product(r, rows, r, 2 * rows * r) + db
+    ours = m + (0 if conv else n)
+    sums = max(2 * rows * r * (ours + r) / (KERNEL * flops), itemsize * rows * (ours + 2 * r) / memory)
+    combine = max(2 * r * r * ours / (KERNEL * flops), 8 * 4 * r * ours / memory)  # 4 splits, written and read
+    triton = _chain(rows, m, ours - m, r, itemsize, memory, flops, programs) + 2 * LAUNCH + sums + combine
+    dense = product(rows, m, n, rows * m + n * m + numbers) + product(m, rows, n, rows * m + n * m + numbers) + db
+    form = product(m, r, n, n * r + m * r + m * n) + product(min(m, n), r, r, 0)
+    return triton + (2 * of_X if conv else 0), products, 3 * form + dense, dense

@@ -1,0 +1,168 @@
+"""Which path serves a layer on a GPU, and why: on fake tensors and a device of our own, so that no GPU is needed."""
+
+import json
+import math
+import types
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import condlr_ext
+from condlr_ext import ops
+from condlr_ext.kernels import triton
+from condlr_ext.ops import gpu
+
+LINEAR, CONV = ops.layers.low_rank_linear, ops.layers.low_rank_conv
+GEOMETRY = ([3, 3], [1, 1], [1, 1], [1, 1], 1)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    """A GPU with the properties of an H200, and nothing measured."""
+    properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
+    monkeypatch.setattr(triton, "INSTALLED", True)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    gpu._nearest.cache_clear()
+    with FakeTensorMode():
+        yield properties
+    gpu._nearest.cache_clear()
+    gpu._table.cache_clear()
+
+
+def layer(rows, n, m, r, dtype=torch.bfloat16, requires_grad=True):
+    options = {"device": "cuda", "dtype": dtype, "requires_grad": requires_grad}
+    return [torch.empty(shape, **options) for shape in ((rows, n), (m, r), (r, r), (n, r), (m,))]
+
+
+def image(channels_last=True):
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(8, 64, 32, 32, device="cuda", memory_format=memory)
+
+
+def factors(m=64, n=576, r=13):
+    return [torch.empty(shape, device="cuda") for shape in ((m, r), (r, r), (n, r), (m,))]
+
+
+@pytest.mark.parametrize(
+    "rows,n,m,r,dtype,path",
+    [
+        (8192, 4096, 4096, 64, torch.bfloat16, "triton"),  # X and Y are moved once instead of twice
+        (1, 4096, 4096, 64, torch.bfloat16, "reference"),  # one program would read U and V alone
+        (8192, 4096, 4096, 256, torch.float32, "reference"),  # bound by arithmetic, where a library is better
+        (8192, 4096, 4096, 257, torch.bfloat16, "reference"),
+        (0, 16, 16, 4, torch.bfloat16, "triton"),
+    ],
+)
+def test_estimated(rows, n, m, r, dtype, path):
+    args = layer(rows, n, m, r, dtype)
+    name, why = LINEAR.explain(*args)
+    assert name == path
+    assert LINEAR.choose(*args) == "auto"  # found out when it runs
+    if r > 256:
+        assert "rank 257 exceeds 256" in why
+    elif path == "reference":
+        assert "us (estimated)" in why
+    with condlr_ext.backend("reference"):
+        assert LINEAR.choose(*args) == "reference"
+
+
+def test_convolutions():
+    U, S, V, b = factors()
+    assert CONV.automatic(image(), U, S, V, b, *GEOMETRY) == "triton"
+    name, why = CONV.explain(image(channels_last=False), U, S, V, b, *GEOMETRY)
+    assert name == "reference" and "channels_last" in why
+    name, why = CONV.explain(image(), *factors(n=288)[:4], *GEOMETRY[:-1], 2)
+    assert name == "reference" and "groups = 2" in why
+    backward = ops.layers.low_rank_conv_backward
+    grad = torch.empty(8, 64, 32, 32, device="cuda")
+    name, why = backward.explain(grad, image(), None, U, S, V, [True] * 5, *GEOMETRY)
+    assert name == "reference" and "gradient is not in channels_last" in why
+
+
+def test_old_devices_and_no_triton(device, monkeypatch):
+    device.major, device.minor = 7, 5
+    assert "compute capability 8.0 is needed, cuda:0 has 7.5" in LINEAR.explain(*layer(8192, 4096, 4096, 64))[1]
+    monkeypatch.setattr(triton, "INSTALLED", False)
+    assert LINEAR.explain(*layer(8192, 4096, 4096, 64)) == ("reference", "Triton is not installed")
+
+
+def test_unknown_devices_are_estimated(device):
+    for device.major, device.minor in ((8, 0), (8, 9), (9, 4), (10, 0), (12, 0)):
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            costs = gpu.linear("backward", *layer(512, 512, 512, 64, dtype)[:2], layer(512, 512, 512, 64, dtype)[3])
+            assert all(0 < c < 1e5 for c in costs[:4]) and costs.source == "estimated"
+
+
+def measured(monkeypatch, tmp_path, rows, device="some GPU"):
+    (tmp_path / "measured.json").write_text(json.dumps({"format": 1, "tables": [{"device": device, "rows": rows}]}))
+    monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
+    gpu._table.cache_clear()
+    gpu._nearest.cache_clear()
+
+
+def test_what_was_measured_decides(monkeypatch, tmp_path):
+    sizes = [8192, 4096, 4096, 64]
+    table = [
+        ["forward", "linear", "bfloat16", *sizes, 90.0, 80.0, 300.0, 290.0],
+        ["forward", "linear", "bfloat16", 1024, 4096, 4096, 64, 10.0, 20.0, 5.0, 4.0],
+        ["backward", "linear", "bfloat16", *sizes, 90.0, 100.0, 600.0, 580.0],
+        ["forward", "linear", "bfloat16", 8192, 4096, 4096, 256, None, 50.0, 40.0, 30.0],
+    ]
+    measured(monkeypatch, tmp_path, table)
+    name, why = LINEAR.explain(*layer(*sizes))
+    assert name == "reference"
+    assert why == (
+        "products take 80 us, the Triton kernels 90 us (measured on some GPU at 8192 rows, n 4096, m 4096, rank 64)"
+    )
+    X, U, S, V, b = layer(8000, 4000, 4100, 50)  # the nearest, within a factor of two
+    assert LINEAR.explain(X, U, S, V, b) == ("reference", why)
+    G = torch.empty(8192, 4100, device="cuda", dtype=torch.bfloat16)
+    assert ops.layers.low_rank_linear_backward.automatic(G, X, None, U, S, V, [True] * 5) == "triton"
+    assert LINEAR.automatic(*layer(1500, 4096, 4096, 64)) == "triton"
+    assert LINEAR.automatic(*layer(8192, 4096, 4096, 256)) == "reference"
+    assert "estimated" in gpu.linear("forward", *layer(1, 4096, 4096, 64)[:2], V).source
+    assert "estimated" in gpu.linear("forward", *layer(*sizes, torch.float16)[:2], V).source
+    plan = ops.routes.linear(*layer(*sizes))
+    assert plan[:3] == (80 + 90, 900, 870) and plan.route == "factorised" and "measured on some GPU" in plan.source
+    args = layer(1024, 4096, 4096, 64, requires_grad=False)
+    assert ops.routes.choose(ops.routes.linear, *args) == "merged"
+    with condlr_ext.backend("triton"):
+        assert ops.routes.choose(ops.routes.linear, *args) == "factorised"
+    measured(monkeypatch, tmp_path, table, "another GPU")
+    assert LINEAR.automatic(*layer(*sizes)) == "triton"
+
+
+def test_the_shipped_table_can_be_read():
+    """And every row of it is a size with times, however few rows there are."""
+    data = json.loads(open(gpu.__file__.replace("gpu.py", "measured.json")).read())
+    assert data["format"] == 1
+    for entry in data["tables"]:
+        assert entry["device"] and entry["date"] and entry["commit"]
+        for direction, kind, precision, rows, n, m, r, *times in entry["rows"]:
+            assert direction in ("forward", "backward") and kind in ("linear", "conv") and len(times) == 4
+            assert precision in ("float16", "bfloat16", "tf32", "float32") and min(rows, n, m, r) >= 1
+            assert all(t is None or 0 < t < math.inf for t in times)
+
+
+def test_plan_of_a_convolution():
+    U, S, V, b = (t.requires_grad_() for t in factors())
+    plan = ops.routes.conv(image(), U, S, V, b, *GEOMETRY)
+    assert plan.route == "factorised" and plan.gain > 1
+    inference = ops.routes.conv(image().detach(), *(t.detach() for t in (U, S, V, b)), *GEOMETRY)
+    assert inference.factorised < plan.factorised and inference.dense < plan.dense
+
+
+def test_tf32_is_a_precision_of_its_own():
+    X, U, S, V, b = layer(8192, 4096, 4096, 256, torch.float32)
+    costs = []
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            costs.append(gpu.linear("forward", X, U, V))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert costs[1].dense < costs[0].dense / 4 and costs[1].triton < costs[0].triton / 4
