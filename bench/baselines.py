@@ -10,29 +10,38 @@ from condlr_ext import LowRankConv2d, LowRankLinear
 from condlr_ext.nn import LowRankLayer
 
 
-class PlainLinear(nn.Module):
+def plain_linear(x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
     """Y = (X V) (U S)ᵀ + b as ordinary autograd operations."""
+    return F.linear(F.linear(x, V.mT), U @ S, bias)
+
+
+def plain_conv2d(x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, kernel_size, stride, padding):
+    """A convolution with the r filters of V, then a pointwise one with U S."""
+    filters = V.mT.reshape(V.shape[1], -1, *kernel_size)
+    return F.conv2d(F.conv2d(x, filters, None, stride, padding), (U @ S)[:, :, None, None], bias)
+
+
+class PlainLinear(nn.Module):
+    """plain_linear with a layer's parameters."""
 
     def __init__(self, layer: LowRankLinear):
         super().__init__()
         self.U, self.S, self.V, self.bias = layer.U, layer.S, layer.V, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.V.mT), self.U @ self.S, self.bias)
+        return plain_linear(x, self.U, self.S, self.V, self.bias)
 
 
 class PlainConv2d(nn.Module):
-    """A convolution with the r filters of V, then a pointwise one with U S."""
+    """plain_conv2d with a layer's parameters."""
 
     def __init__(self, layer: LowRankConv2d):
         super().__init__()
         self.U, self.S, self.V, self.bias = layer.U, layer.S, layer.V, layer.bias
-        self.kernel_size, self.stride, self.padding = layer.kernel_size, layer.stride, layer.padding
+        self.geometry = layer.kernel_size, layer.stride, layer.padding
 
     def forward(self, x: Tensor) -> Tensor:
-        filters = self.V.mT.reshape(self.V.shape[1], -1, *self.kernel_size)
-        core = (self.U @ self.S)[:, :, None, None]
-        return F.conv2d(F.conv2d(x, filters, None, self.stride, self.padding), core, self.bias)
+        return plain_conv2d(x, self.U, self.S, self.V, self.bias, *self.geometry)
 
 
 def plain_twin(model: nn.Module) -> nn.Module:

@@ -55,9 +55,11 @@ def sample(case: Case, number: int) -> float:
     return total / number
 
 
-def interleave(cases: list[Case], seconds: float, rounds: int) -> list[list[float]]:
+def interleave(
+    cases: list[Case], seconds: float, rounds: int, sample: Callable = sample, lasting: float = 0.01
+) -> list[list[float]]:
     """Samples of each case, which `error` has warmed up, taken in turn until each has had its `rounds` or used up its
-    seconds (at least one). Short calls are repeated within a sample so that it lasts 10 ms.
+    seconds (at least one). Short calls are repeated within a sample so that it lasts `lasting` seconds.
     """
     samples, spent, numbers = [[] for _ in cases], [0.0] * len(cases), [1] * len(cases)
     for _ in range(rounds):
@@ -65,8 +67,8 @@ def interleave(cases: list[Case], seconds: float, rounds: int) -> list[list[floa
             if samples[i] and spent[i] >= seconds * case.share:
                 continue
             time = sample(case, numbers[i])
-            if not samples[i] and numbers[i] == 1 and time < 0.01:
-                numbers[i] = max(1, int(0.01 / time))
+            if not samples[i] and numbers[i] == 1 and time < lasting:
+                numbers[i] = max(1, int(lasting / time))
                 time = sample(case, numbers[i])
             samples[i].append(time)
             spent[i] += time * numbers[i]
