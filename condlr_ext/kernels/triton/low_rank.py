@@ -118,7 +118,8 @@ def sums(
     i_all = (split * tl.num_programs(0) + tile) * BLOCK_I + tl.arange(0, BLOCK_I)
     tl.store(sums_ptr + i_all[:, None] * r + cols[None, :], acc, mask=cols[None, :] < r)
     if BIAS:
-        tl.store(db_ptr + split * m + i, total, mask=(i < m) & (tile < u_tiles))
+        if tile < u_tiles:
+            tl.store(db_ptr + split * m + i, total, mask=i < m)
 
 
 @triton.jit
