@@ -215,7 +215,9 @@ def of(kernel: str, architecture: str, dtype: torch.dtype, rank: int, rounding: 
         rank: one of RANKS, the width of a tile. rounding: of float32 products, "tf32" or "ieee".
     """
     if kernel == "combine":
-        return [triton.Config({"BLOCK_I": 32, "CORE": 16}, num_warps=8 if rank == 32 else 4, num_stages=2)]
+        double = dtype == torch.float64
+        blocks = {"BLOCK_I": 16 if double and rank == 256 else 32, "CORE": 16}
+        return [triton.Config(blocks, num_warps=4 if double or rank == 16 else 8, num_stages=2)]
     if dtype == torch.float64:
         rows = [_DOUBLE[kernel]]
     else:
