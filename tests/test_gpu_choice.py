@@ -80,11 +80,22 @@ def test_convolutions():
     grad = torch.empty(8, 64, 32, 32, device="cuda")
     name, why = backward.explain(grad, image(), None, U, S, V, [True] * 5, *GEOMETRY)
     assert name == "reference" and "gradient is not in channels_last" in why
+    grad = grad.to(memory_format=torch.channels_last)
+    name, why = backward.explain(grad, image(channels_last=False), None, U, S, V, [True] * 5, *GEOMETRY)
+    assert name == "reference" and "input is not in channels_last" in why
+    both = torch.empty(8192, 1, 8, 8, device="cuda"), torch.empty(8192, 64, 1, 1, device="cuda")
+    for x, kernel in zip(both, (9, 576), strict=True):  # torch answers in the contiguous format
+        assert "channels_last" in CONV.explain(x, *factors(n=kernel, r=5), *GEOMETRY)[1]
 
 
 def test_old_devices_and_no_triton(device, monkeypatch):
     device.major, device.minor = 7, 5
     assert "compute capability 8.0 is needed, cuda:0 has 7.5" in LINEAR.explain(*layer(8192, 4096, 4096, 64))[1]
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for device.gcnArchName in ("gfx90a:sramecc+:xnack-", "gfx950"):
+        assert f"gfx942 is needed, cuda:0 is {device.gcnArchName}" in LINEAR.explain(*layer(8192, 4096, 4096, 64))[1]
+    device.major, device.gcnArchName = 9, "gfx942:sramecc+:xnack-"
+    assert LINEAR.explain(*layer(8192, 4096, 4096, 64))[0] == "triton"
     monkeypatch.setattr(triton, "INSTALLED", False)
     assert LINEAR.explain(*layer(8192, 4096, 4096, 64)) == ("reference", "Triton is not installed")
 
@@ -166,3 +177,30 @@ def test_tf32_is_a_precision_of_its_own():
     finally:
         torch.set_float32_matmul_precision(before)
     assert costs[1].dense < costs[0].dense / 4 and costs[1].triton < costs[0].triton / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_choice_can_be_traced(dtype, monkeypatch):
+    """torch.compile(fullgraph=True) passes through routes and dispatch, with sizes as numbers and as symbols."""
+    from torch._dynamo import trace_rules, utils, variables
+
+    # Dynamo looks up what it folds by identity: make it know the properties of our own device
+    properties = torch.cuda.get_device_properties
+    rules = trace_rules.get_torch_obj_rule_map()
+    monkeypatch.setitem(rules, properties, variables.TorchInGraphFunctionVariable)
+    monkeypatch.setitem(variables.torch.constant_fold_functions, properties, None)
+    utils.common_constant_types.add(types.SimpleNamespace)
+    monkeypatch.setattr(ops.routes, "_gradients", lambda *args: (True, True))  # a fake device has no autograd
+    U, S, V, b = factors()
+    torch._dynamo.reset()
+
+    def run(X, image, factors, filters):
+        linear = condlr_ext.functional.low_rank_linear(X, *factors)
+        return linear, condlr_ext.functional.low_rank_conv2d(image, *filters, padding=1, kernel_size=3)
+
+    for dynamic in (False, True):
+        compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=dynamic)
+        filters = [t.to(dtype) for t in (U, S, V, b)]
+        X, *linear = layer(8192, 512, 256, 32, dtype, requires_grad=False)
+        Y, Z = compiled(X, image().to(dtype), linear, filters)
+        assert Y.shape == (8192, 256) and Z.shape == (8, 64, 32, 32)

@@ -30,6 +30,15 @@ PRECISIONS = {
 ALL = [True] * 5
 
 
+@pytest.fixture(autouse=True)
+def float32_convolutions():
+    """By default torch's convolutions round to tf32 where its products do not."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 @pytest.fixture(params=PRECISIONS)
 def dtype(request):
     before = torch.get_float32_matmul_precision()

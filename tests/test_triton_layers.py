@@ -136,6 +136,7 @@ def test_strides(how):
     expected = reference.low_rank_linear(X, U, S, V, b)
     gradients = reference.low_rank_linear_backward(G, X, expected[1], U, S, V, ALL)
     X, U, S, V, G, P = (strided(t, how) for t in (X, U, S, V, G, expected[1]))
+    b = strided(b, "every other column")
     torch.testing.assert_close(layers.low_rank_linear(X, U, S, V, b), expected, rtol=1e-12, atol=1e-12)
     got = layers.low_rank_linear_backward(G, X, P, U, S, V, ALL)
     torch.testing.assert_close(got, tuple(gradients), rtol=1e-12, atol=1e-12)
@@ -184,7 +185,7 @@ def test_conv_agrees_with_the_reference(d, kernel, stride, padding, dilation, si
     Y, P = layers.low_rank_conv(image, U, S, V, b, *geometry)
     expected = reference.low_rank_conv(image, U, S, V, b, *geometry)
     torch.testing.assert_close((Y, P), expected, rtol=1e-12, atol=1e-12)
-    assert Y.movedim(1, -1).is_contiguous()
+    assert d == 1 or Y.movedim(1, -1).is_contiguous()
     G = torch.randn(Y.shape, dtype=torch.float64)
     true = reference.low_rank_conv_backward(G, image, P, U, S, V, ALL, *geometry)
     for mask in (ALL, [True, False, False, False, False], [False, True, True, False, True], [False, False, True, False, False],
@@ -200,10 +201,25 @@ def test_conv_agrees_with_the_reference(d, kernel, stride, padding, dilation, si
                         assert g.numel() == 0
 
 
+@pytest.mark.parametrize("d", [1, 2])
+@pytest.mark.parametrize("kernel,stride,padding", [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1)])
+def test_conv_answers_in_the_memory_format_of_torch(d, kernel, stride, padding):
+    """As the fakes say, on which compiled code relies. In float32, whose convolutions keep channels_last on CPUs too."""
+    geometry = [kernel] * d, [stride] * d, [padding] * d, [1] * d, 1
+    image = torch.randn(2, *[5] * d, 4).movedim(-1, 1)
+    _, U, S, V, b, _ = tensors(1, 4 * kernel**d, 7, 3, torch.float32)
+    both = []
+    for by in ((layers.low_rank_conv, layers.low_rank_conv_backward), (ops.layers._conv, ops.layers._conv_backward)):
+        Y, P = by[0](image, U, S, V, b, *geometry)
+        G = torch.randn(Y.shape).as_strided(Y.shape, Y.stride())
+        both.append([t.stride() for t in (Y, P, *by[1](G, image, P, U, S, V, ALL, *geometry))])
+    assert both[0] == both[1]
+
+
 @pytest.mark.parametrize("conv", [False, True])
 def test_gradcheck(conv):
-    _, U, S, V, b, _ = (t.requires_grad_() for t in tensors(1, 4, 5, 3))
-    x = torch.randn(2, 3, 3, 1, dtype=torch.float64).movedim(-1, 1) if conv else torch.randn(3, 4, dtype=torch.float64)
+    _, U, S, V, b, _ = (t.requires_grad_() for t in tensors(1, 8 if conv else 4, 5, 3))
+    x = torch.randn(2, 3, 3, 2, dtype=torch.float64).movedim(-1, 1) if conv else torch.randn(3, 4, dtype=torch.float64)
     x.requires_grad_()
 
     def run(*args):
@@ -335,6 +351,7 @@ def test_the_fastest_configuration_is_kept(monkeypatch):
     assert tuning.fastest(("k",), (100, 7), candidates, launch) == "fast" and len(tried) == 3
     capturing[0] = False
     torch.use_deterministic_algorithms(True)
+    assert tuning.fastest(("k",), (100, 7), candidates, launch) == "slow"  # whatever was found before
     assert tuning.fastest(("k",), (100, 9), candidates, launch) == "slow" and len(tried) == 3
     torch.use_deterministic_algorithms(False)
     assert tuning.fastest(("k",), (100, 9), candidates, launch) == "fast" and len(tried) == 6

@@ -129,6 +129,10 @@ def _precision(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+# what torch.compiler.assume_constant_result sets, without importing torch._dynamo: it cannot trace fp32_precision
+_precision._dynamo_marked_constant = True
+
+
 def estimate(direction: str, dtype: torch.dtype, device: torch.device, size: Size) -> Costs:
     """Costs from the rates of the device."""
     properties = torch.cuda.get_device_properties(device)

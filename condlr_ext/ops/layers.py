@@ -85,7 +85,8 @@ def _conv_not(input, U, *rest) -> list[str]:
 
 
 def _channels_last(image: Tensor) -> bool:
-    return image.movedim(1, -1).is_contiguous()
+    """And not contiguous too, as with one channel or pixel: in which format torch answers then is its affair."""
+    return image.movedim(1, -1).is_contiguous() and not image.is_contiguous()
 
 
 def is_pointwise(kernel_size, stride, padding) -> bool:
@@ -113,8 +114,9 @@ def _conv_slower(input, U, S, V, bias, kernel_size, stride, padding, dilation, g
 def _conv_backward_slower(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups) -> str:
     if not grad.is_cuda:
         return ""
-    if not _channels_last(grad):
-        return "the gradient is not in channels_last memory format"
+    for name, image in ("gradient", grad), ("input", input):
+        if image is not None and not _channels_last(image):
+            return f"the {name} is not in channels_last memory format"
     if is_pointwise(kernel_size, stride, padding):
         return _slower(gpu.linear("backward", grad.movedim(1, -1), U, V))
     return _slower(gpu.conv("backward", grad if input is None else input, grad.numel() // grad.shape[1], U, V))

@@ -24,9 +24,12 @@ def reasons_not(tensors: Sequence[torch.Tensor]) -> list[str]:
             reasons.append("Triton's interpreter computes bfloat16 wrongly")
     elif device.type != "cuda":
         reasons.append(f"a tensor is on {device}; for CPU tensors start the process with TRITON_INTERPRET=1")
-    elif torch.version.hip is None:
+    else:
         properties = torch.cuda.get_device_properties(device)
-        if properties.major < 8:
+        if torch.version.hip is not None:
+            if not properties.gcnArchName.startswith("gfx942"):
+                reasons.append(f"gfx942 is needed, {device} is {properties.gcnArchName}")
+        elif properties.major < 8:
             reasons.append(f"compute capability 8.0 is needed, {device} has {properties.major}.{properties.minor}")
     return reasons
 

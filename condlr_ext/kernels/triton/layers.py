@@ -93,7 +93,7 @@ def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, p
             _image(dP, grad.shape[0], space), input, filters, None, *geometry, [mask[0], mask[3], False]
         )
         if mask[3]:
-            dV = dfilters.movedim(0, -1).reshape(V.shape)
+            dV = dfilters.movedim(0, -1).reshape(V.shape).contiguous()
         dX = dX if mask[0] else grad.new_empty(0)
     elif mask[2]:
         Q = G @ U
@@ -113,8 +113,9 @@ def _pixels(image: Tensor) -> Tensor:
 
 
 def _image(pixels: Tensor, batch: int, space) -> Tensor:
-    """Back to [B, C, *space], channels_last."""
-    return pixels.view(batch, *space, pixels.shape[1]).movedim(-1, 1)
+    """Back to [B, C, *space] in the format in which torch answers: channels_last, which one dimension has not."""
+    image = pixels.view(batch, *space, pixels.shape[1]).movedim(-1, 1)
+    return image if len(space) > 1 else image.contiguous()
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -129,6 +130,7 @@ def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor) -> None:
         return
     first, last = X is not None, U is not None
     V, U = (F if F is None else _rows(F) for F in (V, U))
+    bias = None if bias is None else bias.contiguous()
     n, m = V.shape[0] if first else 0, Y.shape[1]
     rank = triton.next_power_of_2(max(r, 16))
     rounding = precision(Y.dtype)

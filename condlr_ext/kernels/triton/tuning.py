@@ -22,11 +22,11 @@ def fastest(key: tuple, sizes: Sequence[int], configs: Sequence[triton.Config], 
         sizes: numbers of rows and columns, of which only the power of two above matters.
     """
     key = (*key, *((s - 1).bit_length() for s in sizes))
+    if len(configs) == 1 or INTERPRETED or torch.are_deterministic_algorithms_enabled():
+        return configs[0]
     config = _chosen.get(key)
     if config is not None:
         return config
-    if len(configs) == 1 or INTERPRETED or torch.are_deterministic_algorithms_enabled():
-        return configs[0]
     if torch.cuda.is_current_stream_capturing():
         return configs[0]
     times = [_time(launch, config) for config in configs]
