@@ -159,8 +159,17 @@ def test_many_splits_add_up_in_order(monkeypatch):
     """Rows in more splits than one, the last one shorter; twice the same bits."""
     X, U, S, V, _, G = tensors(301, 9, 13, 5, torch.float32)
     monkeypatch.setattr(layers, "_multiprocessors", lambda device: 16)
+    kernel, grids = layers.low_rank.sums, []
+
+    class Watched:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(layers.low_rank, "sums", Watched())
     low = [G, X, X @ V, U, S, V]
     runs = [layers.low_rank_linear_backward(*low, ALL) for _ in range(2)]
+    assert all(splits > 1 for _, splits in grids) and len(grids) == 2
     backward, exact = reference.low_rank_linear_backward, [t.double() for t in low]
     moduli = backward(*(t.abs() for t in exact), ALL)
     check(runs[0], backward(*low, ALL), backward(*exact, ALL), moduli, torch.float32)
@@ -303,6 +312,18 @@ def test_autocast():
     assert y.dtype == torch.float16 and layer.U.grad.dtype == torch.float32
     true = F.linear(x.double(), layer.weight.double(), layer.bias.double()).detach()
     assert error(y, true) < 5e-3 * true.norm()
+
+
+def test_products_round_as_torch_is_set():
+    """The interpreter ignores it."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, rounding in (("highest", "ieee"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert layers.precision(torch.float32) == rounding
+            assert layers.precision(torch.float16) == layers.precision(torch.float64) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_what_the_kernels_refuse():
