@@ -146,6 +146,17 @@ def test_what_was_measured_decides(monkeypatch, tmp_path):
     assert LINEAR.automatic(*layer(*sizes)) == "triton"
 
 
+def test_the_nearest_row_of_the_kind_of_layer(monkeypatch, tmp_path):
+    rows = [[kind, "bfloat16", r, 576, 64, 16, *[t] * 4] for kind, r, t in
+            (("linear", 4096, 3.0), ("linear", 8192, 1.0), ("conv", 8192, 2.0))]  # fmt: skip
+    measured(monkeypatch, tmp_path, [["forward", *row] for row in rows])
+    assert gpu.linear("forward", *layer(7000, 576, 64, 16)[:2], layer(1, 576, 64, 16)[3]).triton == 1
+    assert gpu.linear("forward", *layer(1300, 576, 64, 16)[:2], layer(1, 576, 64, 16)[3]).source == "estimated"
+    U, _, V, _ = (t.bfloat16() for t in factors(r=16))
+    assert gpu.conv("forward", image().bfloat16(), 8192, U, V).triton == 2
+    assert gpu.pixels((8, 64, 32, 32), [3, 3], [1, 1], [1, 1], [2, 1]) == 8 * 30 * 32
+
+
 def test_the_shipped_table_can_be_read():
     """And every row of it is a size with times, however few rows there are."""
     data = json.loads(open(gpu.__file__.replace("gpu.py", "measured.json")).read())
