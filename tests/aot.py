@@ -43,6 +43,7 @@ class Code:
     spilled: int  # bytes of stack, or registers
     registers: int
     assembly: str = field(repr=False)
+    ttir: str = field(repr=False)
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.assembly))
@@ -82,11 +83,11 @@ def compile_variant(variant: Variant) -> Code:
             int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
             for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
         )
-        return Code(seconds, binary.metadata.shared, vector + scalar, used, text)
+        return Code(seconds, binary.metadata.shared, vector + scalar, used, text, binary.asm["ttir"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Code(seconds, binary.metadata.shared, stack + local, registers, binary.asm["ptx"])
+    return Code(seconds, binary.metadata.shared, stack + local, registers, binary.asm["ptx"], binary.asm["ttir"])

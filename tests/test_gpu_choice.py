@@ -25,10 +25,10 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     monkeypatch.setattr(triton, "INSTALLED", True)
     monkeypatch.setattr(triton, "INTERPRETED", False)
-    gpu._nearest.cache_clear()
+    gpu._known.cache_clear()
     with FakeTensorMode():
         yield properties
-    gpu._nearest.cache_clear()
+    gpu._known.cache_clear()
     gpu._table.cache_clear()
 
 
@@ -37,9 +37,9 @@ def layer(rows, n, m, r, dtype=torch.bfloat16, requires_grad=True):
     return [torch.empty(shape, **options) for shape in ((rows, n), (m, r), (r, r), (n, r), (m,))]
 
 
-def image(channels_last=True):
+def image(channels_last=True, batch=8):
     memory = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(8, 64, 32, 32, device="cuda", memory_format=memory)
+    return torch.empty(batch, 64, 32, 32, device="cuda", memory_format=memory)
 
 
 def factors(m=64, n=576, r=13):
@@ -111,7 +111,7 @@ def measured(monkeypatch, tmp_path, rows, device="some GPU"):
     (tmp_path / "measured.json").write_text(json.dumps({"format": 1, "tables": [{"device": device, "rows": rows}]}))
     monkeypatch.setattr(gpu, "__file__", str(tmp_path / "gpu.py"))
     gpu._table.cache_clear()
-    gpu._nearest.cache_clear()
+    gpu._known.cache_clear()
 
 
 def test_what_was_measured_decides(monkeypatch, tmp_path):
@@ -171,9 +171,9 @@ def test_the_shipped_table_can_be_read():
 
 def test_plan_of_a_convolution():
     U, S, V, b = (t.requires_grad_() for t in factors())
-    plan = ops.routes.conv(image(), U, S, V, b, *GEOMETRY)
+    plan = ops.routes.conv(image(batch=256), U, S, V, b, *GEOMETRY)
     assert plan.route == "factorised" and plan.gain > 1
-    inference = ops.routes.conv(image().detach(), *(t.detach() for t in (U, S, V, b)), *GEOMETRY)
+    inference = ops.routes.conv(image(batch=256).detach(), *(t.detach() for t in (U, S, V, b)), *GEOMETRY)
     assert inference.factorised < plan.factorised and inference.dense < plan.dense
 
 

@@ -85,6 +85,9 @@ def test_compiles_within_the_limits(variant, compiled):
     assert code.shared <= (101376 if variant.architecture == "sm_80" else aot.SHARED[variant.architecture])
     if variant.default:
         assert code.spilled == 0
+    if variant.kernel == "chain":  # which the interpreter, where nothing is concurrent, cannot tell
+        reads_back = variant.constants["FIRST"] and variant.constants["CORE"] < variant.constants["RANK"]
+        assert ("barrier" in code.ttir) == reads_back
     if variant.kernel == "combine" or variant.dtype == "fp64":
         return
     if variant.architecture == "gfx942":

@@ -90,15 +90,17 @@ def costs(direction: str, dtype: torch.dtype, device: torch.device, size: Size) 
 
     Code that is being traced is estimated: its sizes may be symbols.
     """
-    if not torch.compiler.is_compiling():
-        kind = "conv" if size.conv else "linear"
-        found = _nearest(torch.cuda.get_device_name(device), direction, kind, _precision(dtype), size[:4])
-        if found is not None:
-            return found
-    return estimate(direction, dtype, device, size)
+    precision = _precision(dtype, size.conv)
+    return (estimate if torch.compiler.is_compiling() else _known)(direction, precision, device, size)
 
 
 @functools.lru_cache(maxsize=4096)
+def _known(direction: str, precision: str, device: torch.device, size: Size) -> Costs:
+    kind = "conv" if size.conv else "linear"
+    found = _nearest(torch.cuda.get_device_name(device), direction, kind, precision, size[:4])
+    return estimate(direction, precision, device, size) if found is None else found
+
+
 def _nearest(device: str, direction: str, kind: str, precision: str, size: tuple) -> Costs | None:
     best, least = None, math.inf
     for row in _table(device).get((direction, kind, precision), ()):
@@ -123,9 +125,10 @@ def _table(device: str) -> dict[tuple, list]:
     return table
 
 
-def _precision(dtype: torch.dtype) -> str:
+def _precision(dtype: torch.dtype, conv: bool) -> str:
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "float32"
+        backend = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul
+        return "tf32" if backend.fp32_precision == "tf32" else "float32"
     return str(dtype).removeprefix("torch.")
 
 
@@ -133,11 +136,10 @@ def _precision(dtype: torch.dtype) -> str:
 _precision._dynamo_marked_constant = True
 
 
-def estimate(direction: str, dtype: torch.dtype, device: torch.device, size: Size) -> Costs:
+def estimate(direction: str, precision: str, device: torch.device, size: Size) -> Costs:
     """Costs from the rates of the device."""
     properties = torch.cuda.get_device_properties(device)
     rates = _RATES.get((properties.major, properties.minor), _OTHER)
-    precision = _precision(dtype)
     flops = getattr(rates, {"tf32": "tf32", "float32": "single", "float64": "double"}.get(precision, "half"))
     cost = (_forward if direction == "forward" else _backward)(
         size, rates.memory, flops, properties.multi_processor_count

@@ -4,6 +4,8 @@ Every one compiles for its architecture within its shared memory, the defaults w
 (tests/test_triton_aot.py). Which are fast was reasoned, not measured: they have not yet run on a GPU.
 """
 
+import functools
+
 import torch
 import triton
 
@@ -207,6 +209,7 @@ _DOUBLE = {"chain": (16, 16, 16, 16, 8, 1), "sums": (16, 32, 8, 2)}  # correctne
 _NAMES = {"chain": ("BLOCK_B", "BLOCK_N", "BLOCK_M", "CORE"), "sums": ("BLOCK_B", "BLOCK_I")}
 
 
+@functools.cache
 def of(kernel: str, architecture: str, dtype: torch.dtype, rank: int, rounding: str) -> list[triton.Config]:
     """The configurations to choose from.
 

@@ -20,10 +20,10 @@ def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor
     return Y.reshape(*lead, U.shape[0]), P.reshape(*lead, U.shape[1])
 
 
-def _linear(X: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None):
+def _linear(X: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, conv: bool = False):
     """low_rank_linear on a matrix X with contiguous rows."""
     P, Y = X.new_empty(X.shape[0], U.shape[1]), X.new_empty(X.shape[0], U.shape[0])
-    _chain(X, V, S, U, bias, P, Y)
+    _chain(X, V, S, U, bias, P, Y, conv)
     return Y, P
 
 
@@ -37,16 +37,16 @@ def low_rank_linear_backward(grad, input, P, U: Tensor, S: Tensor, V: Tensor, ma
     return dX.reshape(*grad.shape[:-1], V.shape[0]) if mask[0] else dX, *others
 
 
-def _linear_backward(G: Tensor, X: Tensor | None, P: Tensor | None, U: Tensor, S: Tensor, V: Tensor, mask):
+def _linear_backward(G: Tensor, X: Tensor | None, P: Tensor | None, U, S, V, mask, conv: bool = False):
     Q, dX = None, G.new_empty(0)
     if mask[0]:
         Q, dX = G.new_empty(G.shape[0], U.shape[1]), G.new_empty(G.shape[0], V.shape[0])
-        _chain(G, U, S.mT, V, None, Q, dX)
+        _chain(G, U, S.mT, V, None, Q, dX, conv)
     elif mask[2] or mask[3]:
         Q = G @ U
     if P is None and (mask[1] or mask[2]):
         P = X @ V
-    return dX, *_factor_gradients(G, X, P, Q, U, S, V, mask)
+    return dX, *_factor_gradients(G, X, P, Q, U, S, V, mask, conv)
 
 
 def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups):
@@ -56,7 +56,7 @@ def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, 
     """
     rank, filters = U.shape[1], U.shape[0]
     if is_pointwise(kernel_size, stride, padding):
-        Y, P = _linear(_pixels(input), U, S, V, bias)
+        Y, P = _linear(_pixels(input), U, S, V, bias, conv=True)
         space = input.shape[2:]
     else:
         P = torch.convolution(
@@ -65,7 +65,7 @@ def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, 
         )  # fmt: skip
         space, P = P.shape[2:], _pixels(P)
         Y = P.new_empty(P.shape[0], filters)
-        _chain(None, None, S, U, bias, P, Y)
+        _chain(None, None, S, U, bias, P, Y, conv=True)
     return _image(Y, input.shape[0], space), _image(P, input.shape[0], space)
 
 
@@ -82,13 +82,13 @@ def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, p
         P = _pixels(torch.convolution(input, filters, None, *geometry))
     if pointwise:
         X = None if input is None else _pixels(input)
-        dX, *others = _linear_backward(G, X, P, U, S, V, mask)
+        dX, *others = _linear_backward(G, X, P, U, S, V, mask, conv=True)
         return _image(dX, grad.shape[0], space) if mask[0] else dX, *others
 
     dX, dV, Q = grad.new_empty(0), grad.new_empty(0), None
     if mask[0] or mask[3]:
         Q, dP = G.new_empty(G.shape[0], rank), G.new_empty(G.shape[0], rank)
-        _chain(G, U, S.mT, None, None, Q, dP)
+        _chain(G, U, S.mT, None, None, Q, dP, conv=True)
         dX, dfilters, _ = torch.ops.aten.convolution_backward(
             _image(dP, grad.shape[0], space), input, filters, None, *geometry, [mask[0], mask[3], False]
         )
@@ -97,7 +97,8 @@ def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, p
         dX = dX if mask[0] else grad.new_empty(0)
     elif mask[2]:
         Q = G @ U
-    dU, dS, _, db = _factor_gradients(G, None, P, Q, U, S, V, [False, mask[1], mask[2], False, mask[4]])
+    mask = [False, mask[1], mask[2], False, mask[4]]
+    dU, dS, _, db = _factor_gradients(G, None, P, Q, U, S, V, mask, conv=True)
     return dX, dU, dS, dV, db
 
 
@@ -118,12 +119,13 @@ def _image(pixels: Tensor, batch: int, space) -> Tensor:
     return image if len(space) > 1 else image.contiguous()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """What a product of float32 tiles rounds its operands to, as torch is set; others do not ask."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+def precision(dtype: torch.dtype, conv: bool = False) -> str:
+    """What a product of float32 tiles rounds its operands to, as torch's products or convolutions are set to do."""
+    backend = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul
+    return "tf32" if dtype == torch.float32 and backend.fp32_precision == "tf32" else "ieee"
 
 
-def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor) -> None:
+def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor, conv: bool = False) -> None:
     """P = X V, Y = P Sᵀ Uᵀ + b, into P and Y. X and V None: P is given. U None: Y = P Sᵀ."""
     n_rows, r = P.shape
     if n_rows == 0:
@@ -133,7 +135,7 @@ def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor) -> None:
     bias = None if bias is None else bias.contiguous()
     n, m = V.shape[0] if first else 0, Y.shape[1]
     rank = triton.next_power_of_2(max(r, 16))
-    rounding = precision(Y.dtype)
+    rounding = precision(Y.dtype, conv)
     # pointers of tensors that are not there are not followed
     X, V, U, b = (P if t is None else t for t in (X, V, U, bias))
 
@@ -154,7 +156,7 @@ def _tuned(kernel: str, kind, P: Tensor, rank: int, rounding: str, sizes, launch
         launch(tuning.fastest((kernel, kind, P.device, P.dtype, rank, rounding), sizes, candidates, launch))
 
 
-def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask):
+def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask, conv: bool = False):
     """dU = (Gᵀ P) Sᵀ, dS = Qᵀ P, dV = (Xᵀ Q) S, db = Σ G; those the mask leaves out are empty."""
     n_rows, (m, r), n = G.shape[0], U.shape, V.shape[0]
     by_U, by_S, by_V, by_bias = mask[1:]
@@ -167,7 +169,7 @@ def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask)
     if not (by_U or by_S or by_V):
         return dU, dS, dV, db
     rank = triton.next_power_of_2(max(r, 16))
-    rounding = precision(G.dtype)
+    rounding = precision(G.dtype, conv)
     widths = by_U * m, by_V * n, by_S * r
     wide = torch.float64 if G.dtype == torch.float64 else torch.float32
     X, P, Q = (G if t is None else t for t in (X, P, Q))  # not followed
