@@ -79,11 +79,11 @@ def compile_variant(variant: Variant) -> Code:
 
     if variant.architecture == "gfx942":
         text = binary.asm["amdgcn"]
-        used, vector, scalar = (
+        used, spilled, scratch = (  # scalar registers are spilled to lanes of vector registers, not to memory
             int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
-            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+            for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
         )
-        return Code(seconds, binary.metadata.shared, vector + scalar, used, text, binary.asm["ttir"])
+        return Code(seconds, binary.metadata.shared, spilled + scratch, used, text, binary.asm["ttir"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

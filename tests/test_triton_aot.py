@@ -54,7 +54,7 @@ def layer_variants():
                                     types[name] = f"*{wide if summed else type_}:16"
                                 elif name not in constants:
                                     types[name] = "i32" if name in COUNTS else "i32:16"
-                            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+                            options = {k: v for k, v in config.all_kwargs().items() if k not in config.kwargs}
                             yield aot.Variant(
                                 "low_rank", kernel, architecture, types, constants, options, i == 0, kind, dtype
                             )

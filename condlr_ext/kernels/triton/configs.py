@@ -31,7 +31,7 @@ _CHAIN = {
         },
         "ieee": {
             16: [(64, 32, 64, 16, 4, 3), (32, 32, 32, 16, 4, 3)],
-            32: [(64, 16, 32, 32, 4, 3), (32, 32, 32, 32, 4, 3)],
+            32: [(64, 16, 32, 16, 4, 3), (32, 32, 32, 32, 4, 3)],
             64: [(64, 16, 32, 16, 8, 3), (32, 32, 32, 16, 4, 3)],
             128: [(32, 16, 32, 16, 8, 3), (64, 16, 32, 16, 8, 3)],
             256: [(16, 32, 32, 16, 8, 2), (32, 16, 32, 16, 8, 2)],
@@ -54,7 +54,7 @@ _CHAIN = {
         },
         "ieee": {
             16: [(64, 32, 64, 16, 4, 3), (32, 32, 32, 16, 4, 3)],
-            32: [(64, 16, 32, 32, 4, 3), (32, 32, 32, 32, 4, 3)],
+            32: [(64, 16, 32, 16, 4, 3), (32, 32, 32, 32, 4, 3)],
             64: [(64, 16, 32, 16, 8, 3), (64, 32, 64, 16, 8, 3), (32, 32, 32, 16, 4, 3)],
             128: [(32, 16, 32, 16, 8, 3), (64, 16, 32, 16, 8, 3)],
             256: [(16, 32, 32, 16, 8, 2), (32, 16, 32, 16, 8, 2)],
@@ -77,7 +77,7 @@ _CHAIN = {
         },
         "ieee": {
             16: [(64, 32, 64, 16, 4, 3), (32, 32, 32, 16, 4, 3)],
-            32: [(64, 16, 32, 32, 4, 3), (32, 32, 32, 32, 4, 3)],
+            32: [(64, 16, 32, 16, 4, 3), (32, 32, 32, 32, 4, 3)],
             64: [(64, 16, 32, 16, 8, 3), (64, 32, 64, 16, 8, 3), (32, 32, 32, 16, 4, 3)],
             128: [(32, 16, 32, 16, 8, 3), (64, 16, 32, 16, 8, 3)],
             256: [(16, 32, 32, 16, 8, 2), (32, 16, 32, 16, 8, 2)],
@@ -217,15 +217,20 @@ def of(kernel: str, architecture: str, dtype: torch.dtype, rank: int, rounding: 
         kernel: "chain", "sums" or "combine". architecture: one of ARCHITECTURES.
         rank: one of RANKS, the width of a tile. rounding: of float32 products, "tf32" or "ieee".
     """
+    # as many registers as there are: by itself ptxas keeps fewer, for programs that would not find shared memory
+    registers = None if architecture == "gfx942" else 255
     if kernel == "combine":
         double = dtype == torch.float64
         blocks = {"BLOCK_I": 16 if double and rank == 256 else 32, "CORE": 16}
-        return [triton.Config(blocks, num_warps=4 if double or rank == 16 else 8, num_stages=2)]
+        warps = 4 if double or rank == 16 else 8
+        return [triton.Config(blocks, num_warps=warps, num_stages=2, maxnreg=registers)]
     if dtype == torch.float64:
         rows = [_DOUBLE[kernel]]
     else:
         rows = {"chain": _CHAIN, "sums": _SUMS}[kernel][architecture][rounding if dtype.itemsize == 4 else "half"][rank]
     return [
-        triton.Config(dict(zip(_NAMES[kernel], blocks, strict=True)), num_warps=warps, num_stages=stages)
+        triton.Config(
+            dict(zip(_NAMES[kernel], blocks, strict=True)), num_warps=warps, num_stages=stages, maxnreg=registers
+        )
         for *blocks, warps, stages in rows
     ]
