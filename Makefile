@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-aot lint wheel compat clean
+.PHONY: demo test test-slow test-aot lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
@@ -14,8 +14,12 @@ demo: $(VENV)/.installed
 # Triton is told to interpret when it is imported: three processes
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not interpreter and not aot and not aot_all"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow"
 	$(BIN)/python -m pytest -m aot
+
+# the larger matrices in the interpreter
+test-slow: $(VENV)/.installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and slow"
 
 # every configuration of the Triton kernels for every architecture
 test-aot: $(VENV)/.installed

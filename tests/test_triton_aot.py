@@ -4,6 +4,7 @@ One process for `pytest -m aot` (the default configurations) or `pytest -m "aot 
 TRITON_INTERPRET=1, which leaves nothing to compile.
 """
 
+import importlib
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -60,7 +61,24 @@ def layer_variants():
                             )
 
 
-VARIANTS = [] if INTERPRETED else list(layer_variants())
+def other_variants():
+    """Those that the modules of the other kernels name themselves."""
+    from condlr_ext.kernels.triton import configs
+
+    for name in (
+        "band", "bound", "cholesky_qr", "core_clip", "jacobi", "launch", "network_step", "newton_schulz", "product",
+    ):  # fmt: skip
+        module = importlib.import_module(f"condlr_ext.kernels.triton.{name}")
+        for architecture in configs.ARCHITECTURES:
+            for kernel, types, constants, options, default in module.variants(architecture):
+                types = {name: types[name] for name in kernel.arg_names if name not in constants}
+                dtypes = "-".join(dict.fromkeys(t.lstrip("*") for t in types.values() if t[:3] in ("*fp", "*bf")))
+                yield aot.Variant(
+                    name, kernel.fn.__name__, architecture, types, constants, options, default, dtype=dtypes
+                )
+
+
+VARIANTS = [] if INTERPRETED else [*layer_variants(), *other_variants()]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +106,7 @@ def test_compiles_within_the_limits(variant, compiled):
     if variant.kernel == "chain":  # which the interpreter, where nothing is concurrent, cannot tell
         reads_back = variant.constants["FIRST"] and variant.constants["CORE"] < variant.constants["RANK"]
         assert ("barrier" in code.ttir) == reads_back
-    if variant.kernel == "combine" or variant.dtype == "fp64":
+    if variant.kernel not in ("chain", "sums") or variant.dtype == "fp64":
         return
     if variant.architecture == "gfx942":
         # a tile of 64 rows and a rank of 16 has 8 bytes for each thread

@@ -158,7 +158,7 @@ def test_expanded_gradient_and_leading_dimensions():
 def test_many_splits_add_up_in_order(monkeypatch):
     """Rows in more splits than one, the last one shorter; twice the same bits."""
     X, U, S, V, _, G = tensors(301, 9, 13, 5, torch.float32)
-    monkeypatch.setattr(layers, "_multiprocessors", lambda device: 16)
+    monkeypatch.setattr(layers, "multiprocessors", lambda device: 16)
     kernel, grids = layers.low_rank.sums, []
 
     class Watched:

@@ -95,6 +95,18 @@ def _qr_slower(A: Tensor) -> str:
     return _LAPACK if slower else ""
 
 
+LARGEST_ON_GPU = 512  # the order of more singular values does not fit in one program, nor does a Gram matrix
+
+
+def _triton_not(A: Tensor, *_) -> list[str]:
+    reasons = []
+    if A.dtype not in (torch.float32, torch.float64):
+        reasons.append(f"A is {A.dtype}, the kernels serve torch.float32 and torch.float64")
+    if min(A.shape[-2:]) > LARGEST_ON_GPU:
+        reasons.append(f"min(m, n) = {min(A.shape[-2:])} exceeds {LARGEST_ON_GPU}")
+    return reasons
+
+
 def _batch_first(op):
     """vmap of a batched op: the mapped dimension is one more leading one."""
 
@@ -111,6 +123,8 @@ svd = Op(
     fake=_svd_fake,
     cpu=_cpu,
     slower=_svd_slower,
+    triton="spectral.svd",
+    triton_not=_triton_not,
     vmap=_batch_first,
 )
 qr = Op(
@@ -119,6 +133,8 @@ qr = Op(
     fake=_qr_fake,
     cpu=_cpu,
     slower=_qr_slower,
+    triton="qr.qr",
+    triton_not=_triton_not,
     vmap=_batch_first,
 )
 polar = Op(
@@ -127,6 +143,8 @@ polar = Op(
     fake=_same_shape_fake,
     cpu=_cpu,
     slower=_svd_slower,
+    triton="spectral.polar",
+    triton_not=_triton_not,
     vmap=_batch_first,
 )
 clip_spectrum = Op(
@@ -134,5 +152,7 @@ clip_spectrum = Op(
     reference=_clip_spectrum,
     fake=_same_shape_fake,
     cpu=_cpu,
+    triton="spectral.clip_spectrum",
+    triton_not=_triton_not,
     vmap=_batch_first,
 )

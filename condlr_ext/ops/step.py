@@ -52,6 +52,23 @@ def _cpu(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
     return reasons
 
 
+LARGEST_RANK = 512  # of the Triton kernels: one program factors the Gram matrix
+
+
+def _triton_not(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
+    reasons = []
+    dtypes = {t.dtype for t in (*params, *grads, *momentum_buffers)}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
+        got = ", ".join(sorted(map(str, dtypes)))
+        reasons.append(f"the layers are {got}, the kernels serve torch.float32 or torch.float64")
+    if not all(t.is_contiguous() for t in (*params, *grads, *momentum_buffers)):
+        reasons.append("a parameter, gradient or buffer is not contiguous")
+    rank = max((U.shape[1] for U in params[::4]), default=0)
+    if rank > LARGEST_RANK:
+        reasons.append(f"rank {rank} exceeds {LARGEST_RANK}")
+    return reasons
+
+
 _DTYPES = (torch.float32, torch.float64, torch.int64)  # int64: the counter
 
-step = Op(STEP, reference=_reference, fake=_check, cpu=_cpu)
+step = Op(STEP, reference=_reference, fake=_check, cpu=_cpu, triton="step.step", triton_not=_triton_not)

@@ -1,11 +1,13 @@
 """The arguments of one call of the step op, kept from step to step while the parameters stay what they are."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import BackendError
 
 
 @dataclass
@@ -18,6 +20,7 @@ class StepCall:
     """
 
     device: torch.device
+    capturable: bool = False
     layers: list[int] = field(default_factory=list)
     at: list[int | None] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
@@ -31,8 +34,14 @@ class StepCall:
         self.backend: str | None = None  # the one that serves, found in the first run
         self.options: list[list] | None = None  # the options of all groups that the table was made from
         self.table: Tensor | None = None
+        self.live: list[tuple[Tensor, Tensor, Tensor]] = []  # options that are tensors, see CondLRSGD
         self._known: list[tuple] = []
         self.written: list[Tensor] = []
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """`layers` on the device."""
+        return torch.tensor(self.layers, device=self.device)
 
     def add(self, index: int | None, p: Tensor | None, target: Tensor, buffer: Tensor, fresh: bool, place) -> None:
         """One slot; p is None where the layer has no bias."""
@@ -69,6 +78,8 @@ class StepCall:
         args = (self.targets, given, self.buffers, table, skipped)
         if self.backend is None:
             self.backend = ops.step.step.choose(*args)
+            if self.capturable and (reasons := ops.step.step.reasons_not("triton", *args)):
+                raise BackendError(f"CondLRSGD: capturable=True needs the Triton step: {'; '.join(reasons)}")
         ops.step.step.run(self.backend, *args)
         # autograd must notice: compiled kernels write through raw pointers
         torch.autograd.graph.increment_version(self.written)

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
 from .. import linalg, ops, reference
-from ..errors import BackendError, NonFiniteError
+from ..errors import NonFiniteError
 from ..reference import BANDS, HYPER, ROLES
 from .call import StepCall
 from .groups import assign_roles, link_layers, module_group
@@ -35,7 +35,11 @@ class CondLRSGD(Optimizer):
         tau: slack >= 0 of the condition number; Inf for no bound (the preconditioner is then damped by
             (1e-6 sigma_1)²).
         band, sigma_max: as linalg.clip_spectrum.
-        capturable: not available in this version.
+        capturable: the step waits for nothing and allocates nothing once every momentum buffer has started, so that
+            a CUDA graph can capture it after a few warm-up steps, as torch asks. Options that are tensors of one
+            element on the device are then read at every step, plain numbers are part of what is captured: lr, tau and
+            sigma_max, in groups of low-rank layers alone also momentum, dampening and weight_decay. Needs the Triton
+            step.
         check_finite: raise, naming the layer, for non-finite gradients (before anything has changed) and for
             layers that had to be left unchanged. Costs a wait for the device per step.
 
@@ -67,8 +71,8 @@ class CondLRSGD(Optimizer):
         capturable: bool = False,
         check_finite: bool = False,
     ):
-        if capturable:
-            raise BackendError("CondLRSGD: capturable=True needs the Triton step, which this version does not have")
+        if capturable and check_finite:
+            raise ValueError("CondLRSGD: check_finite=True waits for the device, which capturable=True must not")
         if isinstance(model_or_groups, nn.Module):
             model_or_groups = [module_group(model_or_groups)]
         defaults = dict(
@@ -82,7 +86,7 @@ class CondLRSGD(Optimizer):
             sigma_max=sigma_max,
             maximize=maximize,
         )
-        self.check_finite = check_finite
+        self.capturable, self.check_finite = capturable, check_finite
         self._skipped: dict[torch.device, Tensor] = {}  # per device, counts of the layers in order
         self._waiting: set[str] = set()  # frozen layers, put on the constraint set when they first get a gradient
         self._layers = None  # layers are linked once all groups are there
@@ -115,6 +119,13 @@ class CondLRSGD(Optimizer):
             [i for i in range(len(group["params"])) if (g, i) not in in_layer]
             for g, group in enumerate(self.param_groups)
         ]
+        for group, others in zip(self.param_groups, self._others, strict=True):
+            tensors = [name for name in _NUMBERS[1:] if isinstance(group[name], Tensor)]
+            if self.capturable and others and tensors:
+                raise ValueError(
+                    f"CondLRSGD: {tensors[0]} may be a tensor under capturable=True in groups of low-rank layers alone,"
+                    " got it in one with other parameters"
+                )
         self._calls: list[StepCall] = []
         self._calls_key = None  # of what the calls depend on
 
@@ -143,7 +154,8 @@ class CondLRSGD(Optimizer):
             self._waiting.discard(layer.name)
             group = self.param_groups[layer.places[1][0]]
             masters = [self._master(p) for p in params]
-            start_on_constraint_set(*masters[:3], group["tau"], group["band"], group["sigma_max"])
+            tau, sigma_max = (v if v is None else float(v) for v in (group["tau"], group["sigma_max"]))
+            start_on_constraint_set(*masters[:3], tau, group["band"], sigma_max)
             for p, master in zip(params, masters, strict=True):
                 if p is not master:
                     p.copy_(master)
@@ -194,6 +206,11 @@ class CondLRSGD(Optimizer):
     def _step_layers(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         key = ([g is None for g in grads], [bool(group["momentum"]) for group in self.param_groups])
         if key != self._calls_key or not all(call.holds(params, self.state) for call in self._calls):
+            if self.capturable and _capturing():
+                raise RuntimeError(
+                    "CondLRSGD.step: take a step with these parameters and momentum buffers, two if momentum starts,"
+                    " before one is captured"
+                )
             self._calls = self._make_calls(params, grads)
             self._calls_key = key
         for call in self._calls:
@@ -211,7 +228,7 @@ class CondLRSGD(Optimizer):
             if layer.name in self._waiting:
                 self._start([layer])
             device = params[at[0]].device
-            call = calls.setdefault(device, StepCall(device))
+            call = calls.setdefault(device, StepCall(device, self.capturable))
             call.layers.append(index)
             empty = self._master(params[at[0]]).new_empty(0)
             for i, place in zip(at, layer.places, strict=True):
@@ -243,7 +260,7 @@ class CondLRSGD(Optimizer):
         call.run(grads, self._table(call), skipped)
         if whole:
             return
-        counts[call.layers] += skipped
+        counts.index_add_(0, call.index, skipped)
         if starts or self.check_finite:  # waits for the device, but a buffer starts only once
             self._finish_start(call, set(skipped.nonzero().flatten().tolist()))
 
@@ -272,15 +289,19 @@ class CondLRSGD(Optimizer):
         return counts
 
     def _table(self, call: StepCall) -> Tensor:
-        """The step op's hyper-parameters [L, 4, 10] (HYPER), built again only when something changed."""
+        """The step op's hyper-parameters [L, 4, 10] (HYPER), built again only when something changed.
+
+        Capturable, it is on the device, where tensors among the options write their values anew.
+        """
+        read = id if self.capturable else float
         options = [
-            [float(v) if isinstance(v := group[k], Tensor) else v for k in _OPTIONS] for group in self.param_groups
+            [read(v) if isinstance(v := group[k], Tensor) else v for k in _OPTIONS] for group in self.param_groups
         ]
         if options != call.options:
             values = []
             for group in self.param_groups:
                 _check_options(group)
-                value = {k: float(group[k]) if k in _NUMBERS else group[k] for k in _OPTIONS}
+                value = {k: group[k] if group[k] is None or k == "band" else float(group[k]) for k in _OPTIONS}
                 value["band"] = BANDS.index(value["band"])
                 value["sigma_max"] = math.inf if value["sigma_max"] is None else value["sigma_max"]
                 values.append(value)
@@ -290,7 +311,28 @@ class CondLRSGD(Optimizer):
             ]
             shape = len(call.layers), len(ROLES), len(HYPER)
             call.options, call.table = options, torch.tensor(rows, dtype=torch.float64).reshape(shape)
+            if self.capturable:
+                call.table = call.table.to(call.device)
+                call.live = self._live(call)
+        for column, mine, value in call.live:
+            column.copy_(torch.where(mine, value.to(column.dtype), column))
         return call.table
+
+    def _live(self, call: StepCall) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """For options that are tensors: the table's column, the entries of their group in it, and the tensor."""
+        live = []
+        for g, group in enumerate(self.param_groups):
+            for name in _OPTIONS:
+                if isinstance(value := group[name], Tensor):
+                    if value.device != call.device:
+                        raise ValueError(
+                            f"CondLRSGD: {name} as a tensor must be on the layers' device {call.device} under"
+                            f" capturable=True, got {value.device}"
+                        )
+                    mine = torch.tensor([place[0] == g for place in call.places], device=call.device)
+                    column = call.table[..., HYPER.index(name)]
+                    live.append((column, mine.view(column.shape), value.detach().view(())))
+        return live
 
     def _step_others(self) -> None:
         for group, others in zip(self.param_groups, self._others, strict=True):
@@ -298,6 +340,11 @@ class CondLRSGD(Optimizer):
             if not params:
                 continue
             grads = [p.grad for p in params]
+            if self.capturable:  # only the fused rule reads lr on the device, and it walks raw memory
+                grads = [
+                    g if g.stride() == p.stride() and g.dtype is p.dtype else torch.empty_like(p).copy_(g)
+                    for p, g in zip(params, grads, strict=True)
+                ]
             momentum = bool(group["momentum"])
             buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
             sgd(
@@ -305,7 +352,7 @@ class CondLRSGD(Optimizer):
                 grads,
                 buffers,
                 has_sparse_grad=any(g.is_sparse for g in grads),
-                fused=True if _fusible(params, grads, buffers, group["lr"]) else None,
+                fused=True if _fusible(params, grads, buffers, group["lr"], self.capturable) else None,
                 lr=group["lr"],
                 **{k: group[k] for k in ("momentum", "dampening", "weight_decay", "nesterov", "maximize")},
             )
@@ -328,7 +375,7 @@ class CondLRSGD(Optimizer):
     # --------------------------------------------------------------------------------------------- state
 
     def __getstate__(self) -> dict:
-        own = ("check_finite", "_skipped", "_waiting")
+        own = ("capturable", "check_finite", "_skipped", "_waiting")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state) -> None:
@@ -392,21 +439,30 @@ def start_on_constraint_set(U: Tensor, S: Tensor, V: Tensor, tau: float, band: s
 
 
 def _check_options(group: dict) -> None:
-    for name in _NUMBERS:
+    for name in (*_NUMBERS, "tau", "sigma_max"):
         value = group[name]
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"CondLRSGD: {name} as a tensor must have one element, got shape {list(value.shape)}")
+    for name in _NUMBERS:
+        value = group[name]
         if not math.isfinite(value) or (float(value) < 0 and name != "dampening"):
             raise ValueError(f"CondLRSGD: {name} must be finite and >= 0, got {value}")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         got = f"momentum {group['momentum']}, dampening {group['dampening']}"
         raise ValueError(f"CondLRSGD: nesterov needs momentum > 0 and dampening 0, got {got}")
-    linalg.check_constraint("CondLRSGD", group["tau"], group["band"], group["sigma_max"])
+    tau, sigma_max = (float(v) if isinstance(v, Tensor) else v for v in (group["tau"], group["sigma_max"]))
+    linalg.check_constraint("CondLRSGD", tau, group["band"], sigma_max)
 
 
-def _fusible(params, grads, buffers, lr) -> bool:
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _fusible(params, grads, buffers, lr, capturable) -> bool:
     """Whether torch's fused SGD takes these as it should: it walks raw memory, so that strides must agree."""
-    if isinstance(lr, Tensor) or any(b is None for b in buffers) != all(b is None for b in buffers):
+    if isinstance(lr, Tensor) and not capturable:
+        return False
+    if any(b is None for b in buffers) != all(b is None for b in buffers):
         return False
     return all(
         p.device.type in ("cpu", "cuda")

@@ -3,14 +3,13 @@
 Same signatures and results as in reference.py, but gradients that are not asked for are empty tensors.
 """
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
 
 from ...ops.layers import is_pointwise
-from . import INTERPRETED, architecture, configs, low_rank, tuning
+from . import architecture, configs, low_rank, tuning
+from .launch import multiprocessors, on
 
 
 def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None):
@@ -152,7 +151,7 @@ def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor, conv: bool = False) -> None:
 def _tuned(kernel: str, kind, P: Tensor, rank: int, rounding: str, sizes, launch) -> None:
     """Launches with the configuration for these sizes, on the device of P."""
     candidates = configs.of(kernel, architecture(P.device), P.dtype, rank, rounding)
-    with _on(P.device):
+    with on(P.device):
         launch(tuning.fastest((kernel, kind, P.device, P.dtype, rank, rounding), sizes, candidates, launch))
 
 
@@ -179,7 +178,7 @@ def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask,
         u_tiles, v_tiles, s_tiles = (triton.cdiv(w, block) for w in widths)
         tiles = u_tiles + v_tiles + s_tiles
         # two programs for every multiprocessor, none with fewer than four steps
-        splits = max(1, min(2 * _multiprocessors(G.device) // tiles, n_rows // (4 * step)))
+        splits = max(1, min(2 * multiprocessors(G.device) // tiles, n_rows // (4 * step)))
         per_split = triton.cdiv(triton.cdiv(n_rows, step), splits) * step
         splits = triton.cdiv(n_rows, per_split)
         partial = torch.empty(splits, tiles * block, r, dtype=wide, device=G.device)
@@ -198,13 +197,3 @@ def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask,
 
     _tuned("sums", (by_U, by_V, by_S), G, rank, rounding, (n_rows, m, n), launch)
     return dU, dS, dV, db
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on(device: torch.device):
-    """Launches go to the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
