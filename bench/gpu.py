@@ -35,10 +35,15 @@ class Part:
 
 PARTS = {
     "build": Part("gpu_setup", "builds the compiled CPU part in place, or says why it does without", 2),
-    "test": Part("gpu_setup", "pytest -m gpu", 5),
+    "test": Part("gpu_setup", "pytest -m gpu", 8),
     "ceilings": Part("gpu_setup", "copy bandwidth, product rates and launch times of the device", 0.5),
     "layers": Part("gpu_layers", "low-rank linear layers by all providers", 8),
     "conv": Part("gpu_layers", "low-rank convolutions of VGG16 and ResNet-50", 3),
+    "svd": Part("gpu_linalg", "singular value decompositions of batches", 2.5),
+    "qr": Part("gpu_linalg", "QR of batches of square and of tall matrices", 2.5),
+    "polar": Part("gpu_linalg", "polar decompositions of batches", 1.5),
+    "clip": Part("gpu_linalg", "spectra of batches of cores clipped", 2.5),
+    "step": Part("gpu_step", "the optimiser step of whole networks", 2.5),
     "tune": Part("gpu_choices", "every launch configuration of the kernels against the default", 4, default=False),
     "table": Part("gpu_choices", "the times the choice between paths is made from (--write)", 8, default=False),
 }

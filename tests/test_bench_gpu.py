@@ -71,8 +71,10 @@ sys.path[:0] = [{str(ROOT)!r}, {str(BENCH)!r}]
 import torch
 torch.set_num_threads(1)
 torch.manual_seed(0)
-import gpu, gpu_choices, gpu_device, gpu_layers
+import gpu, gpu_choices, gpu_device, gpu_layers, gpu_linalg, gpu_step
 from gpu_layers import Conv, Linear
+from gpu_linalg import Batch
+from networks import Network
 {inspect.getsource(Host)}
 {inspect.getsource(part)}
 gpu.Run.ceilings = {CEILINGS}
@@ -366,3 +368,210 @@ def test_comparison_and_floors(gpu):
     assert (both["floor"], both["over floor"], both["bytes per second"]) == (moved, 2 / moved, moved / 2)
     del found["triton"]["both"]
     assert gpu_layers.compare(found, works, Rates(1e9, 1.0))["ours"] == "auto"
+
+
+def test_linear_algebra(tmp_path):
+    record, output = drive(
+        tmp_path,
+        """
+part(run, gpu_linalg.svd, [Batch(2, 5, 5), Batch(17, 3, 3)])
+part(run, gpu_linalg.qr, [Batch(2, 5, 5), Batch(1, 40, 5)])
+part(run, gpu_linalg.polar, [Batch(2, 5, 5)])
+part(run, gpu_linalg.clip, [Batch(2, 5, 5)])
+""",
+    )
+    rows = {name: record["parts"][name]["rows"] for name in ("svd", "qr", "polar", "clip")}
+    assert {name: len(found) for name, found in rows.items()} == {"svd": 2, "qr": 2, "polar": 1, "clip": 2}
+    assert {row["operation"] for row in rows["clip"]} == {"clip", "clip wild"}
+    for row in sum(rows.values(), []):
+        found = row["providers"]
+        assert set(found) == {"triton", "auto", "torch.linalg"} and row["ours"] == "triton"
+        for provider in found.values():
+            low, median, high = provider["seconds"]
+            assert 0 < low <= median <= high
+            assert all(error <= row["limits"][key] < 1e-5 for key, error in provider["errors"].items())
+        assert found["triton"]["graph"] and row["ratios"]["graph"]["torch.linalg"] > 0 and row["over floor"] > 0
+        assert row["row"] in output
+    assert output.count("ours wins 0 of") == 4
+
+
+def broken(out, **changes):
+    """The results with some of them changed."""
+    return tuple(changes[str(i)](t) if str(i) in changes else t for i, t in enumerate(out))
+
+
+def turned(t):
+    return t.flip(-1)
+
+
+def other_sign(t):
+    return -t
+
+
+def longer(t):
+    return t * (1 + 1e-5)
+
+
+def lost(t):
+    return t * torch.nan
+
+
+TURN = torch.matrix_exp(1e-3 * (torch.ones(6, 6).triu(1) - torch.ones(6, 6).tril(-1)))
+
+
+@pytest.mark.parametrize(
+    "name, changes, why",
+    [
+        ("svd", {"1": longer}, "A"),
+        ("svd", {"0": turned, "1": turned, "2": turned}, "order"),
+        ("svd", {"0": other_sign, "1": other_sign}, "order"),
+        ("svd", {"0": longer, "1": lambda t: t / (1 + 1e-5)}, "U"),
+        ("svd", {"2": longer, "1": lambda t: t / (1 + 1e-5)}, "V"),
+        ("svd", {"2": lost}, "A"),
+        ("qr", {"1": longer}, "A"),
+        ("qr", {"0": longer, "1": lambda t: t / (1 + 1e-5)}, "Q"),
+        ("qr", {"0": turned, "1": lambda t: t.flip(-2)}, "R"),
+        ("polar", {"1": longer}, "A"),
+        ("polar", {"0": other_sign, "1": other_sign}, "sign"),
+        ("polar", {"0": lambda t: t @ TURN, "1": lambda t: TURN.mT @ t}, "H"),
+        ("clip", {"0": longer}, "clipped"),
+        ("clip", {"0": lost}, "clipped"),
+        ("clip", {"0": lambda t: t + 5e-5 * t[:, :1, :1].sign() * torch.eye(6)}, "clipped"),
+    ],
+)
+def test_wrong_linear_algebra_gets_no_time(gpu, name, changes, why):
+    import gpu_linalg
+
+    operation = gpu_linalg.OPERATIONS[name]
+    A = operation.matrices(gpu_linalg.Batch(3, 6, 6))
+    exact = operation.exact(A)
+    limits, _ = gpu_linalg.limits_by_torch(Host(), operation, A, exact)
+    arguments = A, exact, limits
+    assert "reason" not in gpu_linalg.judge(Host(), operation, operation.torch, *arguments)
+    found = gpu_linalg.judge(Host(), operation, lambda A: broken(operation.torch(A), **changes), *arguments)
+    assert found["reason"].startswith("wrong: ") and f" {why} " in found["reason"]
+
+
+def test_kappa_beyond_the_bound_is_wrong(gpu):
+    """In one matrix that is clipped well but for it."""
+    import gpu_linalg
+
+    operation = gpu_linalg.OPERATIONS["clip"]
+    A = operation.matrices(gpu_linalg.Batch(3, 6, 6))
+    exact = operation.exact(A)
+    U, sigma, Vh = torch.linalg.svd(exact[1])
+    sigma[0] = 1.1 * (1 + 3e-5) * sigma[-1]
+    wrong = exact.clone()
+    wrong[1] = (U * sigma) @ Vh
+    found = gpu_linalg.judge(Host(), operation, lambda A: (wrong,), A, exact, {"clipped": 1e-2, "kappa": 5e-6})
+    assert found["reason"].startswith("wrong: kappa 3e-05")
+
+
+def test_copies_of_matrices_are_checked_too(gpu):
+    import gpu_linalg
+
+    operation = gpu_linalg.OPERATIONS["clip"]
+    A = operation.matrices(gpu_linalg.Batch(18, 4, 4))
+    assert torch.equal(A[:2], A[16:]) and not torch.equal(A[0], A[1])
+
+    def wrong_at_the_end(A):
+        (out,) = operation.torch(A)
+        return (torch.cat((out[:17], out[:1])),)
+
+    found = gpu_linalg.judge(Host(), operation, wrong_at_the_end, A, operation.exact(A[:16]), {})
+    assert found["reason"].startswith("wrong: clipped")
+
+
+def test_nobody_waits_for_a_slow_baseline(run, monkeypatch):
+    import gpu_linalg
+
+    monkeypatch.setattr(gpu_linalg, "PATIENCE", 0)
+    (row,) = part(run, gpu_linalg.svd, [gpu_linalg.Batch(2, 5, 5)])["rows"]
+    assert row["providers"]["torch.linalg"] == {"reason": "a call would take 0 s"}
+    assert row["ours"] == "auto" and row["ratios"] == {"seconds": {}}
+    assert row["providers"]["triton"]["reason"].startswith("BackendError: ")
+
+
+def test_cupy_where_it_is_installed(run, monkeypatch):
+    import gpu_linalg
+    import numpy
+
+    monkeypatch.setattr(gpu_linalg.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "cupy", numpy)
+    for function in (gpu_linalg.svd, gpu_linalg.qr):
+        (row,) = part(run, function, [gpu_linalg.Batch(3, 7, 5)])["rows"]
+        assert row["providers"]["CuPy"]["seconds"] and row["ratios"]["seconds"]["CuPy"] > 0
+
+
+def test_steps(tmp_path):
+    record, output = drive(
+        tmp_path,
+        """
+from torch import nn
+layers = lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5))
+net = Network("tiny", layers, (2, 1, 5, 5), head=None)
+part(run, gpu_step.step, [(net, 0.5), (net, 3)])
+""",
+    )
+    rows = record["parts"]["step"]["rows"]
+    assert [row["row"] for row in rows] == ["tiny 50%", "tiny r 3"]
+    for row in rows:
+        assert set(row["providers"]) == {"triton", "loop", "SGD", "AdamW"}
+        for name, found in row["providers"].items():
+            assert found["seconds"] and 0 < found["error"] < 1e-5
+            assert ("graph" in found) == (name != "loop")
+            assert name == "loop" or 0 < found["graph error"] < 1e-5
+        assert set(row["ratios"]) == {"loop", "SGD", "AdamW"} and row["over floor"] > 0
+        assert row["row"] in output
+
+
+@pytest.fixture
+def tiny(gpu):
+    from networks import Network
+
+    def layers():
+        return torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 5))
+
+    return Network("tiny", layers, (2, 9), classes=None, head=None)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")  # by the profiler
+def test_wrong_steps_get_no_time(run, monkeypatch, tiny, capsys):
+    import gpu_step
+
+    def shorter(model, lr):
+        return gpu_step.CondLRSGD(model, lr=0.9 * lr["factors"], momentum=0.45, tau=0.1)
+
+    monkeypatch.setattr(gpu_step, "fast_pytorch", shorter)
+    (row,) = part(run, gpu_step.step, [(tiny, 3)])["rows"]
+    loop, found = row["providers"]["loop"], row["providers"]["triton"]
+    assert loop["reason"].startswith("wrong: ") and 1e-4 < loop["error"] < 1e-2 and "seconds" not in loop
+    assert found["reason"].startswith("BackendError: ") and "seconds" not in found
+    assert row["providers"]["SGD"]["graph"] and row["ratios"] == {}
+    assert "no time in 1 rows: loop: wrong" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_wrong_replays_get_no_time(run, monkeypatch, tiny):
+    """A replay that does nothing is not taken for the step."""
+    import gpu_step
+
+    monkeypatch.setattr(Host, "graph", lambda self, call: lambda: None)
+    monkeypatch.setattr(gpu_step, "learning_rates", lambda kind: dict.fromkeys(("factors", "cores", "other"), 1e-2))
+    (row,) = part(run, gpu_step.step, [(tiny, 3)])["rows"]
+    for name in ("SGD", "AdamW"):
+        found = row["providers"][name]
+        assert found["seconds"] and "graph" not in found and found["no graph"].startswith("wrong: ")
+
+
+def test_ratios(gpu):
+    import gpu_linalg
+    import gpu_step
+
+    found = {"triton": {"seconds": [0, 2.0, 9], "graph": [0, 1.0, 9]}, "torch.linalg": {"seconds": [0, 8.0, 9]}}
+    row = gpu_linalg.compare(found | {"CuPy": {"reason": "slow"}}, 0.5)
+    assert row["ratios"] == {"seconds": {"torch.linalg": 4.0}, "graph": {"torch.linalg": 8.0}}
+    assert row["over floor"] == 2.0
+    found = {"triton": {"seconds": [0, 2.0, 9], "graph": [0, 1.0, 9]}, "loop": {"seconds": [0, 8.0, 9]}}
+    found |= {"SGD": {"seconds": [0, 5.0, 9], "graph": [0, 3.0, 9]}, "AdamW": {"reason": "slow"}}
+    assert gpu_step.compare(found, 0.5) == {"ratios": {"loop": 8.0, "SGD": 3.0}, "floor": 0.5, "over floor": 2.0}
