@@ -35,7 +35,7 @@ class Part:
 
 PARTS = {
     "build": Part("gpu_setup", "builds the compiled CPU part in place, or says why it does without", 2),
-    "test": Part("gpu_setup", "pytest -m gpu", 8),
+    "test": Part("gpu_setup", "pytest -m gpu", 10),
     "ceilings": Part("gpu_setup", "copy bandwidth, product rates and launch times of the device", 0.5),
     "layers": Part("gpu_layers", "low-rank linear layers by all providers", 8),
     "conv": Part("gpu_layers", "low-rank convolutions of VGG16 and ResNet-50", 3),

@@ -482,6 +482,29 @@ def test_copies_of_matrices_are_checked_too(gpu):
     assert found["reason"].startswith("wrong: clipped")
 
 
+def test_memory_is_poisoned_between_providers_of_linear_algebra(gpu, monkeypatch):
+    import gpu_linalg
+
+    operation = gpu_linalg.OPERATIONS["qr"]
+    A, results, poison = operation.matrices(gpu_linalg.Batch(2, 7, 5)), [], []
+
+    def provider(A):
+        out = torch.linalg.qr(A)
+        results.extend(map(weakref.ref, out))
+        return out
+
+    full = torch.full
+
+    def recorded(size, value, **options):
+        assert all(result() is None for result in results)
+        poison.append(full(size, value, **options))
+        return poison[-1]
+
+    monkeypatch.setattr(torch, "full", recorded)
+    assert "reason" not in gpu_linalg.judge(Host(), operation, provider, A, None, {})
+    assert [t.shape for t in poison] == [(2, 7, 5), (2, 5, 5)] and all(t.isnan().all() for t in poison)
+
+
 def test_nobody_waits_for_a_slow_baseline(run, monkeypatch):
     import gpu_linalg
 

@@ -1,4 +1,4 @@
-"""On a CUDA device the linear algebra and the step run on the reference path; training must agree with the CPU."""
+"""On a CUDA device training and linear algebra must agree with the CPU."""
 
 import copy
 

@@ -84,12 +84,16 @@ _LAPACK = "LAPACK was measured to be faster at this size"
 
 
 def _svd_slower(A: Tensor) -> str:
+    if not A.is_cpu:
+        return ""  # nothing was measured on other devices
     m, n = A.shape[-2:]
     slower = min(m, n) > 200 if A.dtype == torch.float64 else m > 16 * n > 16 * 64
     return _LAPACK if slower else ""
 
 
 def _qr_slower(A: Tensor) -> str:
+    if not A.is_cpu:
+        return ""
     m, n = A.shape[-2], min(A.shape[-2:])
     slower = A.dim() == 2 and (n > 200 and m < 2 * n if A.dtype == torch.float64 else m * n * n > 1e8)
     return _LAPACK if slower else ""
