@@ -329,7 +329,7 @@ TAME = {
     "out_a_little": lambda k: torch.linspace(1.06, 0.94, k, dtype=torch.float64),
     "in_band": lambda k: torch.linspace(1.04, 1.0, k, dtype=torch.float64),
 }
-LARGER = [(65, 65), (70, 100), (120, 96), pytest.param(128, 128, marks=pytest.mark.slow)]
+LARGER = [(65, 65), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((70, 100), (120, 96), (128, 128)))]
 
 
 def batch_of(spectra, m, n):
