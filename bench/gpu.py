@@ -1,126 +1,225 @@
-"""GPU benchmark: python bench/gpu.py [--part build,test,...] [--seconds 540] [--quick] [--json FILE | --save]
+"""GPU benchmark: python bench/gpu.py [--part build,test,...] [--seconds 540] [--size default] [--json FILE | --save]
 
-Runs from the source tree on a machine with a CUDA device, torch >= 2.10, Triton >= 3.6, NumPy and pytest; needs no
-network. Everything it finds is in the JSON file after every row, so a run that is cut off keeps what it had.
+Every benchmark of `condlr bench` in parts, and what has to be known before: the build, the tests marked gpu, the
+ceilings of the device. Runs from the source tree on a machine with a CUDA device, torch >= 2.10, Triton >= 3.6, NumPy
+and pytest; needs no network. Everything it finds is in a results file after every row, so a run that is cut off keeps
+what it had; `condlr bench --compare` and `--plot` read these files.
 """
 
 import argparse
 import datetime
-import functools
 import gc
 import importlib
 import importlib.util
-import json
+import itertools
 import os
+import random
 import re
-import subprocess
 import sys
 import time
 import traceback
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
+import gpu_setup
+
 ROOT = Path(__file__).resolve().parents[1]
+LIMITS = {"seconds": 0.5, "rounds": 5}  # of each provider of a row in each mode; a sample is itself the median of many
 
 
 @dataclass(frozen=True)
 class Part:
-    """`module`.`name of the part`(run); imported when its turn comes, so that what `build` built is loaded."""
+    """share: of the seconds, relative to those of the parts after it. operations: of the registry. first: patterns of
+    the rows that the project has targets for.
+    """
 
-    module: str
     what: str
-    share: float  # of the seconds, relative to those of the parts after it
+    share: float
+    operations: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
     default: bool = True
 
 
 PARTS = {
-    "build": Part("gpu_setup", "builds the compiled CPU part in place, or says why it does without", 2),
-    "test": Part("gpu_setup", "pytest -m gpu", 10),
-    "ceilings": Part("gpu_setup", "copy bandwidth, product rates and launch times of the device", 0.5),
-    "layers": Part("gpu_layers", "low-rank linear layers by all providers", 8),
-    "conv": Part("gpu_layers", "low-rank convolutions of VGG16 and ResNet-50", 3),
-    "svd": Part("gpu_linalg", "singular value decompositions of batches", 2.5),
-    "qr": Part("gpu_linalg", "QR of batches of square and of tall matrices", 2.5),
-    "polar": Part("gpu_linalg", "polar decompositions of batches", 1.5),
-    "clip": Part("gpu_linalg", "spectra of batches of cores clipped", 2.5),
-    "step": Part("gpu_step", "the optimiser step of whole networks", 2.5),
-    "tune": Part("gpu_choices", "every launch configuration of the kernels against the default", 4, default=False),
-    "table": Part("gpu_choices", "the times the choice between paths is made from (--write)", 8, default=False),
-}
+    "build": Part("builds the compiled CPU part in place, or says why it does without", 2),
+    "test": Part("pytest -m gpu", 10),
+    "ceilings": Part("copy bandwidth, product rates and launch times of the device", 0.5),
+    "layers": Part(
+        "low-rank linear layers", 8, ("linear",),
+        tuple(f"linear 8192 x 4096 -> 4096, r {r} bf16" for r in (64, 128, 256)),
+    ),
+    "conv": Part("low-rank convolutions", 3, ("conv",)),
+    "svd": Part(
+        "singular value decompositions of batches", 2.5, ("svd",),
+        tuple(f"svd 64 x {r}x{r} fp32" for r in (64, 128, 33)),
+    ),
+    "qr": Part("thin QR of batches, orthonormal bases", 2.5, ("qr", "orthonormalize"), ("qr 64 x 4096x64 fp32",)),
+    "polar": Part("polar decompositions of batches", 1.5, ("polar",)),
+    "clip": Part(
+        "spectra of batches of cores clipped", 2.5, ("clip", "clip wild"),
+        ("clip 16 x 64x64 fp32", "clip 16 x 128x128 fp32"),
+    ),
+    "step": Part(
+        "the optimiser step of whole networks", 2.5, ("step", "step still"),
+        ("step VGG16 20% fp32", "step VGG16 50% fp32"),
+    ),
+    "train": Part("training and inference of whole networks", 5, ("train", "inference")),
+    "scaling": Part("how cost grows with batch, rank, width and layers", 4, ("scaling",)),
+    "tune": Part("every launch configuration of the kernels against the default", 4, default=False),
+    "table": Part("the times the choice between paths is made from (--write)", 8, default=False),
+}  # fmt: skip
 
 
 class Run:
-    """One run: device, options, time left, and the record that is written after every addition."""
+    """One run: device, options, time left, and the file every record goes to at once."""
 
-    def __init__(self, device, options: argparse.Namespace, file: Path):
-        self.device, self.options, self.file = device, options, file
-        self.record = {
-            "format": 1,
-            "date": datetime.datetime.now().isoformat(timespec="seconds"),
-            "commit": commit(),
-            "command": sys.argv[1:],
-            "machine": device.describe(),
-            "left out": {},
-            "parts": {},
-        }
-        self.stop = time.monotonic() + options.seconds
-        self.failed = []
+    def __init__(self, device, options: argparse.Namespace, stop: float):
+        from condlr_ext.bench import machine, operations, records
+
+        self.device, self.options, self.stop = device, options, stop
+        self.operations = {operation.name: operation for operation in operations.OPERATIONS}
+        self.file = options.json or default_file(options, device.slug)
+        self.write = records.Writer(self.file)
+        self.write(machine.header(device, sys.argv[1:]))
+        self.left: dict[str, list[str]] = {}
+        self.failed: list[str] = []
+        self._ceilings = False
 
     def part(self, name: str, later: float) -> None:
         """Runs the part in its share of the time left; `later`: the shares of the parts after it."""
-        part, left = PARTS[name], self.stop - time.monotonic()
+        part, left, start = PARTS[name], self.stop - time.monotonic(), time.monotonic()
+        self.name, self.found = name, {}
         if left <= 0:
-            self.record["left out"][name] = "all"
-            self.write()
-            return
-        seconds = left * part.share / (part.share + later)
-        print(f"\n== {name}: {part.what}; {seconds:.0f} s" + "".join(f"; {why}" for why in self.failed), flush=True)
-        self.name, self.until = name, time.monotonic() + seconds
-        self.record["parts"][name] = self.found = {}
-        try:
-            function = getattr(importlib.import_module(part.module), name)
-            gc.freeze()  # torch.cuda.graph collects garbage at every capture: not among all that was imported
-            function(self)
-        except Exception as error:  # the other parts may still tell something
-            traceback.print_exc()
-            self.fail(f"{name} raised {type(error).__name__}", error=f"{type(error).__name__}: {error}")
+            self.leave(["all"])
+        else:
+            seconds = left * part.share / (part.share + later)
+            self.until = start + seconds
+            print(
+                f"\n== {name}: {part.what}; {seconds:.0f} s" + "".join(f"; {why}" for why in self.failed[:3]),
+                flush=True,
+            )
+            try:
+                self.device.synchronise()  # raises where the device was lost
+                {"test": test, "ceilings": ceilings, "tune": choices, "table": choices}.get(name, rows)(self)
+            except Exception as error:  # the other parts may still tell something
+                traceback.print_exc()
+                self.fail(f"{name} raised {type(error).__name__}", error=line(error))
+        self.write({"kind": "part", "part": name, "seconds": time.monotonic() - start} | self.found)
+
+    def note(self, **entries) -> None:
+        """For the record of the part."""
+        self.found |= entries
 
     def fail(self, why: str, **entries) -> None:
         """The run goes on, but is not a success."""
         self.failed.append(why)
         self.note(**entries)
 
-    def note(self, **entries) -> None:
-        self.found.update(entries)
-        self.write()
+    def leave(self, rows: list) -> None:
+        """For lack of time, or of a device."""
+        if rows:
+            self.left[self.name] = self.left.get(self.name, []) + [str(row) for row in rows]
+            self.note(**{"left out": self.left[self.name]})
 
-    def add(self, row: dict) -> dict:
-        self.found.setdefault("rows", []).append(row)
-        self.write()
-        return row
+    def measure_ceilings(self) -> None:
+        """Once in a run; if that fails, the parts after it do without."""
+        from condlr_ext.bench.machine import DTYPES
 
-    def within(self, items: list):
-        """The items until the part's time is over; the others are left out, and the record says which."""
-        for i, item in enumerate(items):
-            if time.monotonic() > self.until:
-                self.record["left out"][self.name] = [" ".join(map(str, x)) for x in items[i:]]
-                self.write()
-                return
-            if sys.stderr.isatty():
-                print(f"{self.name} {i + 1}/{len(items)}", end="\r", file=sys.stderr, flush=True)
-            yield item
+        if not self._ceilings:
+            self._ceilings = True
+            found = self.device.ceilings(DTYPES, quick=self.options.size == "smoke")
+            self.write({"kind": "ceilings"} | found)
+            print(*(f"{name} {found[name] * 1e6:.3g} us" for name in ("launch", "graph launch")), sep=", ")
 
-    @functools.cached_property
-    def ceilings(self) -> dict[str, float]:
-        self.record["ceilings"] = importlib.import_module("gpu_device").ceilings(self.device)
-        self.write()
-        return self.record["ceilings"]
 
-    def write(self, indent: int | None = None) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.record, indent=indent) + "\n")
-        partial.replace(self.file)
+def test(run: Run) -> None:
+    found = gpu_setup.test(run.until - time.monotonic())
+    run.note(**found)
+    counts = found["counts"]
+    if found["status"] is None:
+        run.fail("tests: not finished in time")
+    elif found["status"] != 0:
+        run.fail(f"tests are red: {counts['failures']} failed, {counts['errors']} errors, status {found['status']}")
+    elif counts["tests"] == counts["skipped"]:
+        run.fail("tests: none ran")
+
+
+def ceilings(run: Run) -> None:
+    run.measure_ceilings()
+
+
+def rows(run: Run) -> None:
+    """Measures what the project has targets for first, the other rows shuffled, so that what is left out for lack of
+    time is spread over all sizes.
+    """
+    from condlr_ext.bench import runner
+
+    part, options = PARTS[run.name], run.options
+    limits = runner.Options(**LIMITS, compile=options.compile)
+    chosen = selected(run, part)
+    if chosen:
+        run.measure_ceilings()
+    done = 0
+    for i, row in enumerate(chosen):
+        if sys.stderr.isatty():
+            print(f"{run.name} {i + 1}/{len(chosen)} {row}\033[K", end="\r", file=sys.stderr, flush=True)
+        try:
+            left = runner.run([row], run.device, limits, run.write, run.until)
+        except Exception as error:
+            run.fail(f"{row}: {line(error)}", errors=[*run.found.get("errors", ()), f"{row}: {line(error)}"])
+            try:
+                run.device.synchronise()
+            except Exception:  # it is lost, and with it the part
+                run.leave(chosen[i + 1 :])
+                raise
+            continue
+        run.leave(left)
+        done += not left
+    run.note(rows=done)
+    print(f"{done} of {len(chosen)} rows")
+
+
+def selected(run: Run, part: Part) -> list:
+    from condlr_ext.bench.registry import Selection
+
+    found = []
+    for name in part.operations:
+        if name not in run.operations:
+            run.fail(f"{run.name}: the registry has no operation {name!r}")
+            continue
+        operation = run.operations[name]
+        wanted = tuple(run.options.dtypes)
+        if not wanted or set(wanted) & set(operation.supported):
+            found += Selection((name,), run.options.size, wanted).rows([operation], run.device)
+    random.Random(0).shuffle(found)
+    return sorted(found, key=lambda row: place(str(row), part.first))
+
+
+def place(row: str, patterns: tuple[str, ...]) -> int:
+    return next((i for i, pattern in enumerate(patterns) if fnmatch(row, pattern)), len(patterns))
+
+
+def choices(run: Run) -> None:
+    """Parts tune and table."""
+    module, options = importlib.import_module("gpu_choices"), run.options
+    file = {"file": module.MEASURED} if run.name == "table" and options.write else {}
+    dtypes = options.dtypes or ["bf16", "fp32"]
+    function = getattr(module, run.name)
+    run.leave(function(run.device, dtypes, run.write, run.until, quick=options.size == "smoke", **file))
+
+
+def not_good(results) -> list[str]:
+    """Rows in which ours is wrong, or users would get nothing."""
+    found = []
+    for record in results.times:
+        reason = record.get("reason", "")
+        wrong = record["provider"].startswith("ours") and reason.startswith("wrong")
+        nothing = record["provider"] == "ours" and reason and "graph" not in record["mode"]
+        if wrong or nothing:
+            row = " ".join(record[key] for key in ("op", "row", "dtype", "mode", "provider"))
+            found.append(f"{row}: {reason}")
+    return found
 
 
 def missing() -> str | None:
@@ -141,14 +240,6 @@ def missing() -> str | None:
     return None
 
 
-def commit() -> str | None:
-    describe = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy without history
-        return None
-
-
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parts = "\n".join(f"  {name:<9} {p.what}{'' if p.default else ' (only if named)'}" for name, p in PARTS.items())
     parser = argparse.ArgumentParser(
@@ -156,11 +247,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--part", metavar="A,B", help="which parts, comma-separated")
     parser.add_argument("--seconds", type=float, default=540, help="for everything; what does not fit is left out")
-    parser.add_argument("--dtypes", nargs="+", choices=("bf16", "fp32", "tf32"), default=["bf16", "fp32"])
-    parser.add_argument("--full", action="store_true", help="torch.compile for every shape, not only a few")
-    parser.add_argument("--quick", action="store_true", help="few rows of every part")
+    parser.add_argument("--size", choices=("smoke", "default", "full"), default="default", help="how many shapes")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("bf16", "fp16", "fp32", "tf32", "fp64"), default=[],
+        help="arithmetic, for the operations that have it; default: each operation's own, bf16 and fp32 for layers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", choices=("some", "all", "none"), default="some", help="shapes torch.compile is tried for"
+    )
     parser.add_argument("--write", action="store_true", help="part table: into condlr_ext/ops/measured.json")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="where the record goes; default runs/gpu-...json")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="the results file; default runs/gpu-...jsonl")
     parser.add_argument("--save", action="store_true", help="the same under bench/results/")
     options = parser.parse_args(arguments)
     options.part = options.part.split(",") if options.part else [name for name, p in PARTS.items() if p.default]
@@ -171,37 +267,46 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def default_file(options: argparse.Namespace, device: str) -> Path:
+def default_file(options: argparse.Namespace, slug: str) -> Path:
     parts = "" if len(options.part) > 4 else "-" + "-".join(options.part)
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     folder = ROOT / ("bench/results" if options.save else "runs")
-    return folder / f"gpu-{datetime.date.today().isoformat()}-{slug}{parts}.json"
+    return folder / f"gpu-{datetime.date.today().isoformat()}-{slug}{parts}.jsonl"
+
+
+def line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def main() -> int:
     options = parse()
+    stop = time.monotonic() + options.seconds
     if reason := missing():
         sys.exit(f"bench/gpu.py: {reason}")
+    # before the package is imported, so that what it built is loaded
+    built = gpu_setup.build(min(60, options.seconds)) if "build" in options.part else None
     sys.path.insert(0, str(ROOT))
     import torch
-    from gpu_device import Cuda
+
+    from condlr_ext.bench import cuda, tables
+    from condlr_ext.bench.records import Results
 
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # what we are compared with at its best
-    device = Cuda()
-    run = Run(device, options, options.json or default_file(options, device.name))
-    print(
-        *(f"{key} {value}" for key, value in run.record["machine"].items()), f"commit {run.record['commit']}", sep=", "
-    )
-    for i, name in enumerate(options.part):
-        run.part(name, sum(PARTS[later].share for later in options.part[i + 1 :]))
-    run.write(indent=1)
-    for name, items in run.record["left out"].items():
-        print(f"left out for lack of time: {name}, {items if items == 'all' else f'{len(items)} rows'}")
-    for why in run.failed:
+    run = Run(cuda.Cuda(), options, stop)
+    if built:
+        run.write({"kind": "part", "part": "build"} | built)
+    gc.collect()
+    gc.freeze()  # what was imported; every row collects what the last one left
+    parts = [name for name in options.part if name != "build"]
+    for name, later in zip(parts, itertools.count(1)):
+        run.part(name, sum(PARTS[other].share for other in parts[later:]))
+    results = Results.read(run.file)
+    print("", *tables.show(results), sep="\n")
+    for name, left in run.left.items():
+        print(f"left out: {name}, {'all' if left == ['all'] else f'{len(left)} rows'}")
+    for why in (bad := run.failed + not_good(results)):
         print(f"NOT GOOD: {why}")
     print(run.file)
-    return 1 if run.failed else 0
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

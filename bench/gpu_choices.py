@@ -4,72 +4,83 @@ import datetime
 import json
 import random
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 import triton
-from gpu_device import arithmetic
-from gpu_layers import Conv, Linear, Problem, attempt, measure, timed
-from timing import Case
 
+from condlr_ext.bench.layers import Conv, LayerProblem, Linear
+from condlr_ext.bench.machine import arithmetic, commit
+from condlr_ext.bench.registry import OURS, Call, Provider
+from condlr_ext.bench.runner import attempt, judge, replayed
+from condlr_ext.bench.timing import interleave, quantiles
 from condlr_ext.kernels.triton import architecture, configs, layers, tuning
 
 MEASURED = Path(__file__).resolve().parents[1] / "condlr_ext" / "ops" / "measured.json"
-PATHS = ("triton", "products", "merged", "dense")
+KERNELS = ("chain", "sums", "combine")
+PATHS = {"triton": "ours: triton", "products": "reference", "merged": "ours: merged", "dense": "dense"}
 COLUMNS = ("direction", "layer", "precision", "rows", "n", "m", "r", *PATHS)
-PRECISIONS = {"bf16": "bfloat16", "fp32": "float32", "tf32": "tf32"}
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "tf32": "tf32"}
 
 
-def tune(run, shapes: list[Linear] | None = None) -> None:
-    """The kernels of a linear layer with every configuration. "sums" and "combine" run together, after Q = G U."""
+def tune(
+    device, dtypes: list[str], write: Callable, until: float, quick: bool = False, shapes: list[Linear] | None = None
+) -> list[str]:
+    """The kernels of a linear layer with every configuration, as "tune" records. "sums" and "combine" run together,
+    after Q = G U. Returns what was left out when time.monotonic() was `until`; quick: few rows.
+    """
     if shapes is None:
         shapes = [Linear(B, 4096, 4096, r) for r in (64, 128, 256, 16) for B in (8192, 512)]
-    kernels = ("chain", "sums", "combine")
-    items = [(shape, name, kernel) for shape in shapes for name in run.options.dtypes for kernel in kernels]
-    for shape, name, kernel in run.within(items[: 3 if run.options.quick else None]):
-        row = run.add(tuned(run, shape, name, kernel))
-        default, *others = row["configs"]
-        start = f"{row['row']:<36} {name:<4} {kernel:<8}"
+    items = [(shape, name, kernel) for shape in shapes for name in dtypes for kernel in KERNELS]
+    left = items[: 3 if quick else None]
+    while left and time.monotonic() < until:
+        record = tuned(device, *left.pop(0))
+        write(record)
+        default, *others = record["configs"]
+        start = f"{record['row']:<36} {record['dtype']:<4} {record['kernel']:<8}"
         if "reason" in default:
             print(f"{start} the default fails: {default['reason']}")
             continue
-        best = min((c for c in row["configs"] if "seconds" in c), key=lambda c: c["seconds"][1])
+        best = min((c for c in record["configs"] if "seconds" in c), key=lambda c: c["seconds"][1])
         ratio = default["seconds"][1] / best["seconds"][1]
         what = f"{ratio:.2f} x as fast: {best['config']}" if ratio > 1 else f"the best of {1 + len(others)}"
         print(f"{start} {default['seconds'][1] * 1e6:>9.1f} us, {what}")
+    return [" ".join(map(str, item)) for item in left]
 
 
-def tuned(run, shape: Linear, name: str, kernel: str) -> dict:
+def tuned(device, shape: Linear, name: str, kernel: str) -> dict:
     """{"configs": [{"config", "error", "seconds": quantiles or "reason"}]}, the default first."""
     with arithmetic(name):
-        problem = Problem(shape, name, run.device)
-        x, U, S, V, bias, G = problem.x, problem.U, problem.S, problem.V, problem.bias, problem.G
+        problem = LayerProblem(shape, name, device)
+        (x, U, S, V, bias), G = (t.detach() for t in problem.factors.tensors.values()), problem.factors.G
         P, mask = x @ V, [False, True, True, True, True]
+        names = ["Y"] if kernel == "chain" else ["dU", "dS", "dV", "db"]
 
-        def call() -> dict:
+        def compute() -> tuple:
             if kernel == "chain":
-                return {"Y": layers.low_rank_linear(x, U, S, V, bias)[0]}
-            gradients = layers.low_rank_linear_backward(G, x, P, U, S, V, mask)
-            return dict(zip(("dU", "dS", "dV", "db"), gradients[1:], strict=True))
+                return layers.low_rank_linear(x, U, S, V, bias)[:1]
+            return layers.low_rank_linear_backward(G, x, P, U, S, V, mask)[1:]
 
         rank, rounding = triton.next_power_of_2(max(shape.r, 16)), layers.precision(G.dtype)
-
-        def exact() -> dict:
-            return {key: problem.exact[key] for key in (("Y",) if kernel == "chain" else ("dU", "dS", "dV", "db"))}
-
-        found, cases = [], {}
+        found, replays = [], {}
         for i, config in enumerate(configs.of(kernel, architecture(G.device), G.dtype, rank, rounding)):
-            launch = partial(run_with, kernel, config, call)
-            found.append({"config": str(config)} | problem.judge(launch, exact))
-            if "reason" not in found[i]:
-                # replayed: launches would hide what differs
-                replay = attempt(run.device, partial(run.device.graph, launch), found[i], "reason")
-                if replay:
-                    cases[i] = Case(replay, float, 0)
-        for i, seconds in timed(run.device, cases).items():
+            call = Call(partial(run_with, kernel, config, compute), partial(problem.factors.errors, names))
+            provider = Provider({"call": call}, problem.limits, OURS)
+            found.append({"config": str(config)} | judge(device, provider, call))
+            if "reason" in found[i]:
+                continue
+            # replayed: launches would hide what differs
+            captured = attempt(device, partial(device.graph, call), found[i], "reason")
+            if captured:
+                found[i] |= judge(device, provider, call, partial(replayed, *captured))
+                if "reason" not in found[i]:
+                    replays[i] = Call(captured[0], call.errors)
+        for i, seconds in timed(device, replays).items():
             found[i]["seconds"] = seconds
-    return {"row": str(shape), "dtype": name, "kernel": kernel, "configs": found}
+    return {"kind": "tune", "row": str(shape), "dtype": name, "kernel": kernel, "configs": found}
 
 
 def run_with(kernel: str, config: triton.Config, call: Callable):
@@ -84,9 +95,24 @@ def run_with(kernel: str, config: triton.Config, call: Callable):
         tuning._chosen.clear()
 
 
-def table(run, shapes: list[Linear | Conv] | None = None, file: Path = MEASURED) -> None:
-    """Each direction by each path over a grid of sizes, in microseconds (null: cannot serve, or is wrong), "conv" for
-    3x3 convolutions. --write puts the rows into the file in place of this device's.
+def timed(device, calls: dict, seconds: float = 0.15, rounds: int = 15) -> dict:
+    """Quantiles of the seconds of each call, taken in turn, with cold caches."""
+    samples = interleave(device, list(calls.values()), [1.0] * len(calls), seconds, rounds, cold=True)
+    return {key: quantiles(s) for key, s in zip(calls, samples, strict=True)}
+
+
+def table(
+    device,
+    dtypes: list[str],
+    write: Callable,
+    until: float,
+    quick: bool = False,
+    file: Path | None = None,
+    shapes: list[Linear | Conv] | None = None,
+) -> list[str]:
+    """Each direction by each path over a grid of sizes as "choice" records, in microseconds (null: cannot serve, or is
+    wrong), "conv" for 3x3 convolutions. They are put into the file (MEASURED is the one that ships) in place of this
+    device's. Returns and takes what tune does.
     """
     if shapes is None:
         sizes = [(n, m, r) for n in (256, 1024, 4096) for m in (256, 1024, 4096) for r in (8, 32, 128, 512)]
@@ -94,27 +120,44 @@ def table(run, shapes: list[Linear | Conv] | None = None, file: Path = MEASURED)
         shapes = [Linear(rows, *size) for size in sizes for rows in (1, 16, 256, 4096, 32768)]
         sizes = [(c, m, r) for c in (64, 256) for m in (64, 256, 512) for r in (13, 32, 128) if r <= m]
         shapes += [Conv(images, c, m, 16, 3, 1, 1, r) for c, m, r in sizes for images in (1, 16, 128)]
-    items = [(shape, name) for shape in shapes for name in run.options.dtypes]
+    items = [(shape, name) for shape in shapes for name in dtypes if name in PRECISIONS]
     random.Random(0).shuffle(items)  # what is left out for lack of time is spread over all sizes
-    rows, directions = [], ("forward", "backward")
-    for shape, name in run.within(items[: 6 if run.options.quick else None]):
-        found = run.add(measure(run, shape, name, PATHS, directions))["providers"]
-        layer = "linear" if isinstance(shape, Linear) else "conv"
-        for direction in directions:
-            times = [round(found[p][direction][1] * 1e6, 2) if direction in found[p] else None for p in PATHS]
-            rows.append([direction, layer, PRECISIONS[name], shape.rows, shape.n, shape.m, shape.r, *times])
-    machine = run.record["machine"]
-    entry = {key: machine[key] for key in ("device", "capability", "torch", "triton")}
-    entry |= {"date": datetime.date.today().isoformat(), "commit": run.record["commit"], "columns": COLUMNS}
-    entry["rows"] = sorted(rows, key=lambda row: row[:7])
+    rows, left = [], items[: 6 if quick else None]
+    while left and time.monotonic() < until:
+        for record in choices(device, *left.pop(0)):
+            write(record)
+            rows.append([record[column] for column in COLUMNS])
+    rows.sort(key=lambda row: row[:7])
     print(*COLUMNS, sep="\t")
-    print(*("\t".join(map(str, row)) for row in entry["rows"]), sep="\n")
-    if run.options.write:
-        write(file, entry)
+    print(*("\t".join(map(str, row)) for row in rows), sep="\n")
+    if file is not None:
+        enter(file, device, rows)
+    return [" ".join(map(str, item)) for item in left]
 
 
-def write(file: Path, entry: dict) -> None:
+def choices(device, shape: Linear | Conv, name: str) -> list[dict]:
+    """A record of each direction; "reasons": by path, why it has no time."""
+    torch._dynamo.reset()
+    layer = "linear" if isinstance(shape, Linear) else "conv"
+    size = {"layer": layer, "precision": PRECISIONS[name], "rows": shape.rows, "n": shape.n, "m": shape.m, "r": shape.r}
+    with arithmetic(name):
+        problem, found = LayerProblem(shape, name, device), []
+        providers = {path: problem.providers[provider]() for path, provider in PATHS.items()}
+        for direction in ("forward", "backward"):
+            judged = {path: judge(device, p, p.calls[direction]) for path, p in providers.items()}
+            reasons = {path: judgement["reason"] for path, judgement in judged.items() if "reason" in judgement}
+            times = timed(device, {path: p.calls[direction] for path, p in providers.items() if path not in reasons})
+            columns = {path: round(times[path][1] * 1e6, 2) if path in times else None for path in PATHS}
+            found.append({"kind": "choice", "direction": direction} | size | columns | {"reasons": reasons})
+    return found
+
+
+def enter(file: Path, device, rows: list[list]) -> None:
     """One line per row, so that differences between two versions of the file can be read."""
+    machine = device.describe()
+    entry = {"device": machine["device"], "capability": machine["capability"]}
+    entry |= {"torch": torch.__version__, "triton": triton.__version__}
+    entry |= {"date": datetime.date.today().isoformat(), "commit": commit(), "columns": COLUMNS, "rows": rows}
     tables = json.loads(file.read_text())["tables"] if file.exists() else []
     tables = [t for t in tables if t["device"] != entry["device"]] + [entry]
     text = json.dumps({"format": 1, "tables": tables}, indent=1)

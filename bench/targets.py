@@ -1,48 +1,73 @@
-"""The project's targets on CPUs: how many times as long as ours another provider should take in a row."""
+"""The project's targets on CPUs, and what was reached of them: python bench/targets.py RESULTS.jsonl
 
-OURS = ("ours", "ours compiled")
-TARGETS = (  # row, providers of which the fastest counts, ratio
-    ("step VGG16 50%", ("released",), 40),
-    ("step VGG16 20%", ("released",), 100),
-    ("step WRN16-4 50%", ("released",), 25),
-    ("step WRN16-4 20%", ("released",), 80),
-    ("step LeNet5 50%", ("released",), 9),
-    ("step LeNet5 20%", ("released",), 15),
-    ("step VGG16 50%", ("fast PyTorch",), 8),
-    ("step VGG16 20%", ("fast PyTorch",), 10),
-    ("step WRN16-4 50%", ("fast PyTorch",), 8),
-    ("step WRN16-4 20%", ("fast PyTorch",), 11),
-    ("step LeNet5 50%", ("fast PyTorch",), 6),
-    ("step LeNet5 20%", ("fast PyTorch",), 9),
-    ("step VGG16 20%", ("dense SGD", "dense SGD fused"), 1.0),
-    ("step WRN16-4 20%", ("dense SGD", "dense SGD fused"), 1.0),
-    ("iteration VGG16 50%", ("dense", "dense compiled"), 1.5),
-    ("iteration VGG16 20%", ("dense", "dense compiled"), 3.0),
-    ("iteration WRN16-4 50%", ("dense", "dense compiled"), 1.55),
-    ("iteration WRN16-4 20%", ("dense", "dense compiled"), 3.0),
-    ("iteration LeNet5 50%", ("dense", "dense compiled"), 1.0),
-    ("iteration LeNet5 20%", ("dense", "dense compiled"), 1.8),
-    ("iteration digits MLP 50%", ("dense", "dense compiled"), 0.6),
-    ("iteration digits MLP 20%", ("dense", "dense compiled"), 0.8),
-    ("clip 16 x 16x16", ("gesdd loop",), 10),
-    ("clip 16 x 64x64", ("gesdd loop",), 6),
-    ("clip 16 x 128x128", ("gesdd loop",), 5),
-    ("clip 16 x 256x256", ("gesdd loop",), 5),
+A ratio is another provider's time over ours; of several providers the fastest counts.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from condlr_ext.bench.records import Results
+
+DENSE_STEP = ("dense SGD", "dense SGD fused")
+DENSE = ("dense", "dense compiled")
+TARGETS = (  # operation, row, mode, providers, ratio
+    ("step", "VGG16 50%", "call", ("released",), 40),
+    ("step", "VGG16 20%", "call", ("released",), 100),
+    ("step", "WRN16-4 50%", "call", ("released",), 25),
+    ("step", "WRN16-4 20%", "call", ("released",), 80),
+    ("step", "LeNet5 50%", "call", ("released",), 9),
+    ("step", "LeNet5 20%", "call", ("released",), 15),
+    ("step", "VGG16 50%", "call", ("fast PyTorch",), 8),
+    ("step", "VGG16 20%", "call", ("fast PyTorch",), 10),
+    ("step", "WRN16-4 50%", "call", ("fast PyTorch",), 8),
+    ("step", "WRN16-4 20%", "call", ("fast PyTorch",), 11),
+    ("step", "LeNet5 50%", "call", ("fast PyTorch",), 6),
+    ("step", "LeNet5 20%", "call", ("fast PyTorch",), 9),
+    ("step", "VGG16 20%", "call", DENSE_STEP, 1.0),
+    ("step", "WRN16-4 20%", "call", DENSE_STEP, 1.0),
+    ("train", "VGG16 50%", "iteration", DENSE, 1.5),
+    ("train", "VGG16 20%", "iteration", DENSE, 3.0),
+    ("train", "WRN16-4 50%", "iteration", DENSE, 1.55),
+    ("train", "WRN16-4 20%", "iteration", DENSE, 3.0),
+    ("train", "LeNet5 50%", "iteration", DENSE, 1.0),
+    ("train", "LeNet5 20%", "iteration", DENSE, 1.8),
+    ("train", "digits MLP 50%", "iteration", DENSE, 0.6),
+    ("train", "digits MLP 20%", "iteration", DENSE, 0.8),
+    ("clip", "16 x 16x16", "call", ("torch.linalg",), 10),
+    ("clip", "16 x 64x64", "call", ("torch.linalg",), 6),
+    ("clip", "16 x 128x128", "call", ("torch.linalg",), 5),
+    ("clip", "16 x 256x256", "call", ("torch.linalg",), 5),
 )
 
 
-def outcomes(records: list[dict]) -> list[dict]:
-    """What was reached of each target that was measured, for every number of threads. Where both were also compiled
-    (--compile), the better form of each counts.
+def outcomes(results: Results) -> list[tuple]:
+    """(operation, row, threads, fastest of the others, ratio, target) of the targets that were measured, with warm
+    caches. Where a network was also compiled, the better form of each counts.
     """
-    times = {(r["row"], r["threads"], r["provider"]): r["seconds"] for r in records if r.get("seconds")}
+    times = {}
+    for r in results.times:
+        if r["seconds"] and r["cache"] == "warm":
+            times.setdefault((r["op"], r["row"], r["mode"]), {}).setdefault(r["threads"], {})[r["provider"]] = r
     found = []
-    for row, providers, target in TARGETS:
-        for threads in sorted({threads for name, threads, _ in times if name == row}):
-            mine = [t for p in OURS if (t := times.get((row, threads, p)))]
-            theirs = {t: p for p in providers if (t := times.get((row, threads, p)))}
-            if mine and theirs:
-                ratio = min(theirs) / min(mine)
-                result = {"row": row, "against": theirs[min(theirs)], "threads": threads, "ratio": ratio}
-                found.append(result | {"target": target, "reached": ratio >= target})
+    for operation, row, mode, providers, target in TARGETS:
+        for threads, records in times.get((operation, row, mode), {}).items():
+            seconds = {name: record["seconds"][1] for name, record in records.items()}
+            mine = [seconds[name] for name in ("ours", "ours compiled") if name in seconds]
+            others = [name for name in providers if name in seconds]
+            if mine and others:
+                best = min(others, key=seconds.get)
+                found.append((operation, row, threads, best, seconds[best] / min(mine), target))
     return found
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__.splitlines()[0])
+    for operation, row, threads, other, ratio, target in outcomes(Results.read(sys.argv[1])):
+        reached = "reached" if ratio >= target else "not reached"
+        print(f"{operation:<6} {row:<16} {threads} threads  {other:<16} {ratio:>7.2f} of {target:<6g} {reached}")
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,7 @@ def float32_convolutions():
 def pytest_collection_modifyitems(items):
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "interpreter" in item.keywords and not interpreting:
+        if item.get_closest_marker("interpreter") and not interpreting:
             item.add_marker(pytest.mark.skip(reason="needs a process started with TRITON_INTERPRET=1"))

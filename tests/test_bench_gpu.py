@@ -1,18 +1,24 @@
 """The GPU benchmark without a GPU: refuses to start, and its parts run on the interpreter with a clock of the CPU."""
 
-import ast
+import contextlib
 import importlib
 import inspect
-import json
 import os
+import re
 import subprocess
 import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from condlr_ext.bench import cuda, linear_algebra, machine, operations, runner
+from condlr_ext.bench.linear_algebra import Batch
+from condlr_ext.bench.records import Results, key
+from condlr_ext.bench.registry import Call, Operation, Provider, Row, Selection, Work
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
@@ -25,77 +31,152 @@ def gpu(monkeypatch):
     return importlib.import_module("gpu")
 
 
-class Host:
-    """A stand-in for the device."""
+class Host(cuda.Cuda):
+    """A stand-in for the device: what a replay writes to stays the same, as in a graph."""
 
-    device, name = torch.device("cpu"), "Host (CPU)"
+    device, name, slug = torch.device("cpu"), "Host (CPU)", "host"
+
+    def __init__(self):
+        self._properties = SimpleNamespace(L2_cache_size=1 << 16)
 
     def describe(self):
-        return {"device": self.name, "capability": [0, 0], "torch": torch.__version__, "triton": "interpreted"}
+        return {"device": self.name, "capability": [0, 0], "build": {}}
 
     def synchronise(self):
         pass
 
+    def seconds(self, call, number, cold):
+        total = 0.0
+        for _ in range(number):
+            if call.prepare:
+                call.prepare()
+            start = time.perf_counter()
+            call.run()
+            total += time.perf_counter() - start
+        return total / number
+
     def graph(self, call):
-        return call
+        if call.rewind:
+            call.rewind()
+        out = call.run()
 
-    def sample(self, case, number):
-        case.prepare()
-        start = time.perf_counter()
-        case.call()
-        return time.perf_counter() - start
+        def replay():
+            for static, fresh in zip(runner._floating(out), runner._floating(call.run()), strict=True):
+                static.detach().copy_(fresh.detach())
 
+        return replay, out
 
-CEILINGS = {"copy": 1e10, "fp32": 1e10, "launch": 1e-6}
+    def memory(self, call):
+        return 0
+
+    def free(self):
+        return 1 << 28
 
 
 @pytest.fixture
-def run(gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu.Run, "ceilings", CEILINGS)
-    return gpu.Run(Host(), gpu.parse(["--dtypes", "fp32"]), tmp_path / "record.json")
+def start(gpu, monkeypatch, tmp_path):
+    """Makes the Run of these arguments."""
+
+    def run(*arguments, seconds=60):
+        options = gpu.parse(["--size", "smoke", "--dtypes", "fp32", "--json", str(tmp_path / "run.jsonl"), *arguments])
+        return gpu.Run(Host(), options, time.monotonic() + seconds)
+
+    monkeypatch.setattr(Host, "ceilings", lambda self, dtypes, quick: CEILINGS)
+    return run
 
 
-def part(run, function, *arguments) -> dict:
-    """What one part finds, with a minute for it."""
-    run.name, run.until, run.found = function.__name__, time.monotonic() + 60, {}
-    run.record["parts"][run.name] = run.found
-    function(run, *arguments)
-    run.write()
-    return json.loads(run.file.read_text())["parts"][run.name]
+CEILINGS = {
+    "copy": [[1 << 16, 2e10], [1 << 24, 1e10]],
+    "threads": 1,
+    "fp32": 1e10,
+    "launch": 2e-6,
+    "graph launch": 1e-6,
+}
+
+
+def replaced(run, **problems):
+    """The registry of these operations, each with three shapes; problems: by name."""
+
+    def of(name, problem):
+        return Operation(name, "", lambda shape, dtype, device: problem(shape), lambda size, device: SHAPES)
+
+    run.operations = {name: of(name, problem) for name, problem in problems.items()}
+
+
+SHAPES = [Batch(n, n, n) for n in (1, 2, 3)]
+
+
+def good(shape):
+    call = Call(lambda: None, lambda out: {"error": 0.0})
+    return SimpleNamespace(
+        providers={"ours": lambda: Provider({"call": call}, {"": 1.0}, "ours")}, work={"call": [Work(1, 1)]}
+    )
 
 
 # for a process of its own: Triton decides at import whether it interprets
 DRIVER = f"""
-import json, pathlib, sys, time
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
 sys.path[:0] = [{str(ROOT)!r}, {str(BENCH)!r}]
 import torch
 torch.set_num_threads(1)
-torch.manual_seed(0)
-import gpu, gpu_choices, gpu_device, gpu_layers, gpu_linalg, gpu_step
-from gpu_layers import Conv, Linear
-from gpu_linalg import Batch
-from networks import Network
+import dataclasses
+import gpu
+from condlr_ext.bench import cuda, linear_algebra, operations, runner
 {inspect.getsource(Host)}
-{inspect.getsource(part)}
-gpu.Run.ceilings = {CEILINGS}
-run = gpu.Run(Host(), gpu.parse(["--dtypes", "fp32"]), pathlib.Path("record.json"))
+gpu.missing = lambda: None
+gpu.LIMITS = {{"seconds": 0, "rounds": 1}}
+cuda.Cuda = Host
+operations.OPERATIONS = [  # an interpreted decomposition takes its time
+    dataclasses.replace(operation, shapes=lambda *_: [linear_algebra.Batch(1, 4, 4)])
+    if operation in linear_algebra.OPERATIONS
+    else operation
+    for operation in operations.OPERATIONS
+]
+sys.exit(gpu.main())
 """
 
 
-def drive(folder: Path, code: str) -> tuple[dict, str]:
-    """The record and the output of a driver that ends with this code; its kernels are interpreted."""
+def test_all_parts(gpu, tmp_path):
+    """On the interpreter: every operation of the registry by every provider, but for whole networks' steps, which would
+    take minutes of it.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "CONDLR_EXT_BACKEND"}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", DRIVER + code]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "record.json").read_text()), done.stdout
+    parts = [name for name, part in gpu.PARTS.items() if name == "ceilings" or (part.operations and name != "step")]
+    covered = {name for part in parts for name in gpu.PARTS[part].operations}
+    arguments = ["--part", ",".join(parts), "--size", "smoke", "--dtypes", "fp32", "--compile", "none"]
+    command = [sys.executable, "-c", DRIVER, *arguments, "--json", "run.jsonl"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = Results.read(tmp_path / "run.jsonl")
+    assert results.run["machine"]["device"] == "Host (CPU)" and results.run["command"] == [*arguments, *command[-2:]]
+    (found,) = results.others["ceilings"]
+    assert {*machine.DTYPES, "launch", "graph launch"} < set(found)
+    (cached, inside), (beyond, outside) = found["copy"]
+    assert cached < beyond and min(inside, outside, *(found[name] for name in machine.DTYPES)) > 0
+    assert [record["part"] for record in results.others["part"]] == parts
+    rows = sum(record.get("rows", 0) for record in results.others["part"])
+    assert {record["op"] for record in results.times} == covered
+    assert rows == len({key(record)[:3] for record in results.times})
+    for record in results.times:
+        assert (record["seconds"] is None) == ("reason" in record)
+        if record["provider"].startswith("ours") and not record["mode"].endswith(", graph"):
+            low, median, high = record["seconds"]
+            assert 0 < low <= median <= high and record["roofline"] > 0
+        if record["seconds"]:
+            assert all(error <= record["limits"][name] for name, error in record["errors"].items())
+        assert record["cache"] == "cold"
+    replayed = {r["provider"] for r in results.times if r["mode"] == "call, graph" and r["seconds"]}
+    assert {"ours", "torch.linalg"} <= replayed
+    assert "1 x 4x4" in done.stdout and done.stdout.endswith("run.jsonl\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_the_script_ends_with_one_line():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(BENCH / "gpu.py"), "--quick"]
+    command = [sys.executable, str(BENCH / "gpu.py"), "--size", "smoke"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == "" and done.stderr.startswith("bench/gpu.py: no CUDA device (torch ")
@@ -129,106 +210,171 @@ def test_parts_run_in_their_order(gpu):
     assert gpu.parse(["--part", "conv,build"]).part == ["build", "conv"]
 
 
-def test_layers_and_convolutions(tmp_path):
-    record, output = drive(
-        tmp_path,
-        """
-part(run, gpu_layers.layers, [Linear(33, 17, 20, 3), Linear(1, 16, 24, 8)])
-part(run, gpu_layers.conv, [Conv(2, 4, 6, 5, 3, 2, 1, 3), Conv(2, 5, 6, 4, 1, 1, 0, 4)])
-""",
-    )
-    for part in ("layers", "conv"):
-        assert len(record["parts"][part]["rows"]) == 2
-        for row in record["parts"][part]["rows"]:
-            assert set(row["providers"]) == {"triton", "auto", "merged", "eager", "eager folded", "dense"}
-            for found in row["providers"].values():
-                assert found["error"] < 1e-6
-                for mode in ("forward", "backward", "both"):
-                    low, median, high = found[mode]
-                    assert 0 < low <= median <= high
-            assert row["ours"] == "triton"
-            for mode in ("forward", "backward", "both"):
-                assert row["modes"][mode]["ratio"] > 0 and row["modes"][mode]["over floor"] > 0
-            assert row["row"] in output
-    assert "ours wins" in output
+def test_every_operation_has_its_part(gpu):
+    named = [name for part in gpu.PARTS.values() for name in part.operations]
+    assert sorted(named) == sorted(operation.name for operation in operations.OPERATIONS)
 
 
-def test_what_is_wrong_or_fails_gets_no_time(run, monkeypatch, capsys):
-    import gpu_layers
-
-    class Linear(gpu_layers.Linear):
-        def folded(self, x, U, S, V, bias):
-            return super().folded(x, U, S, V, bias * (1 + 1e-4))
-
-        def ours(self, x, U, S, V, bias, route="auto"):
-            return super().three_products(x, U, S, V, bias) * torch.nan
-
-        def dense(self, *tensors):
-            raise ArithmeticError("no dense layer")
-
-    (row,) = part(run, gpu_layers.layers, [Linear(33, 17, 20, 3)])["rows"]
-    found = row["providers"]
-    assert found["eager"]["both"] and "reason" not in found["eager"]
-    assert found["eager folded"]["reason"].startswith("wrong: ") and 1e-5 < found["eager folded"]["error"] < 1e-3
-    assert found["merged"]["reason"].startswith("wrong: ") and found["merged"]["error"] is None
-    assert found["dense"] == {"reason": "ArithmeticError: no dense layer"}
-    assert row["ours"] is None and not any("both" in f or "graph" in f for name, f in found.items() if name != "eager")
-    assert "no time in 1 rows: dense: ArithmeticError: no dense layer" in capsys.readouterr().out
+def test_what_has_a_target_comes_first(gpu, start):
+    run = start("--size", "default")
+    run.options.dtypes = []
+    run.name, run.found = "", {}
+    for part in gpu.PARTS.values():
+        rows = [str(row) for row in gpu.selected(run, part)]
+        assert [gpu.place(row, part.first) for row in rows[: len(part.first)]] == [*range(len(part.first))]
+        chosen = Selection(part.operations).rows(run.operations.values(), run.device) if part.operations else []
+        assert sorted(rows) == sorted(map(str, chosen))
+        listed = [str(row) for row in chosen if gpu.place(str(row), part.first) == len(part.first)]
+        assert len(rows) < 5 or rows[len(part.first) :] != listed  # but shuffled
 
 
-def test_memory_is_poisoned_between_providers(run, monkeypatch):
-    """NaN of the sizes of a provider's results is written when these are gone: a caching allocator reuses their memory."""
-    import gpu_layers
-
-    problem = gpu_layers.Problem(gpu_layers.Linear(64, 32, 16, 4), "fp32", Host())
-    exact, results, poison = {"Y": torch.randn(7, 5)}, [], []
-
-    def provider():
-        out = exact["Y"].clone()
-        results.append(weakref.ref(out))
-        return {"Y": out}
-
-    full = torch.full
-
-    def recorded(size, value, **options):
-        assert results[0]() is None
-        poison.append(full(size, value, **options))
-        return poison[-1]
-
-    monkeypatch.setattr(torch, "full", recorded)
-    assert problem.judge(provider, lambda: exact) == {"error": 0.0}
-    (nan,) = poison
-    assert nan.shape == (7, 5) and nan.dtype == torch.float32 and nan.isnan().all()
+def test_an_operation_that_is_missing_is_not_good(gpu, start):
+    run = start()
+    replaced(run, clip=good)
+    run.part("clip", 0)
+    assert run.failed == ["clip: the registry has no operation 'clip wild'"]
+    assert {record["op"] for record in Results.read(run.file).times} == {"clip"}
 
 
-def test_the_deadline(run, monkeypatch):
-    import gpu_layers
+def test_arithmetic_that_an_operation_lacks(start):
+    run = start("--dtypes", "bf16")
+    run.part("svd", 0)
+    assert not run.failed and Results.read(run.file).others["part"] == [
+        {"kind": "part", "part": "svd", "seconds": pytest.approx(0, abs=60), "rows": 0}
+    ]
 
-    def measure(run, shape, name, names):
+
+def test_the_deadline(gpu, start):
+    run = start()
+
+    def late(shape):
         run.until = 0
-        return {"row": str(shape), "dtype": name, "ours": None, "providers": {}}
+        return good(shape)
 
-    monkeypatch.setattr(gpu_layers, "measure", measure)
-    (row,) = part(run, gpu_layers.layers, [gpu_layers.Linear(33, 17, 20, r) for r in (1, 2, 3)])["rows"]
+    replaced(run, polar=late)
+    run.part("polar", 0)
     run.stop = 0
     run.part("conv", 0)
-    left = json.loads(run.file.read_text())["left out"]
-    assert {row["row"] + " fp32", *left["layers"]} == {f"33 x 17 -> 20, r {r} fp32" for r in (1, 2, 3)}
-    assert len(left["layers"]) == 2 and left["conv"] == "all"
+    results = Results.read(run.file)
+    (measured,) = {record["row"] for record in results.times}
+    polar, conv = results.others["part"]
+    assert {f"polar {measured} fp32", *polar["left out"]} == {f"polar {shape} fp32" for shape in SHAPES}
+    assert polar["rows"] == 1 and len(polar["left out"]) == 2 and conv["left out"] == ["all"]
+    assert run.left == {"polar": polar["left out"], "conv": ["all"]} and not run.failed
 
 
-def test_red_tests_are_reported(run, tmp_path, capsys):
+def test_a_row_that_raises_is_not_good(start):
+    """The other rows are measured."""
+    run = start()
+
+    class Raises(dict):
+        def items(self):
+            raise ArithmeticError("no\nproviders")
+
+    def problem(shape):
+        return SimpleNamespace(providers=Raises(), work={}) if shape.m == 2 else good(shape)
+
+    replaced(run, polar=problem)
+    run.part("polar", 0)
+    assert run.failed == ["polar 2 x 2x2 fp32: ArithmeticError: no"]
+    (part,) = Results.read(run.file).others["part"]
+    assert part["errors"] == run.failed and part["rows"] == 2 and "left out" not in part
+
+
+def test_a_lost_device_ends_the_part(start, monkeypatch, capsys):
+    run = start()
+    lost = []
+
+    def synchronise():
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def problem(shape):
+        lost.append(shape)
+        raise RuntimeError("CUDA error: launch failed")
+
+    monkeypatch.setattr(run.device, "synchronise", synchronise)
+    replaced(run, polar=problem, svd=good)
+    run.part("polar", 1)
+    run.part("svd", 0)
+    assert len(lost) == 1
+    assert [why.split(" ")[-2:] for why in run.failed[1:]] == [["raised", "RuntimeError"]] * 2
+    assert run.failed[0].startswith(f"polar {lost[0]} fp32: RuntimeError: CUDA error")
+    polar, svd = Results.read(run.file).others["part"]
+    assert "illegal memory" in polar["error"] and len(polar["left out"]) == 2 and "illegal memory" in svd["error"]
+
+
+def test_choices(start, monkeypatch, tmp_path):
+    """Parts tune and table: what is left out is noted; a file is written only if that is asked for."""
+    calls = []
+
+    def function(device, dtypes, write, until, quick, **file):
+        calls.append((dtypes, quick, file))
+        write({"kind": "choice"})
+        return ["a row"]
+
+    monkeypatch.setitem(sys.modules, "gpu_choices", SimpleNamespace(tune=function, table=function, MEASURED="measured"))
+    run = start("--write")
+    run.part("tune", 0)
+    run.part("table", 0)
+    run.options.write, run.options.dtypes = False, []
+    run.part("table", 0)
+    assert calls == [(["fp32"], True, {}), (["fp32"], True, {"file": "measured"}), (["bf16", "fp32"], True, {})]
+    results = Results.read(run.file)
+    assert len(results.others["choice"]) == 3 and results.others["part"][0]["left out"] == ["a row"]
+    assert set(run.left) == {"tune", "table"} and not run.failed
+
+
+def test_ceilings_are_measured_once(start, monkeypatch, capsys):
+    run = start()
+    replaced(run, polar=good, svd=good)
+    for name in ("svd", "ceilings", "polar"):
+        run.part(name, 0)
+    assert len(Results.read(run.file).others["ceilings"]) == 1
+    assert capsys.readouterr().out.count("launch 2 us, graph launch 1 us") == 1
+
+
+def test_without_ceilings_rows_are_measured(start, monkeypatch):
+    def ceilings(self, dtypes, quick):
+        raise MemoryError("too large")
+
+    run = start()
+    monkeypatch.setattr(Host, "ceilings", ceilings)
+    replaced(run, polar=good)
+    run.part("ceilings", 0)
+    run.part("polar", 0)
+    assert run.failed == ["ceilings raised MemoryError"] and len(Results.read(run.file).times) > 0
+
+
+def test_red_tests_are_reported(gpu, start, monkeypatch, tmp_path, capsys):
     import gpu_setup
 
     file = tmp_path / "test_red.py"
     file.write_text(
         "import pytest\npytestmark = pytest.mark.gpu\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\n"
     )
-    found = part(run, gpu_setup.test, [file])
+    tests = gpu_setup.test
+    monkeypatch.setattr(gpu_setup, "test", lambda seconds: tests(seconds, [file]))
+    run = start()
+    run.part("test", 0)
+    (found,) = Results.read(run.file).others["part"]
     assert found["counts"] == {"tests": 2, "failures": 1, "errors": 0, "skipped": 0}
     assert [name.split("::")[1] for name in found["failed"]] == ["test_bad"]
     assert run.failed == ["tests are red: 1 failed, 0 errors, status 1"]
     assert "assert 1 == 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "status, skipped, why", [(None, 0, "tests: not finished in time"), (0, 3, "tests: none ran"), (0, 2, None)]
+)
+def test_tests_that_did_not_run_are_not_good(gpu, start, monkeypatch, status, skipped, why):
+    import gpu_setup
+
+    counts = {"tests": 3, "failures": 0, "errors": 0, "skipped": skipped}
+    monkeypatch.setattr(gpu_setup, "test", lambda seconds: {"counts": counts, "failed": [], "status": status})
+    run = start()
+    run.part("test", 0)
+    assert run.failed == ([why] if why else [])
 
 
 def test_what_runs_too_long_is_killed_with_its_children(gpu):
@@ -239,160 +385,266 @@ def test_what_runs_too_long_is_killed_with_its_children(gpu):
     assert time.monotonic() - start < 30
 
 
-def test_a_build_that_fails_says_why(run, monkeypatch):
+def test_a_build_that_fails_says_why(gpu, monkeypatch, capsys):
     import gpu_setup
 
     monkeypatch.setattr(gpu_setup, "execute", lambda command, seconds: (1, "configuring\nsetup.py: no cmake\n"))
-    found = part(run, gpu_setup.build)
-    assert found["built"] is False and found["reason"] == "setup.py: no cmake" and not run.failed
+    found = gpu_setup.build(60)
+    assert found["built"] is False and found["reason"] == "setup.py: no cmake"
+    assert capsys.readouterr().out == "without a new _C: setup.py: no cmake\n"
 
 
-def test_tune(tmp_path):
-    record, output = drive(
-        tmp_path,
-        """
-import triton
-from condlr_ext.kernels.triton import configs
-listed = configs.of
-good = triton.Config(dict(BLOCK_B=16, BLOCK_N=16, BLOCK_M=16, CORE=16))
-bad = triton.Config(dict(BLOCK_B=16, BLOCK_N=16, BLOCK_M=16, NO_SUCH=16))
-configs.of = lambda kernel, *args: listed(kernel, *args)[:1] + ([good, bad] if kernel == "chain" else [])
-part(run, gpu_choices.tune, [Linear(33, 17, 20, 3)])
-""",
-    )
-    rows = record["parts"]["tune"]["rows"]
-    assert [row["kernel"] for row in rows] == ["chain", "sums", "combine"]
-    default, other, failing = rows[0]["configs"]
-    assert default["seconds"] and other["seconds"] and default["error"] < 1e-6 and other["error"] < 1e-6
-    assert "seconds" not in failing and failing["reason"].startswith("TypeError: ")
-    assert all(row["configs"][0]["seconds"] for row in rows)
-    assert output.count("33 x 17 -> 20, r 3") == 3
-
-
-def test_table(tmp_path):
-    measured = tmp_path / "measured.json"
-    others = [
-        {"device": "another", "rows": []},
-        {"device": "Host (CPU)", "rows": [["old"]]},
-    ]
-    measured.write_text(json.dumps({"format": 1, "tables": others}))
-    drive(
-        tmp_path,
-        """
-run.options.write = True
-shapes = [Linear(33, 17, 20, 3), Linear(4, 17, 20, 3), Conv(2, 5, 6, 4, 3, 1, 1, 2)]
-part(run, gpu_choices.table, shapes, pathlib.Path("measured.json"))
-""",
-    )
-    found = json.loads(measured.read_text())
-    assert found["format"] == 1
-    another, mine = found["tables"]
-    assert another == others[0]
-    assert mine["device"] == "Host (CPU)" and mine["capability"] == [0, 0] and mine["torch"] == torch.__version__
-    assert mine["columns"] == "direction layer precision rows n m r triton products merged dense".split()
-    sizes = [
-        ["conv", "float32", 32, 45, 6, 2],
-        ["linear", "float32", 4, 17, 20, 3],
-        ["linear", "float32", 33, 17, 20, 3],
-    ]
-    assert [row[:7] for row in mine["rows"]] == [[way, *size] for way in ("backward", "forward") for size in sizes]
-    for row in mine["rows"]:
-        assert all(microseconds > 1 for microseconds in row[7:])
-
-
-def test_a_whole_run(gpu, run, monkeypatch, tmp_path, capsys):
-    """With the stand-in for the device: one part finds red tests, one raises, and both are in the end's report."""
-    import gpu_device
-    import gpu_layers
+def test_a_whole_run(gpu, monkeypatch, tmp_path, capsys):
+    """With the stand-in for the device: one part finds red tests, in one ours is wrong, and both are in the report."""
     import gpu_setup
 
-    def broken(run):
-        raise ArithmeticError("lost")
+    def wrong(A):
+        return tuple(t * 1.01 for t in torch.linalg.qr(A))
 
-    monkeypatch.setattr(gpu_layers, "layers", broken)
+    kind = linear_algebra.Kind(**(vars(linear_algebra.QR) | {"ours": wrong}))
+    broken = linear_algebra.operation("qr", "", kind, lambda size, device: [Batch(2, 5, 5)])
+    monkeypatch.setitem(gpu.PARTS, "qr", gpu.Part("", 1, ("qr",)))
+    monkeypatch.setattr(operations, "OPERATIONS", (broken,))
     monkeypatch.setattr(gpu_setup, "execute", lambda command, seconds: (1, "1 failed"))
     monkeypatch.setattr(gpu, "missing", lambda: None)
-    monkeypatch.setattr(gpu_device, "Cuda", Host)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", "ceilings,layers,test", "--json", str(tmp_path / "new.json")])
+    monkeypatch.setattr(gpu.gc, "freeze", lambda: None)
+    monkeypatch.setattr(cuda, "Cuda", Host)
+    monkeypatch.setattr(Host, "ceilings", lambda self, dtypes, quick: CEILINGS)
+    arguments = ["--part", "ceilings,qr,test,build", "--size", "smoke", "--json", str(tmp_path / "new.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    monkeypatch.setattr(sys, "path", [*sys.path])
     assert gpu.main() == 1
-    record = json.loads((tmp_path / "new.json").read_text())
-    assert list(record["parts"]) == ["test", "ceilings", "layers"]
-    assert record["parts"]["layers"]["error"] == "ArithmeticError: lost" and record["parts"]["test"]["status"] == 1
-    assert record["machine"]["device"] == "Host (CPU)" and record["format"] == 1 and record["date"]
+    results = Results.read(tmp_path / "new.jsonl")
+    build, tests, *others = results.others["part"]
+    assert [record["part"] for record in others] == ["ceilings", "qr"]
+    assert (build["part"], build["built"], build["reason"]) == ("build", False, "1 failed")
+    assert (tests["part"], tests["status"], tests["counts"]["tests"]) == ("test", 1, 0)
+    assert results.run["machine"]["device"] == "Host (CPU)" and results.run["command"] == arguments
     output = capsys.readouterr().out
     assert output.count("tests are red: 0 failed, 0 errors, status 1") == 3  # with each later part, and at the end
-    assert "NOT GOOD: layers raised ArithmeticError" in output and "10 GB/s" in output
+    assert "NOT GOOD: qr 2 x 5x5 fp32 call ours: wrong: Q 4e-02 > " in output
+    assert output.endswith(f"{tmp_path / 'new.jsonl'}\n")
 
 
-def test_ceilings(tmp_path):
-    _, output = drive(tmp_path, "print(*gpu_device.ceilings(Host(), 32, 1 << 10).items(), sep='\\n'); run.write()")
-    found = dict(map(ast.literal_eval, output.splitlines()))
-    assert set(found) == {"copy", "bf16", "fp32", "tf32", "launch", "graph launch"} and min(found.values()) > 0
+def test_only_what_is_ours_can_be_not_good(gpu):
+    def record(provider, reason, mode="call"):
+        made = {"op": "svd", "row": "1 x 1x1", "dtype": "fp32", "mode": mode, "provider": provider}
+        return made | ({"reason": reason} if reason else {})
+
+    good = [
+        record("ours", None), record("torch.linalg", "wrong: A"), record("compiled", "ValueError"),
+        record("ours: triton", "BackendError: above 256"), record("ours", "RuntimeError: waits", "call, graph"),
+    ]  # fmt: skip
+    bad = [record("ours", "MemoryError"), record("ours: triton", "wrong: A"), record("ours", "wrong: U", "call, graph")]
+    assert gpu.not_good(SimpleNamespace(times=good)) == []
+    assert [why.split(": ")[-1] for why in gpu.not_good(SimpleNamespace(times=good + bad))] == ["MemoryError", "A", "U"]
 
 
-def test_arithmetic(gpu):
-    import gpu_device
+def test_files_are_named_after_device_and_parts(gpu):
+    names = [
+        gpu.default_file(gpu.parse(arguments), "nvidia-h100").relative_to(ROOT).as_posix()
+        for arguments in ([], ["--part", "svd,qr", "--save"])
+    ]
+    assert re.fullmatch(r"runs/gpu-\d{4}-\d\d-\d\d-nvidia-h100\.jsonl", names[0])
+    assert re.fullmatch(r"bench/results/gpu-\d{4}-\d\d-\d\d-nvidia-h100-svd-qr\.jsonl", names[1])
 
+
+def test_arithmetic():
     def state():
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
     before = state()
-    with gpu_device.arithmetic("tf32") as dtype:
+    with machine.arithmetic("tf32") as dtype:
         assert dtype == torch.float32 and state() == ("high", True)
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"  # what the kernels look at
     assert state() == before
-    with gpu_device.arithmetic("fp32"):
+    with machine.arithmetic("fp32"):
         assert torch.backends.cuda.matmul.fp32_precision == "ieee" and state() == ("highest", False)
     assert state() == before
 
 
-def test_comparison_and_floors(gpu):
-    import gpu_layers
-    from timing import Rates
+class FakeCuda(cuda.Cuda):
+    """A device with a clock that stands still but for the calls and what is done for them; it notes what happens."""
 
-    works = gpu_layers.work(gpu_layers.Linear(rows=2, n=3, m=5, r=1), 4)
-    factors, x, y = 1 * (3 + 1 + 5) + 5, 6, 10
-    assert works["forward"].bytes == 4 * (x + y + factors) and works["backward"].bytes == 4 * (2 * x + y + 2 * factors)
-    # X V, P Sᵀ, T Uᵀ; Q, dX, dU, dV, and the core twice
-    assert works["forward"].flops == 12 + 4 + 20 and works["backward"].flops == 2 * (12 + 20) + 8
-    conv = gpu_layers.Conv(batch=2, channels=3, m=5, side=8, kernel=3, stride=2, padding=1, r=1)
-    assert (conv.rows, conv.n) == (2 * 16, 27)
-    assert gpu_layers.work(conv, 1)["forward"].bytes == 2 * 3 * 64 + 32 * 5 + (27 + 5 + 1) + 5
+    device = torch.device("cpu")
 
-    seconds = {"triton": 2.0, "auto": 1.0, "eager": 6.0, "eager folded": 4.0, "dense": 8.0}
-    found = {name: {"both": [0, t, 9]} for name, t in seconds.items()} | {"compiled": {"reason": "slow"}}
-    result = gpu_layers.compare(found, works, Rates(flops=1e9, bytes=1.0))
-    assert result["ours"] == "triton" and set(result["modes"]) == {"both"}
-    both, moved = result["modes"]["both"], works["forward"].bytes + works["backward"].bytes
-    assert (both["best"], both["ratio"], both["dense ratio"]) == ("eager folded", 2.0, 4.0)
-    assert (both["floor"], both["over floor"], both["bytes per second"]) == (moved, 2 / moved, moved / 2)
-    del found["triton"]["both"]
-    assert gpu_layers.compare(found, works, Rates(1e9, 1.0))["ours"] == "auto"
+    def __init__(self, monkeypatch):
+        self.happened, self.now, self.clock = [], 0.0, 0.0
+        self._worked, self._work = 0.0, [torch.ones(1, 1), torch.ones(1, 1)]
+        self._driver = SimpleNamespace(get_empty_cache_for_benchmark=lambda: "cache", clear_cache=self._clear)
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.time = device.now
+                device.happened.append("event")
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.time - self.time)
+
+        def do_bench(run, warmup, rep, return_mode):
+            assert (warmup, rep, return_mode) == (0, 5, "median")
+            self.happened.append("do_bench")
+            return 0.25  # milliseconds
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(cuda.triton.testing, "do_bench", do_bench)
+        monkeypatch.setattr(cuda.time, "monotonic", lambda: self.clock)
+
+    def synchronise(self):
+        self.happened.append("waited")
+        self.clock += 0.02
+
+    def _clear(self, cache):
+        assert cache == "cache"
+        self.happened.append("evicted")
+        self.now += 1.0
+
+    def call(self, seconds, prepared=False):
+        seconds = iter(seconds)
+
+        def run():
+            self.happened.append("run")
+            self.now += next(seconds)
+
+        def prepare():
+            self.happened.append("prepared")
+            self.now += 1.0
+
+        return Call(run, dict, prepare if prepared else None)
 
 
-def test_linear_algebra(tmp_path):
-    record, output = drive(
-        tmp_path,
-        """
-part(run, gpu_linalg.svd, [Batch(2, 5, 5), Batch(17, 3, 3)])
-part(run, gpu_linalg.qr, [Batch(2, 5, 5), Batch(1, 40, 5)])
-part(run, gpu_linalg.polar, [Batch(2, 5, 5)])
-part(run, gpu_linalg.clip, [Batch(2, 5, 5)])
-""",
+def test_cold_samples(monkeypatch):
+    once = ["evicted", "event", "run", "event"]
+    device = FakeCuda(monkeypatch)
+    assert device.seconds(device.call([2e-3]), 1, cold=True) == pytest.approx(2e-3)
+    assert device.happened == [*once, "waited"]
+    device = FakeCuda(monkeypatch)
+    assert device.seconds(device.call([2e-4]), 1, cold=True) == pytest.approx(2.5e-4)
+    assert device.happened == [*once, "waited", "do_bench"]
+    device = FakeCuda(monkeypatch)
+    assert device.seconds(device.call([2e-4] * 5 + [9e-4] + [3e-4] * 5, True), 1, cold=True) == pytest.approx(3e-4)
+    assert device.happened == ["prepared", *once, "waited", *["prepared", *once] * 10, "waited"]
+
+
+def test_warm_samples(monkeypatch):
+    device = FakeCuda(monkeypatch)
+    assert device.seconds(device.call([1e-3, 2e-3, 9e-3]), 3, cold=False) == pytest.approx(4e-3)
+    assert device.happened == ["event", *["run"] * 3, "event"]
+    device = FakeCuda(monkeypatch)
+    assert device.seconds(device.call([1e-3, 2e-3, 9e-3], True), 3, cold=False) == pytest.approx(2e-3)
+    assert device.happened == [*["prepared", "event", "run", "event"] * 3, "waited"]
+
+
+def test_the_device_works_before_it_is_timed(monkeypatch):
+    """If it had nothing to do for a while: its clocks fall."""
+    device = FakeCuda(monkeypatch)
+    device.clock = 1.0
+    device.seconds(device.call([1e-3]), 1, cold=False)
+    assert device.happened == ["waited"] * 3 + ["event", "run", "event"]
+    device.happened.clear()
+    device.seconds(device.call([1e-3]), 1, cold=False)
+    assert device.happened == ["event", "run", "event"]
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """What happens in a capture; in its list of modes, how waiting for the device is taken."""
+    modes, happened = ["default"], []
+
+    @contextlib.contextmanager
+    def entered(name):
+        happened.append(f"in {name}")
+        yield
+        happened.append(f"out of {name}")
+
+    stream = SimpleNamespace(wait_stream=lambda other: happened.append("stream waits"), name="side")
+    current = SimpleNamespace(wait_stream=lambda other: happened.append("current waits"), name="current")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: entered(stream.name))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: entered(f"capture on {stream.name}"))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    return SimpleNamespace(modes=modes, happened=happened)
+
+
+def test_a_capture(capture, monkeypatch):
+    def run():
+        capture.happened.append(f"run, waiting: {capture.modes[-1]}")
+        return "out"
+
+    call = Call(run, dict, rewind=lambda: capture.happened.append("rewound"))
+    assert FakeCuda(monkeypatch).graph(call) == ("replay", "out")
+    assert capture.happened == [
+        "stream waits", "in side", "run, waiting: error", "out of side", "current waits", "rewound",
+        "in current", "in capture on side", "run, waiting: default", "out of capture on side", "out of current",
+    ]  # fmt: skip
+
+
+def test_what_waits_for_the_device_is_not_captured(capture, monkeypatch):
+    def run():
+        if capture.modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        FakeCuda(monkeypatch).graph(Call(run, dict))
+    assert capture.modes == ["default", "error", "default"] and "in capture on side" not in capture.happened
+
+
+def records(problem, monkeypatch, device=None):
+    operation = Operation("op", "", lambda *_: problem, lambda *_: [])
+    limits = runner.Options(seconds=0, rounds=1)
+    return list(runner.measure(Row(operation, Batch(1, 2, 2), "fp32"), device or Host(), limits))
+
+
+def test_a_replay_that_does_nothing_gets_no_time(monkeypatch):
+    """Nor what a capture left in the results for it."""
+    call = Call(lambda: torch.ones(3), lambda out: {"error": (out - 1).abs().max().item()})
+    problem = SimpleNamespace(
+        providers={"ours": lambda: Provider({"call": call}, {"": 1.0}, "ours")}, work={"call": [Work(1, 1)]}
     )
-    rows = {name: record["parts"][name]["rows"] for name in ("svd", "qr", "polar", "clip")}
-    assert {name: len(found) for name, found in rows.items()} == {"svd": 2, "qr": 2, "polar": 1, "clip": 2}
-    assert {row["operation"] for row in rows["clip"]} == {"clip", "clip wild"}
-    for row in sum(rows.values(), []):
-        found = row["providers"]
-        assert set(found) == {"triton", "auto", "torch.linalg"} and row["ours"] == "triton"
-        for provider in found.values():
-            low, median, high = provider["seconds"]
-            assert 0 < low <= median <= high
-            assert all(error <= row["limits"][key] < 1e-5 for key, error in provider["errors"].items())
-        assert found["triton"]["graph"] and row["ratios"]["graph"]["torch.linalg"] > 0 and row["over floor"] > 0
-        assert row["row"] in output
-    assert output.count("ours wins 0 of") == 4
+    direct, replayed = records(problem, monkeypatch)
+    assert direct["seconds"] and replayed["mode"] == "call, graph" and replayed["seconds"]
+    monkeypatch.setattr(Host, "graph", lambda self, call: (lambda: None, call.run()))
+    direct, replayed = records(problem, monkeypatch)
+    assert direct["seconds"] and replayed["seconds"] is None and replayed["reason"].startswith("wrong: error inf")
+
+
+def test_what_cannot_be_captured_says_why(monkeypatch):
+    def refused(self, call):
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(Host, "graph", refused)
+    direct, replayed = records(good(Batch(1, 2, 2)), monkeypatch)
+    assert direct["seconds"] and replayed["seconds"] is None and replayed["error"] is None
+    assert replayed["reason"] == "RuntimeError: called a synchronizing CUDA operation"
+
+
+def test_problems_are_freed_before_the_next(monkeypatch):
+    """They refer to themselves."""
+    alive = []
+
+    def problem(*_):
+        assert all(tensor() is None for tensor in alive)
+        found = good(None)
+        found.A = torch.ones(3)
+        found.itself = found
+        alive.append(weakref.ref(found.A))
+        return found
+
+    row = Row(Operation("op", "", problem, lambda *_: []), Batch(1, 2, 2), "fp32")
+    monkeypatch.setattr(importlib.import_module("gc"), "isenabled", lambda: False)
+    written = []
+    assert runner.run([row, row], Host(), runner.Options(seconds=0, rounds=1), written.append) == []
+    assert len(alive) == 2 and len(written) == 4
 
 
 def broken(out, **changes):
@@ -417,76 +669,91 @@ def lost(t):
 
 
 TURN = torch.matrix_exp(1e-3 * (torch.ones(6, 6).triu(1) - torch.ones(6, 6).tril(-1)))
+KINDS = {name: getattr(linear_algebra, name) for name in ("SVD", "QR", "POLAR", "CLIP", "BASIS")}
+
+
+def judged(problem, function):
+    """What is found of a function of A in place of a provider."""
+    return runner.judge(Host(), *made(problem, function))
+
+
+def made(problem, function):
+    provider = problem._provider(function, "ours")
+    return provider, provider.calls["call"]
 
 
 @pytest.mark.parametrize(
     "name, changes, why",
     [
-        ("svd", {"1": longer}, "A"),
-        ("svd", {"0": turned, "1": turned, "2": turned}, "order"),
-        ("svd", {"0": other_sign, "1": other_sign}, "order"),
-        ("svd", {"0": longer, "1": lambda t: t / (1 + 1e-5)}, "U"),
-        ("svd", {"2": longer, "1": lambda t: t / (1 + 1e-5)}, "V"),
-        ("svd", {"2": lost}, "A"),
-        ("qr", {"1": longer}, "A"),
-        ("qr", {"0": longer, "1": lambda t: t / (1 + 1e-5)}, "Q"),
-        ("qr", {"0": turned, "1": lambda t: t.flip(-2)}, "R"),
-        ("polar", {"1": longer}, "A"),
-        ("polar", {"0": other_sign, "1": other_sign}, "sign"),
-        ("polar", {"0": lambda t: t @ TURN, "1": lambda t: TURN.mT @ t}, "H"),
-        ("clip", {"0": longer}, "clipped"),
-        ("clip", {"0": lost}, "clipped"),
-        ("clip", {"0": lambda t: t + 5e-5 * t[:, :1, :1].sign() * torch.eye(6)}, "clipped"),
+        ("SVD", {"1": longer}, "A"),
+        ("SVD", {"0": turned, "1": turned, "2": turned}, "order"),
+        ("SVD", {"0": other_sign, "1": other_sign}, "order"),
+        ("SVD", {"0": longer, "1": lambda t: t / (1 + 1e-5)}, "U"),
+        ("SVD", {"2": longer, "1": lambda t: t / (1 + 1e-5)}, "V"),
+        ("SVD", {"2": lost}, "finite"),
+        ("QR", {"1": longer}, "A"),
+        ("QR", {"0": longer, "1": lambda t: t / (1 + 1e-5)}, "Q"),
+        ("QR", {"0": turned, "1": lambda t: t.flip(-2)}, "R"),
+        ("POLAR", {"1": longer}, "A"),
+        ("POLAR", {"0": other_sign, "1": other_sign}, "sign"),
+        ("POLAR", {"0": lambda t: t @ TURN, "1": lambda t: TURN.mT @ t}, "H"),
+        ("CLIP", {"0": longer}, "clipped"),
+        ("CLIP", {"0": lost}, "finite"),
+        ("CLIP", {"0": lambda t: t + 5e-5 * t[:, :1, :1].sign() * torch.eye(6)}, "clipped"),
+        ("BASIS", {"0": longer}, "Q"),
+        ("BASIS", {"0": lambda t: TURN @ t}, "span"),
     ],
 )
-def test_wrong_linear_algebra_gets_no_time(gpu, name, changes, why):
-    import gpu_linalg
-
-    operation = gpu_linalg.OPERATIONS[name]
-    A = operation.matrices(gpu_linalg.Batch(3, 6, 6))
-    exact = operation.exact(A)
-    limits, _ = gpu_linalg.limits_by_torch(Host(), operation, A, exact)
-    arguments = A, exact, limits
-    assert "reason" not in gpu_linalg.judge(Host(), operation, operation.torch, *arguments)
-    found = gpu_linalg.judge(Host(), operation, lambda A: broken(operation.torch(A), **changes), *arguments)
+def test_wrong_linear_algebra_gets_no_time(name, changes, why):
+    kind = KINDS[name]
+    shape = Batch(3, 6, 4) if name == "BASIS" else Batch(3, 6, 6)
+    problem = linear_algebra.MatrixProblem(kind, shape, "fp32", Host())
+    assert "reason" not in judged(problem, kind.torch)
+    found = judged(problem, lambda A: broken(kind.torch(A), **changes))
     assert found["reason"].startswith("wrong: ") and f" {why} " in found["reason"]
 
 
-def test_kappa_beyond_the_bound_is_wrong(gpu):
+def test_kappa_beyond_the_bound_is_wrong():
     """In one matrix that is clipped well but for it."""
-    import gpu_linalg
-
-    operation = gpu_linalg.OPERATIONS["clip"]
-    A = operation.matrices(gpu_linalg.Batch(3, 6, 6))
-    exact = operation.exact(A)
-    U, sigma, Vh = torch.linalg.svd(exact[1])
+    problem = linear_algebra.MatrixProblem(linear_algebra.CLIP, Batch(3, 6, 6), "fp32", Host())
+    U, sigma, Vh = torch.linalg.svd(problem._exact[1])
     sigma[0] = 1.1 * (1 + 3e-5) * sigma[-1]
-    wrong = exact.clone()
+    wrong = problem._exact.clone()
     wrong[1] = (U * sigma) @ Vh
-    found = gpu_linalg.judge(Host(), operation, lambda A: (wrong,), A, exact, {"clipped": 1e-2, "kappa": 5e-6})
-    assert found["reason"].startswith("wrong: kappa 3e-05")
+    provider, call = made(problem, lambda A: (wrong,))
+    provider.limits = {"clipped": 1e-2, "kappa": 5e-6}
+    assert runner.judge(Host(), provider, call)["reason"].startswith("wrong: kappa 3e-05")
 
 
-def test_copies_of_matrices_are_checked_too(gpu):
-    import gpu_linalg
-
-    operation = gpu_linalg.OPERATIONS["clip"]
-    A = operation.matrices(gpu_linalg.Batch(18, 4, 4))
+def test_copies_of_matrices_are_checked_too():
+    problem = linear_algebra.MatrixProblem(linear_algebra.CLIP, Batch(18, 4, 4), "fp32", Host())
+    A = problem._A
     assert torch.equal(A[:2], A[16:]) and not torch.equal(A[0], A[1])
 
     def wrong_at_the_end(A):
-        (out,) = operation.torch(A)
+        (out,) = linear_algebra.CLIP.torch(A)
         return (torch.cat((out[:17], out[:1])),)
 
-    found = gpu_linalg.judge(Host(), operation, wrong_at_the_end, A, operation.exact(A[:16]), {})
-    assert found["reason"].startswith("wrong: clipped")
+    assert judged(problem, wrong_at_the_end)["reason"].startswith("wrong: clipped")
 
 
-def test_memory_is_poisoned_between_providers_of_linear_algebra(gpu, monkeypatch):
-    import gpu_linalg
+def test_what_is_judged_is_made_of_the_first_inputs():
+    """However often the others of the sets were used before."""
+    problem = linear_algebra.MatrixProblem(linear_algebra.QR, Batch(2, 5, 5), "fp32", Host())
+    provider, call = made(problem, torch.linalg.qr)
+    for _ in range(3):
+        assert "reason" not in runner.judge(Host(), provider, call)
+    call.run()
+    assert "reason" not in runner.judge(Host(), provider, call)
+    call.rewind = None
+    assert {"reason" in runner.judge(Host(), provider, call) for _ in range(2)} == {False, True}
 
-    operation = gpu_linalg.OPERATIONS["qr"]
-    A, results, poison = operation.matrices(gpu_linalg.Batch(2, 7, 5)), [], []
+
+def test_memory_is_poisoned_between_providers(monkeypatch):
+    """NaN of the sizes of a provider's results is written when these are gone: a caching allocator reuses their memory."""
+    problem = linear_algebra.MatrixProblem(linear_algebra.QR, Batch(2, 7, 5), "fp32", Host())
+    assert problem._limits  # made before what is watched here
+    results, poison = [], []
 
     def provider(A):
         out = torch.linalg.qr(A)
@@ -500,101 +767,79 @@ def test_memory_is_poisoned_between_providers_of_linear_algebra(gpu, monkeypatch
         poison.append(full(size, value, **options))
         return poison[-1]
 
+    arguments = made(problem, provider)
     monkeypatch.setattr(torch, "full", recorded)
-    assert "reason" not in gpu_linalg.judge(Host(), operation, provider, A, None, {})
+    assert "reason" not in runner.judge(Host(), *arguments)
     assert [t.shape for t in poison] == [(2, 7, 5), (2, 5, 5)] and all(t.isnan().all() for t in poison)
 
 
-def test_nobody_waits_for_a_slow_baseline(run, monkeypatch):
-    import gpu_linalg
+def test_nobody_waits_for_a_slow_baseline(monkeypatch):
+    monkeypatch.setattr(linear_algebra, "PATIENCE", 0)
+    problem = linear_algebra.MatrixProblem(linear_algebra.SVD, Batch(2, 5, 5), "fp32", Host())
+    found = {r["provider"]: r for r in records(problem, monkeypatch) if r["mode"] == "call"}
+    assert found["torch.linalg"]["reason"] == "TimeoutError: a call would take 0 s"
+    assert found["torch.linalg"]["seconds"] is None and found["ours"]["seconds"]
+    assert found["ours: triton"]["reason"].startswith("BackendError: ")
 
-    monkeypatch.setattr(gpu_linalg, "PATIENCE", 0)
-    (row,) = part(run, gpu_linalg.svd, [gpu_linalg.Batch(2, 5, 5)])["rows"]
-    assert row["providers"]["torch.linalg"] == {"reason": "a call would take 0 s"}
-    assert row["ours"] == "auto" and row["ratios"] == {"seconds": {}}
-    assert row["providers"]["triton"]["reason"].startswith("BackendError: ")
 
-
-def test_cupy_where_it_is_installed(run, monkeypatch):
-    import gpu_linalg
+@pytest.mark.parametrize("kind", [linear_algebra.SVD, linear_algebra.QR], ids=["svd", "qr"])
+def test_cupy_where_it_is_installed(monkeypatch, kind):
     import numpy
 
-    monkeypatch.setattr(gpu_linalg.importlib.util, "find_spec", lambda name: name)
+    def found():
+        problem = linear_algebra.MatrixProblem(kind, Batch(3, 7, 5), "fp32", Host())
+        return {r["provider"]: r for r in records(problem, monkeypatch) if r["mode"] == "call"}
+
+    monkeypatch.setattr(linear_algebra.importlib.util, "find_spec", lambda name: None)
+    assert found()["CuPy"]["reason"] == "ImportError: cupy is not installed" and "NumPy" not in found()
+    monkeypatch.setattr(linear_algebra.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "cupy", numpy)
-    for function in (gpu_linalg.svd, gpu_linalg.qr):
-        (row,) = part(run, function, [gpu_linalg.Batch(3, 7, 5)])["rows"]
-        assert row["providers"]["CuPy"]["seconds"] and row["ratios"]["seconds"]["CuPy"] > 0
-
-
-def test_steps(tmp_path):
-    record, output = drive(
-        tmp_path,
-        """
-from torch import nn
-layers = lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5))
-net = Network("tiny", layers, (2, 1, 5, 5), head=None)
-part(run, gpu_step.step, [(net, 0.5), (net, 3)])
-""",
-    )
-    rows = record["parts"]["step"]["rows"]
-    assert [row["row"] for row in rows] == ["tiny 50%", "tiny r 3"]
-    for row in rows:
-        assert set(row["providers"]) == {"triton", "loop", "SGD", "AdamW"}
-        for name, found in row["providers"].items():
-            assert found["seconds"] and 0 < found["error"] < 1e-5
-            assert ("graph" in found) == (name != "loop")
-            assert name == "loop" or 0 < found["graph error"] < 1e-5
-        assert set(row["ratios"]) == {"loop", "SGD", "AdamW"} and row["over floor"] > 0
-        assert row["row"] in output
+    assert found()["CuPy"]["seconds"]
 
 
 @pytest.fixture
-def tiny(gpu):
-    from networks import Network
-
-    def layers():
-        return torch.nn.Sequential(torch.nn.Linear(9, 7), torch.nn.Linear(7, 5))
-
-    return Network("tiny", layers, (2, 9), classes=None, head=None)
+def device(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # as it is again afterwards
+    return cuda.Cuda()
 
 
-@pytest.mark.filterwarnings("ignore:CUDA is not available")  # by the profiler
-def test_wrong_steps_get_no_time(run, monkeypatch, tiny, capsys):
-    import gpu_step
+@pytest.mark.gpu
+def test_a_graph_on_the_device(device):
+    inputs = [torch.randn(64, 64, device=device.device) for _ in range(2)]
+    turn = [0]
 
-    def shorter(model, lr):
-        return gpu_step.CondLRSGD(model, lr=0.9 * lr["factors"], momentum=0.45, tau=0.1)
+    def run():
+        turn[0] += 1
+        return inputs[turn[0] % 2] + 1
 
-    monkeypatch.setattr(gpu_step, "fast_pytorch", shorter)
-    (row,) = part(run, gpu_step.step, [(tiny, 3)])["rows"]
-    loop, found = row["providers"]["loop"], row["providers"]["triton"]
-    assert loop["reason"].startswith("wrong: ") and 1e-4 < loop["error"] < 1e-2 and "seconds" not in loop
-    assert found["reason"].startswith("BackendError: ") and "seconds" not in found
-    assert row["providers"]["SGD"]["graph"] and row["ratios"] == {}
-    assert "no time in 1 rows: loop: wrong" in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("ignore:CUDA is not available")
-def test_wrong_replays_get_no_time(run, monkeypatch, tiny):
-    """A replay that does nothing is not taken for the step."""
-    import gpu_step
-
-    monkeypatch.setattr(Host, "graph", lambda self, call: lambda: None)
-    monkeypatch.setattr(gpu_step, "learning_rates", lambda kind: dict.fromkeys(("factors", "cores", "other"), 1e-2))
-    (row,) = part(run, gpu_step.step, [(tiny, 3)])["rows"]
-    for name in ("SGD", "AdamW"):
-        found = row["providers"][name]
-        assert found["seconds"] and "graph" not in found and found["no graph"].startswith("wrong: ")
+    replay, out = device.graph(Call(run, dict, rewind=lambda: turn.__setitem__(0, -1)))
+    out.fill_(torch.nan)
+    replay()
+    device.synchronise()
+    assert torch.equal(out, inputs[0] + 1)
 
 
-def test_ratios(gpu):
-    import gpu_linalg
-    import gpu_step
+@pytest.mark.gpu
+def test_what_waits_leaves_the_device_usable(device):
+    x = torch.randn(64, device=device.device)
+    stream = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        device.graph(Call(lambda: x.sum().item(), dict))
+    assert torch.cuda.current_stream() == stream
+    torch.randn(64, device=device.device).sum().item()
+    device.graph(Call(lambda: x + 1, dict))
 
-    found = {"triton": {"seconds": [0, 2.0, 9], "graph": [0, 1.0, 9]}, "torch.linalg": {"seconds": [0, 8.0, 9]}}
-    row = gpu_linalg.compare(found | {"CuPy": {"reason": "slow"}}, 0.5)
-    assert row["ratios"] == {"seconds": {"torch.linalg": 4.0}, "graph": {"torch.linalg": 8.0}}
-    assert row["over floor"] == 2.0
-    found = {"triton": {"seconds": [0, 2.0, 9], "graph": [0, 1.0, 9]}, "loop": {"seconds": [0, 8.0, 9]}}
-    found |= {"SGD": {"seconds": [0, 5.0, 9], "graph": [0, 3.0, 9]}, "AdamW": {"reason": "slow"}}
-    assert gpu_step.compare(found, 0.5) == {"ratios": {"loop": 8.0, "SGD": 3.0}, "floor": 0.5, "over floor": 2.0}
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cold", [False, True])
+def test_seconds_on_the_device(device, cold):
+    A = torch.randn(2048, 2048, device=device.device)
+    one, ten = (Call(lambda n=n: [A @ A for _ in range(n)], dict) for n in (1, 10))
+    assert 0 < 3 * device.seconds(one, 1, cold) < device.seconds(ten, 1, cold)
+
+
+@pytest.mark.gpu
+def test_memory_on_the_device(device):
+    kept = torch.empty(1 << 20, device=device.device)
+    assert device.memory(Call(lambda: kept + 1, dict)) == kept.numel() * 4
+    assert 0 < device.free() < torch.cuda.get_device_properties(device.device).total_memory

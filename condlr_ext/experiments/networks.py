@@ -111,25 +111,26 @@ def wrn16_4(shape: Sequence[int], classes: int) -> nn.Sequential:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one linear layer for queries, keys and values; x [B, T, D]."""
+    """Multi-head self-attention, causal or not, with one linear layer for queries, keys and values; x [B, T, D]."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, causal: bool = False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(attended.transpose(1, 2).reshape(B, T, D))
 
 
 class TransformerBlock(nn.Module):
     """Pre-norm: attention, then an MLP of four times the width with GELU, both residual."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, causal: bool = False):
         super().__init__()
-        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm1, self.attention = nn.LayerNorm(dim), Attention(dim, heads, causal)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condlr_ext import LowRankConv2d, LowRankLinear
-from condlr_ext.baselines import ReleasedCondLR
-from condlr_ext.nn import LowRankLayer
+from ..baselines import ReleasedCondLR
+from ..nn import LowRankConv2d, LowRankLayer, LowRankLinear
 
 
 def plain_linear(x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:

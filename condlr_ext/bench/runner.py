@@ -1,0 +1,218 @@
+"""Measures rows: every provider is made, judged, and only then timed, in turn with the others."""
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch._dynamo
+from torch.utils._pytree import tree_leaves
+
+from .machine import arithmetic
+from .registry import Call, Provider, Row
+from .timing import interleave, quantiles
+
+SHORT = 5e-4  # seconds below which it may be the launches that take the time
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run measures.
+
+    seconds, rounds: for each provider of a row in each mode. caches: "warm", "cold"; none: the device's default.
+    compile: "some" (the shapes that an operation names), "all" or "none". providers: only these, none: all.
+    """
+
+    seconds: float = 2.0
+    rounds: int = 11
+    caches: tuple[str, ...] = ()
+    compile: str = "some"
+    providers: tuple[str, ...] = ()
+
+
+def run(
+    rows: Iterable[Row], device, options: Options, write: Callable[[dict], object], until: float = float("inf")
+) -> list[Row]:
+    """Measures the rows until time.monotonic() is `until`, and hands every record to `write`. Returns the rows that
+    were left out for lack of time.
+    """
+    left = list(rows)
+    while left and time.monotonic() < until:
+        for record in measure(left[0], device, options):
+            write(record)
+        left.pop(0)
+    return left
+
+
+def measure(row: Row, device, options: Options) -> Iterator[dict]:
+    """The records of one row."""
+    torch._dynamo.reset()  # or it gives up compiling after a few shapes
+    gc.collect()  # problems refer to themselves: tensors of the last one would stay
+    operation = row.operation
+    with arithmetic(row.dtype):
+        reasons: dict[str, str] = {}
+        problem = attempt(device, lambda: operation.problem(row.shape, row.dtype, device), reasons, "")
+        if problem is None:
+            yield _record(row, operation.modes[0], _cache(device, options)[0], "ours", None, []) | {
+                "reason": reasons[""]
+            }
+            return
+        found: dict[str, Provider] = {}
+        for name, make in problem.providers.items():
+            if wanted(name, row, options):
+                provider = attempt(device, make, reasons, name)
+                if provider is not None:
+                    found[name] = provider
+        for mode in operation.modes:
+            judged = {n: judge(device, p, p.calls[mode]) for n, p in found.items() if mode in p.calls}
+            right = [n for n, judgement in judged.items() if "reason" not in judgement]
+            replays = {}
+            for cache in _cache(device, options):
+                calls = [found[n].calls[mode] for n in right]
+                shares = [found[n].share for n in right]
+                samples = interleave(device, calls, shares, options.seconds, options.rounds, cache == "cold")
+                times = dict(zip(right, samples, strict=True))
+                for name, judgement in judged.items():
+                    work = (found[name].work or problem.work)[mode]
+                    record = _record(row, mode, cache, name, found[name], work) | judgement
+                    if name in times:
+                        record |= {"seconds": quantiles(times[name]), "samples": len(times[name])}
+                        record["memory"] = device.memory(found[name].calls[mode])
+                        if hasattr(device, "graph") and record["seconds"][1] < SHORT:
+                            replays[name] = found[name].calls[mode]
+                    yield record
+            yield from _replayed(row, mode, device, options, problem, found, replays)
+        for name in problem.providers:
+            if name in reasons:
+                yield _record(row, operation.modes[0], _cache(device, options)[0], name, None, []) | {
+                    "reason": reasons[name]
+                }
+        if operation.extra:
+            failed = {"kind": "failed", "op": operation.name, "row": str(row.shape)}
+            yield from attempt(device, lambda: operation.extra(row, device), failed, "reason") or ()
+            if "reason" in failed:
+                yield failed
+
+
+def wanted(name: str, row: Row, options: Options) -> bool:
+    if options.providers and name not in options.providers and name != "ours":
+        return False
+    if "compiled" in name:
+        return options.compile == "all" or (options.compile == "some" and row.operation.compiled(row.shape))
+    return True
+
+
+def judge(device, provider: Provider, call: Call, run: Callable | None = None) -> dict:
+    """{"error", "errors", "limits"} and "reason" if there is one why the call gets no time. `run`, a replay of the
+    call, returns what that would.
+    """
+
+    def compared() -> dict[str, float]:
+        if call.rewind:
+            call.rewind()
+        if call.prepare:
+            call.prepare()
+        out = (run or call.run)()
+        device.synchronise()
+        errors = {name: _finite(error) for name, error in call.errors(out).items()}
+        if run is None:
+            freed = [(t.shape, t.dtype, t.device) for t in _floating(out)]
+            del out
+            _poison(freed)
+        return errors
+
+    judgement = {"error": None, "errors": {}, "limits": {}}
+    errors = attempt(device, compared, judgement, "reason")
+    if errors is None:
+        return judgement
+    limits = {name: provider.limit(name) for name in errors}
+    judgement |= {"errors": {k: e if e < torch.inf else None for k, e in errors.items()}, "limits": limits}
+    worst = max(errors, key=lambda name: errors[name] / limits[name] if limits[name] else errors[name])
+    largest = max(errors.values())
+    judgement["error"] = largest if largest < torch.inf else None
+    if not errors[worst] <= limits[worst]:
+        judgement["reason"] = f"wrong: {worst} {errors[worst]:.0e} > {limits[worst]:.0e}"
+    return judgement
+
+
+def _finite(error) -> float:
+    error = float(error)
+    return error if error == error else float("inf")
+
+
+def _floating(out) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.dtype.is_floating_point]
+
+
+def _poison(freed: list[tuple]) -> None:
+    """NaN of the sizes of results that are gone: a caching allocator hands this memory to the next provider, and NaN
+    shows where that does not write.
+    """
+    [torch.full(size, torch.nan, dtype=dtype, device=where) for size, dtype, where in freed]
+
+
+def replayed(replay: Callable, out):
+    """`out` after a replay, which has to write all of it."""
+    for tensor in _floating(out):
+        tensor.detach().fill_(torch.nan)
+    replay()
+    return out
+
+
+def attempt(device, function: Callable, record: dict, key: str):
+    """function(), or None with the reason under record[key] where it raises: one provider less."""
+    try:
+        result = function()
+        device.synchronise()
+        return result
+    except Exception as error:
+        record[key] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        device.synchronise()  # raises where the device is lost, which ends the run
+        return None
+
+
+def _replayed(row, mode, device, options, problem, found, calls: dict[str, Call]) -> Iterator[dict]:
+    """Records of the mode replayed from CUDA graphs, where calls are short and can be captured."""
+    judged, replays = {}, {}
+    for name, call in calls.items():
+        if call.prepare:
+            continue
+        captured = attempt(device, lambda call=call: device.graph(call), judged.setdefault(name, {}), "reason")
+        if captured:
+            judged[name] = judge(device, found[name], call, partial(replayed, *captured))
+            if "reason" not in judged[name]:
+                replays[name] = Call(captured[0], call.errors)
+    for cache in _cache(device, options) if judged else ():
+        shares = [found[name].share for name in replays]
+        samples = interleave(device, list(replays.values()), shares, options.seconds, options.rounds, cache == "cold")
+        times = dict(zip(replays, samples, strict=True))
+        for name, judgement in judged.items():
+            work = (found[name].work or problem.work)[mode]
+            record = _record(row, f"{mode}, graph", cache, name, found[name], work) | judgement
+            if name in times:
+                record |= {"seconds": quantiles(times[name]), "samples": len(times[name])}
+            yield record
+
+
+def _record(row: Row, mode: str, cache: str, provider: str, made: Provider | None, work) -> dict:
+    return {
+        "kind": "time",
+        "op": row.operation.name,
+        "row": str(row.shape),
+        "shape": asdict(row.shape),
+        "dtype": row.dtype,
+        "mode": mode,
+        "cache": cache,
+        "threads": torch.get_num_threads(),
+        "provider": provider,
+        "role": made.role if made else None,
+        "error": None,
+        "seconds": None,
+        "work": [[w.flops, w.bytes] for w in work],
+    }
+
+
+def _cache(device, options: Options) -> tuple[str, ...]:
+    return options.caches or (device.default_cache,)
