@@ -481,6 +481,7 @@ def test_figures(tmp_path):
 def test_growth(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     fit = {"subject": "clip", "sweep": "rank", "provider": "ours", "mode": "call", "exponent": 2.9, "theory": 3}
+    fit |= {"dtype": "fp32", "cache": "warm", "threads": 1, "estimates": [[64, 5e-3]]}
     fits = [fit | {"points": [[8, 1e-5], [16, 8e-5], [32, 6e-4]]}]
     scaling = types.SimpleNamespace(fits=lambda results: fits)
     monkeypatch.setitem(sys.modules, "condlr_ext.bench.scaling", scaling)
@@ -489,7 +490,9 @@ def test_growth(tmp_path, monkeypatch):
     found = results(time_("ours", "ours", 1e-5, op="scaling", row="clip rank 8", shape=shape))
     assert [file.name for file in plot.draw(found, tmp_path / "b")] == ["b-roofline.png", "b-scaling.png"]
     assert png(tmp_path / "b-scaling.png")
-    assert columns(tables.show(found), "of ")["exponent"] == "2.90"
+    found_columns = columns(tables.show(found), "of ")
+    assert found_columns["exponent"] == "2.90" and found_columns["time there"] == "600 us"
+    assert found_columns["beyond memory, estimated"] == "64: 5.00 ms"
     header, cells, _ = tables.TABLES["scaling"](found, lambda r: True)
     assert dict(zip(header, cells[0], strict=True))["theory"] == "3.00"
     assert tables.TABLES["scaling"](found, lambda r: r["threads"] == 2) == ([], [], [])

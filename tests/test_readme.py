@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import condlr_ext
+from condlr_ext.bench import tables
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -37,3 +38,9 @@ def expand(cells):
         name = f"{prefix}.{name}" if prefix and "." not in name else name
         numbered = re.match(r"(.*)(1d/2d/3d|\{1,2,3\}d)$", name)
         yield from [f"{numbered[1]}{d}d" for d in (1, 2, 3)] if numbered else [name]
+
+
+def test_benchmark_tables_are_those_of_the_results():
+    text = README.read_text()
+    assert text.count("<!-- condlr bench ") >= 5
+    assert tables.rewrite(text, README.parent) == text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .._extras import require
 from .records import Results, best_dense, best_other, ours, ratio, timed
-from .tables import counted, digits, memory
+from .tables import counted, digits, memory, rounded
 
 # Okabe and Ito's palette (yellow darkened): told apart with any colour vision, and by marker without colour
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#000000")
@@ -224,14 +224,18 @@ def _plain(axis) -> None:
 
 
 def growth(results: Results) -> list[tuple[float, Callable]]:
-    """One panel per subject, sweep and mode: seconds by provider, with the fitted exponents."""
+    """One panel per subject, sweep and mode, with the most threads that were measured: seconds by provider, with the
+    fitted exponents; dotted: estimates for what memory does not hold.
+    """
     if not any(timed([record]) for record in results.times if record["op"] == "scaling"):
         return []
     from . import scaling
 
-    groups = {}
-    for fit in scaling.fits(results):
-        groups.setdefault((fit["subject"], fit["sweep"], fit["mode"]), []).append(fit)
+    fits, groups = scaling.fits(results), {}
+    threads = max(fit["threads"] for fit in fits)
+    for fit in fits:
+        if fit["threads"] == threads:
+            groups.setdefault((fit["subject"], fit["sweep"], fit["mode"]), []).append(fit)
     return [(4.0, _growth(*group, fits)) for group, fits in groups.items()]
 
 
@@ -241,9 +245,13 @@ def _growth(subject: str, sweep: str, mode: str, fits: list[dict]) -> Callable:
     def paint(axes) -> None:
         for fit in fits:
             exponent = "" if fit["exponent"] is None else f": {sweep}^{fit['exponent']:.2f}"
-            theory = "" if fit["theory"] is None else f" (theory {fit['theory']:g})"
+            theory = "" if fit["theory"] is None else f" (theory {rounded(fit['theory'])})"
+            style = colour(providers, fit["provider"])
             axes.plot(*zip(*fit["points"], strict=True), markersize=4, linewidth=1.2,
-                      label=f"{fit['provider']}{exponent}{theory}", **colour(providers, fit["provider"]))  # fmt: skip
+                      label=f"{fit['provider']}{exponent}{theory}", **style)  # fmt: skip
+            if fit["estimates"]:
+                beyond = [fit["points"][-1], *fit["estimates"]]
+                axes.plot(*zip(*beyond, strict=True), ":", markersize=4, markerfacecolor="none", **style)
         axes.set(xscale="log", yscale="log", xlabel=sweep, ylabel="seconds")
         axes.set_title(f"{subject}, {mode}" if mode != "call" else subject, fontsize=9)
         axes.grid(alpha=0.25)

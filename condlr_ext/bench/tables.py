@@ -214,12 +214,23 @@ def fits(results: Results) -> tuple[list[str], list[list[str]]] | None:
         return None
     from . import scaling
 
-    header = ["of", "over", "mode", "provider", "exponent", "theory", "points"]
-    return header, [
-        [fit["subject"], fit["sweep"], fit["mode"], fit["provider"]]
-        + [number(fit["exponent"]), number(fit["theory"]), str(len(fit["points"]))]
-        for fit in scaling.fits(results)
-    ]
+    found = scaling.fits(results)
+    fields = [name for name in ("dtype", "cache", "threads") if len({fit[name] for fit in found}) > 1]
+    beyond = any(fit["estimates"] for fit in found)
+    header = ["of", "over", "mode", "provider", *fields, "from", "to", "time there", "exponent", "theory"]
+    cells = []
+    for fit in found:
+        (first, _), (last, seconds) = fit["points"][0], fit["points"][-1]
+        line = [fit["subject"], fit["sweep"], fit["mode"], fit["provider"], *(str(fit[name]) for name in fields)]
+        line += [str(first), str(last), duration(seconds), *map(rounded, (fit["exponent"], fit["theory"]))]
+        if beyond:
+            line.append(", ".join(f"{value}: {duration(time)}" for value, time in fit["estimates"]) or "-")
+        cells.append(line)
+    return [*header, *["beyond memory, estimated"] * beyond], cells
+
+
+def rounded(exponent: float | None) -> str:
+    return "-" if exponent is None else f"{round(exponent, 2) + 0:.2f}"
 
 
 # Markdown
