@@ -32,12 +32,15 @@ def _traced(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(t.numel()) is not int
 
 
-def product(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """A B C in the cheaper order."""
-    if not (_traced(A) or _traced(C)):
-        return torch.linalg.multi_dot((A, B, C))  # which would make numbers of symbols
+def halves(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is A B C, in the cheaper order."""
     (a, b), (c, d) = sizes(A), sizes(C)
-    return (A @ B) @ C if a * c * (b + d) <= b * d * (a + c) else A @ (B @ C)
+    return (A @ B, C) if a * c * (b + d) <= b * d * (a + c) else (A, B @ C)
+
+
+def product(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    left, right = halves(A, B, C)
+    return left @ right
 
 
 # ---------------------------------------------------------------------------------------------- layers
@@ -47,9 +50,8 @@ def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor
     """Y = X V Sᵀ Uᵀ + b for X [*, n]. Returns (Y [*, m], P = X V [*, r])."""
     X = input.reshape(-1, input.shape[-1])
     P = X @ V
-    Y = product(P, S.mT, U.mT)  # the cheaper of (P Sᵀ) Uᵀ and P (U S)ᵀ
-    if bias is not None:
-        Y = Y + bias
+    left, right = halves(P, S.mT, U.mT)  # (P Sᵀ) Uᵀ or P (U S)ᵀ
+    Y = left @ right if bias is None else torch.addmm(bias, left, right)  # one pass over Y less than adding it
     lead = input.shape[:-1]
     return Y.reshape(*lead, U.shape[0]), P.reshape(*lead, U.shape[1])
 

@@ -169,10 +169,9 @@ def _over(field: str, title: str, rows: list[list[dict]]) -> Callable:
             axes.plot(*zip(*medians, strict=True), color=style["color"], linewidth=1.5, label=label)
         axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
         axes.set(xscale="log", yscale="log", xlabel=field)
-        ticks = sorted(set(places))
-        if len(ticks) <= 9:
-            axes.set_xticks(_apart(ticks), labels=[f"{tick:g}" for tick in _apart(ticks)])
-            axes.minorticks_off()
+        ticks = _apart(sorted(set(places)))
+        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
         _plain(axes.yaxis)
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.25)
@@ -183,7 +182,7 @@ def _over(field: str, title: str, rows: list[list[dict]]) -> Callable:
 
 def _apart(ticks: list[float]) -> list[float]:
     """Those whose labels do not touch on a logarithmic axis."""
-    gap = math.log(ticks[-1] / ticks[0]) / 14
+    gap = math.log(ticks[-1] / ticks[0]) / 12
     kept = [ticks[0]]
     for tick in ticks[1:]:
         if math.log(tick / kept[-1]) >= gap:
@@ -253,7 +252,7 @@ def _growth(subject: str, sweep: str, mode: str, fits: list[dict]) -> Callable:
                 beyond = [fit["points"][-1], *fit["estimates"]]
                 axes.plot(*zip(*beyond, strict=True), ":", markersize=4, markerfacecolor="none", **style)
         axes.set(xscale="log", yscale="log", xlabel=sweep, ylabel="seconds")
-        axes.set_title(f"{subject}, {mode}" if mode != "call" else subject, fontsize=9)
+        axes.set_title(f"{subject}, {mode}" if mode not in ("call", subject) else subject, fontsize=9)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=7)
 

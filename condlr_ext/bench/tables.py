@@ -239,7 +239,7 @@ def rounded(exponent: float | None) -> str:
 @dataclass(frozen=True)
 class Column:
     """Of a table of networks: how many times as long as ours the fastest of `providers` took in that operation and
-    mode; or "roofline": ours in percent of it; or "time" of ours.
+    mode; or "roofline": ours in percent of it; "time" of ours; "rate": how many a second.
     """
 
     title: str
@@ -278,6 +278,8 @@ def against(row: list[dict], names: tuple[str, ...]) -> str:
         return percent(of(ours(row), "roofline"))
     if names == ("time",):
         return duration(middle(ours(row)))
+    if names == ("rate",):
+        return number(1 / middle(ours(row)) if ours(row) else None)
     found = [r for name, r in timed(row).items() if name in names]
     return number(ratio(min(found, key=middle, default=None), ours(row)))
 
@@ -298,6 +300,7 @@ def scaling_rows(results: Results, where: Callable[[dict], bool]) -> Made:
 
 
 NETWORKS = (
+    Column("iterations / s", "train", "iteration", ("rate",)),
     Column("iteration: dense", "train", "iteration", ("dense", "dense compiled")),
     Column("iteration: fast PyTorch", "train", "iteration", ("fast PyTorch",)),
     Column("step: fast PyTorch", "step", "call", ("fast PyTorch",)),

@@ -74,7 +74,9 @@ def main(wheel: Path) -> None:
         run(python, *_INSTALL, torch, str(wheel), env=no_compiler)
         work = folder / "elsewhere"
         work.mkdir()
-        print(run(str(folder / "env" / "bin" / "condlr"), "info", cwd=work, env=no_compiler))
+        condlr = str(folder / "env" / "bin" / "condlr")
+        print(run(condlr, "info", cwd=work, env=no_compiler))
+        print(run(condlr, "bench", "clip", "step", "--size", "smoke", "--threads", "1", cwd=work, env=no_compiler))
         print(run(python, str(HERE / "smoke.py"), "cpu", cwd=work, env=no_compiler))
         package = Path(run(python, "-c", "import condlr_ext; print(condlr_ext.__path__[0])", cwd=work).strip())
         for library in package.glob("*.so"):
