@@ -96,9 +96,9 @@ def run_with(kernel: str, config: triton.Config, call: Callable):
 
 
 def timed(device, calls: dict, seconds: float = 0.15, rounds: int = 15) -> dict:
-    """Quantiles of the seconds of each call, taken in turn, with cold caches."""
-    samples = interleave(device, list(calls.values()), [1.0] * len(calls), seconds, rounds, cold=True)
-    return {key: quantiles(s) for key, s in zip(calls, samples, strict=True)}
+    """Quantiles of the seconds of each call that does not fail, taken in turn, with cold caches."""
+    samples = interleave(device, list(calls.values()), [1.0] * len(calls), seconds, rounds, cold=True, failed={})
+    return {key: quantiles(s) for key, s in zip(calls, samples, strict=True) if s}
 
 
 def table(

@@ -108,7 +108,7 @@ def main() -> None:
     run(Selection().rows([operation(shapes)], device), device, Options(seconds=options.seconds), write)
     for record in records:
         if "reason" in record:
-            print(f"left out: {record['row']}, {record['provider']}: {record['reason']}")
+            print(f"left out: {record['row']}, {record.get('provider', 'plan')}: {record['reason']}")
     show(compared(records))
 
 

@@ -280,7 +280,7 @@ def test_costs_of_networks(monkeypatch):
     assert cost.forward({}) == [Work(products, 4 * 36), nothing, Work(0, 4 * 2 * 32)]
     assert cost.backward({}) == [Work(2 * 8 * (24 + 2 * 12), 2 * 4 * 36), nothing, Work(0, 4 * 2 * 32)]
     assert cost.inference({"0": 1}, size=2)[0] == Work(2 * 8 * (10 + 12), 2 * 22)
-    assert cost.step({"0": 2}, [30]) == [Work(8 * 10 * 4 + 9 * 8, 5 * 4 * 30)]
+    assert cost.step({"0": 2}, [30]) == [Work(8 * 10 * 4 + 4 * 8, 5 * 4 * 30)]
 
     for causal, pairs in ((False, 25), (True, 15)):
         cost = network_cost(Network(lambda causal=causal: TransformerBlock(8, 2, causal), (3, 5, 8)))

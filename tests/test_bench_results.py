@@ -137,7 +137,6 @@ def test_tables_of_other_records():
         "3.00 MiB",
         "3.00",
         "1.00 s",
-        "2.00",
         "-",
     ]
     assert columns(lines, "op ") == {"op": "step", "row": "VGG16 20%", "provider": "ours", "launches": "8"}

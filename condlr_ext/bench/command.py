@@ -1,6 +1,7 @@
 """What `condlr bench` does; the ops and what measures them load only when asked for."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -157,6 +158,7 @@ def records(rows: list, on, options: argparse.Namespace) -> Iterator[dict]:
     try:
         for threads in numbers:
             torch.set_num_threads(threads)
+            limit_blas(threads)
             yield {"kind": "ceilings"} | on.ceilings(dtypes, quick=smoke) | {"threads": threads}
             for row in rows:
                 done += 1
@@ -169,6 +171,14 @@ def records(rows: list, on, options: argparse.Namespace) -> Iterator[dict]:
             yield {"kind": "ceilings"} | on.ceilings(dtypes, quick=smoke) | {"threads": threads}
     finally:
         torch.set_num_threads(before)
+
+
+def limit_blas(threads: int) -> None:
+    """Of NumPy and SciPy, where threadpoolctl is there to do it: they do not follow torch's number of threads."""
+    with contextlib.suppress(ImportError):
+        import threadpoolctl
+
+        threadpoolctl.threadpool_limits(threads, user_api="blas")
 
 
 def thread_numbers(options: argparse.Namespace, on) -> list[int]:

@@ -84,9 +84,9 @@ class NetworkCost:
 
     def step(self, ranks: dict[str, int], parameters: Iterable[int], numbers: int = STEP_NUMBERS["SGD"]) -> list[Work]:
         """Per factor 8 m r²: UᵀB, U(UᵀB), the preconditioner, half a Gram matrix, a triangular product; per core
-        9 r³. Memory: `numbers` per parameter, in float32.
+        4 r³. Memory: `numbers` per parameter, in float32.
         """
-        flops = sum(8 * (x.m + x.n) * r * r + 9 * r**3 for x in self.layers if (r := ranks.get(x.name)))
+        flops = sum(8 * (x.m + x.n) * r * r + 4 * r**3 for x in self.layers if (r := ranks.get(x.name)))
         return [Work(flops, numbers * 4 * sum(parameters))]
 
     def _weights(self, ranks: dict[str, int]) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import gc
 import os
 import platform
 import re
@@ -55,15 +56,20 @@ class Cpu:
         if number > 1 and not call.prepare and not cold:
             timer = benchmark.Timer("run()", globals={"run": call.run}, num_threads=torch.get_num_threads())
             return timer.timeit(number).mean
-        total = 0.0
-        for _ in range(number):
-            if call.prepare:
-                call.prepare()
-            if cold:
-                self._evict()
-            start = benchmark.timer()
-            call.run()
-            total += benchmark.timer() - start
+        total, collecting = 0.0, gc.isenabled()
+        gc.disable()  # as Timer does
+        try:
+            for _ in range(number):
+                if call.prepare:
+                    call.prepare()
+                if cold:
+                    self._evict()
+                start = benchmark.timer()
+                call.run()
+                total += benchmark.timer() - start
+        finally:
+            if collecting:
+                gc.enable()
         return total / number
 
     def memory(self, call: Call) -> None:
@@ -86,8 +92,8 @@ class Cpu:
         def best(run: Callable, number: int = 1) -> float:
             return min(self.seconds(Call(run, dict), number, cold=False) for _ in range(4))
 
-        copies = []
-        for size in [cache // 2 for cache in self.caches] + [(1 << 24) if quick else (1 << 27)]:
+        copies, beyond = [], 4 * self.caches[-1]
+        for size in [cache // 2 for cache in self.caches] + [beyond // 4 if quick else beyond]:
             a, b = (torch.ones(size // 8) for _ in range(2))
             number = max(1, (1 << 26) // size)
             copies.append([size, size / best(lambda a=a, b=b: a.copy_(b), number)])

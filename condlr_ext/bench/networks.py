@@ -32,9 +32,11 @@ class Network:
 
     def batch(self) -> tuple[Tensor, Tensor | None]:
         """Random inputs and labels. A block inside a network (no classes) owes its input a gradient."""
-        x = torch.randn(self.input_shape)
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        if len(self.input_shape) == 4:  # channels_last by its strides: one channel leaves the layout open otherwise
+            B, C, H, W = self.input_shape
+            x = torch.randn(B, H, W, C).movedim(-1, 1)
+        else:
+            x = torch.randn(self.input_shape)
         if self.classes is None:
             return x.requires_grad_(), None
         return x, torch.randint(0, self.classes, self.input_shape[:1])

@@ -1,5 +1,6 @@
 """What the time of a row is made of."""
 
+import time
 from collections.abc import Iterable
 
 from torch.profiler import ProfilerActivity, profile
@@ -46,10 +47,22 @@ def _breakdown(call: Call, device, repeats: int = 5) -> str:
     cuda = device.kind == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     plain = device.seconds(call, repeats, cold=False)
-    with profile(activities=activities) as prof:
-        profiled = device.seconds(call, repeats, cold=False)
-    events = [(e.key, e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in prof.key_averages()]
-    events = [(key, time / 1e6 / repeats, e.count / repeats) for key, time, e in events if "::" in key]
+    totals, profiled = {}, 0.0
+    for _ in range(repeats):
+        if call.prepare:
+            call.prepare()
+        device.synchronise()
+        with profile(activities=activities) as prof:
+            start = time.perf_counter()
+            call.run()
+            device.synchronise()
+            profiled += (time.perf_counter() - start) / repeats
+        for e in prof.key_averages():
+            if "::" in e.key:
+                spent = e.self_device_time_total if cuda else e.self_cpu_time_total
+                seconds, count = totals.get(e.key, (0.0, 0.0))
+                totals[e.key] = seconds + spent / 1e6 / repeats, count + e.count / repeats
+    events = [(key, seconds, count) for key, (seconds, count) in totals.items()]
     by_kind = dict.fromkeys([kind for kind, _ in KINDS] + ["other operators"], 0.0)
     for key, seconds, _ in events:
         by_kind[next((kind for kind, names in KINDS if any(n in key for n in names)), "other operators")] += seconds

@@ -11,16 +11,17 @@ FORMAT = 2
 
 
 class Writer:
-    """Appends records to a file, each at once: a run that is cut off keeps what it had."""
+    """Writes records to a file, each at once: a run that is cut off keeps what it had. The first replaces the file."""
 
     def __init__(self, file: Path | str):
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text("")
+        self._mode = "w"
 
     def __call__(self, record: dict) -> dict:
-        with self.file.open("a") as file:
+        with self.file.open(self._mode) as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._mode = "a"
         return record
 
 
@@ -99,9 +100,11 @@ def timed(row: list[dict], *roles: str) -> dict[str, dict]:
 
 
 def ours(row: list[dict]) -> dict | None:
-    """What users get, or the first of our backends where that was left out."""
+    """What users get, if it has a time; where it was left out, the first of our backends."""
     found = timed(row, OURS)
-    return found.get("ours") or next(iter(found.values()), None)
+    if any(r["provider"] == "ours" for r in row):
+        return found.get("ours")
+    return next(iter(found.values()), None)
 
 
 def best_other(row: list[dict]) -> dict | None:

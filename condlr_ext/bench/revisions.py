@@ -57,8 +57,8 @@ def worktree(revision: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="condlr-bench-") as folder:
         root = Path(folder) / "tree"
-        git("worktree", "add", "--detach", "--quiet", str(root), revision)
         try:
+            git("worktree", "add", "--detach", "--quiet", str(root), revision)
             compile_as_here(revision, root)
             here = Path(__file__).resolve().parent
             shutil.rmtree(root / "condlr_ext" / "bench", ignore_errors=True)
@@ -66,6 +66,7 @@ def worktree(revision: str) -> Iterator[Path]:
             yield root
         finally:
             git("worktree", "remove", "--force", str(root), check=False)
+            git("worktree", "prune", check=False)
 
 
 def compile_as_here(revision: str, root: Path) -> None:

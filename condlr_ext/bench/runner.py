@@ -70,25 +70,22 @@ def measure(row: Row, device, options: Options) -> Iterator[dict]:
             right = [n for n, judgement in judged.items() if "reason" not in judgement]
             replays = {}
             for cache in _cache(device, options):
-                calls = [found[n].calls[mode] for n in right]
-                shares = [found[n].share for n in right]
-                samples = interleave(device, calls, shares, options.seconds, options.rounds, cache == "cold")
-                times = dict(zip(right, samples, strict=True))
+                calls = {n: found[n].calls[mode] for n in right}
+                times = _timed(device, calls, found, options, cache)
                 for name, judgement in judged.items():
                     work = (found[name].work or problem.work)[mode]
-                    record = _record(row, mode, cache, name, found[name], work) | judgement
-                    if name in times:
-                        record |= {"seconds": quantiles(times[name]), "samples": len(times[name])}
-                        record["memory"] = device.memory(found[name].calls[mode])
-                        if hasattr(device, "graph") and record["seconds"][1] < SHORT:
-                            replays[name] = found[name].calls[mode]
+                    record = _record(row, mode, cache, name, found[name], work) | judgement | times.get(name, {})
+                    if record["seconds"]:
+                        record["memory"] = attempt(device, partial(device.memory, calls[name]), {}, "")
                     yield record
+                ended = [time["seconds"][1] for time in times.values() if "seconds" in time]
+                if hasattr(device, "graph") and ended and min(ended) < SHORT:
+                    replays = {n: call for n, call in calls.items() if "seconds" in times[n]}
             yield from _replayed(row, mode, device, options, problem, found, replays)
-        for name in problem.providers:
-            if name in reasons:
-                yield _record(row, operation.modes[0], _cache(device, options)[0], name, None, []) | {
-                    "reason": reasons[name]
-                }
+        for name in (name for name in problem.providers if name in reasons):
+            for mode in problem.work:
+                record = _record(row, mode, _cache(device, options)[0], name, None, [])
+                yield record | {"reason": reasons[name]}
         if operation.extra:
             failed = {"kind": "failed", "op": operation.name, "row": str(row.shape)}
             yield from attempt(device, lambda: operation.extra(row, device), failed, "reason") or ()
@@ -168,9 +165,13 @@ def attempt(device, function: Callable, record: dict, key: str):
         device.synchronise()
         return result
     except Exception as error:
-        record[key] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        record[key] = _line(error)
         device.synchronise()  # raises where the device is lost, which ends the run
         return None
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _replayed(row, mode, device, options, problem, found, calls: dict[str, Call]) -> Iterator[dict]:
@@ -185,15 +186,21 @@ def _replayed(row, mode, device, options, problem, found, calls: dict[str, Call]
             if "reason" not in judged[name]:
                 replays[name] = Call(captured[0], call.errors)
     for cache in _cache(device, options) if judged else ():
-        shares = [found[name].share for name in replays]
-        samples = interleave(device, list(replays.values()), shares, options.seconds, options.rounds, cache == "cold")
-        times = dict(zip(replays, samples, strict=True))
+        times = _timed(device, replays, found, options, cache)
         for name, judgement in judged.items():
             work = (found[name].work or problem.work)[mode]
-            record = _record(row, f"{mode}, graph", cache, name, found[name], work) | judgement
-            if name in times:
-                record |= {"seconds": quantiles(times[name]), "samples": len(times[name])}
-            yield record
+            yield _record(row, f"{mode}, graph", cache, name, found[name], work) | judgement | times.get(name, {})
+
+
+def _timed(device, calls: dict[str, Call], found: dict[str, Provider], options: Options, cache: str) -> dict[str, dict]:
+    """By provider {"seconds": quantiles, "samples"}, or the "reason" why there is no time."""
+    failed: dict[int, Exception] = {}
+    shares = [found[name].share for name in calls]
+    samples = interleave(device, list(calls.values()), shares, options.seconds, options.rounds, cache == "cold", failed)
+    return {
+        name: {"reason": _line(failed[i])} if i in failed else {"seconds": quantiles(its), "samples": len(its)}
+        for i, (name, its) in enumerate(zip(calls, samples, strict=True))
+    }
 
 
 def _record(row: Row, mode: str, cache: str, provider: str, made: Provider | None, work) -> dict:

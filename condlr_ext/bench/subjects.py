@@ -194,7 +194,8 @@ class Training:
 
     def __init__(self, net, model: nn.Module, optimizer, batches, dtype: torch.dtype, forward: Callable | None = None):
         self.model, self.optimizer = model, optimizer
-        self._net, self._forward, self._batches, self._turn = net, forward or model, batches, cycle(batches)
+        self._net, self._batches, self._turn = net, batches, cycle(batches)
+        self._forward = model if forward is None else forward  # a compiled module may be false: it has a length
         self._cast = partial(torch.autocast, batches[0][0].device.type, dtype, enabled=dtype.itemsize < 4)
         self._start = Start(model, optimizer)
         self.loss = None

@@ -156,7 +156,11 @@ def score(rows: list[list[dict]]) -> list[str]:
     """In how many rows ours is faster, and by how much. A row in which only the others got a time is a lost one."""
     lines = []
     for against, find in (("the best other", best_other), ("dense", best_dense)):
-        contested = [(find(row), ours(row)) for row in rows if find(row) and any(r["role"] == OURS for r in row)]
+        contested = [
+            (find(row), ours(row))
+            for row in rows
+            if find(row) and any(r["role"] == OURS or r["provider"] == "ours" for r in row)
+        ]
         ratios = [ratio(other, mine) for other, mine in contested if mine]
         if ratios:
             least, most = number(min(ratios)), number(max(ratios))
@@ -174,17 +178,15 @@ def memories(records: list[dict]) -> list[str]:
 
 def memory_cells(records: list[dict]) -> tuple[list[str], list[list[str]]]:
     mine = {place(r): r for r in records if r["provider"] == "ours"}
-    header = ["row", "provider", "threads", "memory", "x ours", "time", "x ours", "page faults"]
+    header = ["row", "provider", "threads", "memory", "x ours", "time", "page faults"]
     cells = []
     for r in records:
         base = mine.get(place(r), {})
-        over = [
-            number(r[name] / base[name]) if base.get(name) and r.get(name) else "-" for name in ("bytes", "seconds")
-        ]
+        over = number(r["bytes"] / base["bytes"]) if base.get("bytes") and r.get("bytes") else "-"
         faults = "-" if r.get("page_faults") is None else f"{r['page_faults']:.0f}"
         cells.append(
-            [f"{r['op']} {r['row']}", r["provider"], str(r["threads"]), memory(r.get("bytes")), over[0]]
-            + [duration(r.get("seconds")), over[1], faults]
+            [f"{r['op']} {r['row']}", r["provider"], str(r["threads"]), memory(r.get("bytes")), over]
+            + [duration(r.get("seconds")), faults]  # of processes one after the other: no ratio of these
         )
     return header, cells
 
