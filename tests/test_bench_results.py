@@ -497,6 +497,13 @@ def test_growth(tmp_path, monkeypatch):
     assert tables.TABLES["scaling"](found, lambda r: r["threads"] == 2) == ([], [], [])
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    file = tmp_path / "noise.jsonl"
+    file.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="noise.jsonl is no results file: it is not text"):
+        Results.read(file)
+
+
 def test_nothing_to_draw(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="no times to draw"):

@@ -19,7 +19,7 @@ class Writer:
         self._mode = "w"
 
     def __call__(self, record: dict) -> dict:
-        with self.file.open(self._mode) as file:
+        with self.file.open(self._mode, encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._mode = "a"
         return record
@@ -54,8 +54,11 @@ class Results:
 
     @classmethod
     def read(cls, file: Path | str) -> "Results":
-        """A line that is no record raises ValueError, but for a last one that was cut off."""
-        lines = Path(file).read_text().splitlines()
+        """What is no text, or a line that is no record, raises ValueError, but for a last one that was cut off."""
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"condlr bench: {file} is no results file: it is not text") from None
         records = []
         for i, line in enumerate(lines):
             try:
