@@ -646,6 +646,25 @@ def test_at_full_rank_it_is_sgd_of_the_dense_weight(make):
 
 
 @rank_adaptive
+def test_without_growth_ranks_stay_at_most_those_of_the_start(make, digits):
+    """With no tolerance nothing else stops them: they double until they are full."""
+    ranks = {}
+    for grow in (True, False):
+        model = low_rank()
+        optimizer = make(model, 0.1, momentum=0.5, grow=grow)
+        optimizer.param_groups[0]["tolerance"] = 0.0
+        start = optimizer.ranks
+        losses = train(model, optimizer, digits, 24)
+        assert losses[-1] < losses[0]
+        ranks[grow] = optimizer.ranks
+    assert ranks[False] == start
+    assert all(ranks[True][name] > start[name] for name in start)
+    again = make(low_rank(), 0.1, momentum=0.5)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.param_groups[0]["max_ranks"] == start  # a resumed training keeps the limit
+
+
+@rank_adaptive
 def test_shared_frozen_and_unused_layers(make):
     torch.manual_seed(0)
     shared, frozen, unused = (LowRankLinear(6, 6, rank=2) for _ in range(3))

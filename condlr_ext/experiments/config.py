@@ -20,8 +20,8 @@ METHODS = {
     "released": (*_SIZING, "tau"),
     "cayley": (*_SIZING, "tau", "full"),
     "projected": (*_SIZING, "tau", "full"),
-    "dlrt": (*_SIZING, "tolerance"),
-    "robust-dlrt": (*_SIZING, "tolerance", "beta", "core_steps"),
+    "dlrt": (*_SIZING, "tolerance", "grow"),
+    "robust-dlrt": (*_SIZING, "tolerance", "grow", "beta", "core_steps"),
     "svd-prune": (*_SIZING, "finetune"),
     "tscnc": ("tsc", "cnc", "keep"),
 }
@@ -51,7 +51,7 @@ class RunSpec:
         sigma_max: the largest singular value of the hidden layers: condlr's own; for dense and vanilla as a control.
         cap: dense and vanilla: how sigma_max is kept, "clip" (default: of the spectrum) or "rescale" (of the weight).
         full: cayley, projected: whether the dense weights themselves are orthonormal, as in the published tables.
-        tolerance, beta, core_steps: dlrt and robust-dlrt, see there.
+        tolerance, grow, beta, core_steps: dlrt and robust-dlrt, see there.
         tsc, cnc, keep: tscnc: weights of its penalties, default 1 and 0.01, and the share of the hidden weights that
             its masks keep, default 0.27.
         finetune: svd-prune: the share of the epochs after the truncation, default 0.2.
@@ -68,6 +68,7 @@ class RunSpec:
     cap: str | None = None
     full: bool | None = None
     tolerance: float | None = None
+    grow: bool | None = None
     beta: float | None = None
     core_steps: int | None = None
     finetune: float | None = None
@@ -132,7 +133,7 @@ class RunSpec:
             try:
                 values[key] = _PARSERS.get(key, float)(value)
             except ValueError:
-                what = "true or false" if key == "full" else "a number"
+                what = "true or false" if _PARSERS.get(key) is _flag else "a number"
                 raise ValueError(f"run {text!r}: {key} must be {what}, got {value!r}") from None
         return cls(method, **values)
 
@@ -158,6 +159,8 @@ class RunSpec:
         parts = [_LABELS.get(self.method, self.method)]
         if self.full:
             parts.append("full")
+        if self.grow is False:
+            parts.append("fixed size")
         if self.optimizer == "adamw":
             parts.append("AdamW")
         for name, text in (("tau", "τ={:g}"), ("sigma_max", "σ≤{:g}"), ("cap", "{}"), ("band", "{}")):
@@ -222,7 +225,7 @@ def _check_rates(where: str, options) -> None:
 
 
 _OPTIONS = tuple(f.name for f in fields(RunSpec) if f.name != "method")
-_PARSERS = {"rank": _rank, "core_steps": int, "full": _flag} | dict.fromkeys(("band", "optimizer", "cap"), str)
+_PARSERS = {"rank": _rank, "core_steps": int, "full": _flag, "grow": _flag} | dict.fromkeys(("band", "optimizer", "cap"), str)
 
 DEFAULT_RUNS = (
     RunSpec("dense"),

@@ -132,14 +132,18 @@ def _stiefel(method: type) -> Callable:
     return make
 
 
+def _adaptive(spec: RunSpec) -> dict:
+    return {"tolerance": spec.tolerance, "grow": spec.grow is not False}
+
+
 _OPTIMIZERS = {
     "condlr": _condlr,
     "released": lambda model, spec, rates: baselines.ReleasedCondLR(model, **rates, tau=spec.tau),
     "cayley": _stiefel(baselines.CayleySGD),
     "projected": _stiefel(baselines.ProjectedSGD),
-    "dlrt": lambda model, spec, rates: baselines.DLRT(model, **rates, tolerance=spec.tolerance),
+    "dlrt": lambda model, spec, rates: baselines.DLRT(model, **rates, **_adaptive(spec)),
     "robust-dlrt": lambda model, spec, rates: baselines.RobustDLRT(
-        model, **rates, tolerance=spec.tolerance, beta=spec.beta, core_steps=spec.core_steps or 10
+        model, **rates, **_adaptive(spec), beta=spec.beta, core_steps=spec.core_steps or 10
     ),
 }
 

@@ -14,6 +14,7 @@ COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 NOT_APPLICABLE = "-"
+_ATTACKS = {"fgsm": "FGSM", "pgd-ce": "PGD", "apgd-ce": "APGD", "apgd-t": "APGD-T"}
 
 
 HISTORIES = ("loss", "step_loss", "validation", "kappa", "dense_kappa", "spectra", "settings")
@@ -39,17 +40,18 @@ def grouped(results: dict) -> dict[str, list[dict]]:
 
 
 def summary(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per run."""
+    """Header and one row per run: of the attacks those that the settings name, or FGSM, and the worst case of all."""
     eps = results["config"]["eps"]
+    attacks = [*(results["config"]["attacks"] or ("fgsm",)), "worst"]
     header = ["run", "ranks", "kept\n%", "clean\n%"]
-    header += [f"{attack}\n{e:g}" for attack in ("FGSM", "worst") for e in eps]
+    header += [f"{_ATTACKS.get(attack, attack)}\n{e:g}" for attack in attacks for e in eps]
     header += ["satu-\nrated %", "max κ", "‖UᵀU−I‖\nmax", "s per\nepoch"]
     rows = []
     for records in grouped(results).values():
         first, attacked = records[0], [r["robustness"] for r in records if r.get("robustness")]
         row = [_label(records), _ranks(records), spread([100 * r["kept"] for r in records], ".1f")]
         row.append(percent([a["clean"] for a in attacked]))
-        for attack in ("fgsm", "worst"):
+        for attack in attacks:
             row += [percent([a[attack][i] for a in attacked if attack in a]) for i in range(len(eps))]
         row.append(percent([a["saturated"] for a in attacked]))
         row += [

@@ -79,7 +79,8 @@ def evaluate(
         seed: of the random starts.
         batch_size: samples attacked at a time (times the number of budgets); default all.
         guard: run "fgsm", "fgsm64", "pgd-ce", "pgd64", "pgd-rescaled" and (from 3 classes on) "pgd-dlr" in any case,
-            every attack also at eps = 0, and flag what looks masked (robustness.masking.flags).
+            every attack also at eps = 0 (a ball of one point: its own ones with a single step), and flag what looks
+            masked (robustness.masking.flags).
         surrogate: another classifier; PGD examples made on it are tried on the model as attack "transfer".
         others: further attacks by name, each called as attack(model, x, y, eps) with eps [E] and returning
             [E, B, ...], such as functools.partial(attacks.low_rank_pgd, rank=2).
@@ -114,22 +115,25 @@ def evaluate(
         raise ValueError(f"evaluate: others must have names of their own, got {taken[0]!r}")
 
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
-    tried = torch.cat((budgets.new_zeros(1), budgets)) if guard else budgets
     with frozen(model):
         kept, classes = _look(model, batches)
         if guard:
             second = [name for name in masking.SECOND_LOOKS if name != "pgd-dlr" or classes >= CLASSES_NEEDED["dlr"]]
             names = [name for name in KNOWN_ATTACKS if name in names or name in second]
-        search = {"norm": norm, "steps": steps, "restarts": restarts}
-        runs = {name: _attack(name, torch.Generator(x.device), seed, **search) for name in names} | dict(others or {})
-        if surrogate is not None:
-            runs["transfer"] = _transfer(surrogate, torch.Generator(x.device), seed, **search)
-        survived = {
-            name: torch.cat([_survivors(name, run, model, *batch, tried, norm) for batch in batches], dim=1)
-            for name, run in runs.items()
-        }
 
-    at_eps = {name: alive[-len(budgets) :] for name, alive in survived.items()}
+        def survived(tried: Tensor, **search) -> dict[str, Tensor]:
+            runs = {name: _attack(name, torch.Generator(x.device), seed, **search) for name in names}
+            runs |= dict(others or {})
+            if surrogate is not None:
+                runs["transfer"] = _transfer(surrogate, torch.Generator(x.device), seed, **search)
+            return {
+                name: torch.cat([_survivors(name, run, model, *batch, tried, norm) for batch in batches], dim=1)
+                for name, run in runs.items()
+            }
+
+        at_eps = survived(budgets, norm=norm, steps=steps, restarts=restarts)
+        at_zero = survived(budgets.new_zeros(1), norm=norm, steps=1, restarts=1) if guard else {}
+
     result = Evaluation(n=len(x), norm=norm, others=list(others or {}))
     result["eps"] = torch.as_tensor(eps, dtype=torch.float64).reshape(-1).tolist()  # not rounded to the dtype of x
     result |= {name: _share(flag) for name, flag in kept.items()}
@@ -141,7 +145,7 @@ def evaluate(
         own = torch.stack([kept["clean"].expand_as(transfer), *at_eps.values()]).all(0)
         result["transfer_only"] = _share(own & ~transfer)
     if guard:
-        result["at_zero"] = {name: _share(alive[0]) for name, alive in survived.items()}
+        result["at_zero"] = {name: _share(alive[0]) for name, alive in at_zero.items()}
         result["flags"] = masking.flags(result)
     return result
 
