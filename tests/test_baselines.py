@@ -280,6 +280,8 @@ def test_more_bad_arguments():
     model = low_rank()
     with pytest.raises(TypeError, match="DLRT: model must be a module"):
         DLRT(model.parameters(), 0.1, tolerance=0.1)
+    with pytest.raises(TypeError, match="RobustDLRT: grow must be True or False, got 0"):
+        RobustDLRT(model, 0.1, beta=0.05, tolerance=0.1, grow=0)
     with pytest.raises(TypeError, match="a closure that computes loss and gradients is needed"):
         DLRT(model, 0.1, tolerance=0.1).step(None)
     model[0].U.requires_grad_(False)

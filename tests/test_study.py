@@ -37,6 +37,7 @@ RUNS = (
     "cayley:full=true,lr=0.05",
     "dlrt:tolerance=0.1,budget=0.4,lr=0.05,momentum=0.0",
     "robust-dlrt:tolerance=0.1,beta=0.1,core_steps=5,budget=0.4,lr=0.05",
+    "robust-dlrt:tolerance=0.1,grow=false,beta=0.1,core_steps=5,budget=0.4,lr=0.05",
     "svd-prune:budget=0.4,finetune=0.5",
     "tscnc:keep=0.4,lr=0.1",
 )
@@ -307,6 +308,7 @@ def test_run_texts_of_every_method(run):
         ("condlr:tau=0.1,optimizer=lion", "optimizer must be sgd or adamw"),
         ("cayley:full=true,rank=3", "full has no rank or budget"),
         ("cayley:full=yes", "full must be true or false"),
+        ("dlrt:tolerance=0.1,grow=1", "grow must be true or false"),
         ("svd-prune:finetune=1", r"finetune must be in \(0, 1\)"),
         ("dense:momentum=1", r"momentum must be in \[0, 1\)"),
     ],
@@ -323,6 +325,36 @@ def test_inspect_shows_convolutions(tmp_path):
         assert [(x["m"], x["n"]) for x in layers] == [(20, 9), (50, 180), (200, 200), (10, 200)]
         assert {x["name"]: x["rank"] for x in layers[:3]} == record["ranks"]
         assert all((x["route"] is not None) == (record["method"] == "condlr") for x in layers[:3])
+
+
+def test_images_are_trained_and_attacked_in_channels_last(tmp_path, monkeypatch):
+    seen = []
+    attacked = training.evaluate
+
+    def watched(model, *args, **kwargs):
+        conv = next(m for name, m in model.named_modules() if name.endswith("body.3"))
+        hook = conv.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+        try:
+            return attacked(model, *args, **kwargs)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(training, "evaluate", watched)
+    runs = ("dense", "vanilla", "condlr:tau=0.1")
+    results = train(TrainConfig(runs=runs, network="cnn", epochs=1, attack_steps=1, out=tmp_path))
+    assert [run["status"] for run in results["runs"]] != ["diverged"] * 3 and len(seen) > 3
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for pair in seen for t in pair)
+
+
+def test_tables_show_the_attacks_of_the_settings(tmp_path):
+    attacks = ("fgsm", "pgd-ce", "apgd-t")
+    settings = {"runs": ("dense",), "epochs": 1, "eps": (0.1,), "attacks": attacks, "attack_steps": 1}
+    results = train(TrainConfig(**settings, attack_restarts=1, out=tmp_path))
+    header, (row,) = report.summary(results)
+    shown = {title.replace("\n", " "): cell for title, cell in zip(header, row, strict=True)}
+    robustness = results["runs"][0]["robustness"]
+    for title, name in {"FGSM 0.1": "fgsm", "PGD 0.1": "pgd-ce", "APGD-T 0.1": "apgd-t", "worst 0.1": "worst"}.items():
+        assert shown[title] == f"{100 * robustness[name][0]:.1f}"
 
 
 def test_matrix_shape_of_every_layer():
