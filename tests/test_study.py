@@ -21,6 +21,7 @@ from condlr_ext.experiments import (
     train,
     training,
 )
+from condlr_ext.experiments.checkpoint import load_checkpoint
 from condlr_ext.experiments.fit import Fit
 from condlr_ext.experiments.methods import compress, keep_below, phases, starts_dense
 from condlr_ext.experiments.models import core, dense_layers, low_rank_layers, matrix_shape
@@ -303,11 +304,13 @@ def test_run_texts_of_every_method(run):
     [
         ("dlrt", "dlrt needs tolerance"),
         ("robust-dlrt:tolerance=0.1", "robust-dlrt needs beta"),
-        ("dense:cap=clip", "dense takes lr, momentum, weight_decay, sigma_max, got cap"),
+        ("dense:cap=clip", "dense takes budget, rank, init, lr, momentum, weight_decay, sigma_max, got cap"),
         ("dense:sigma_max=1,cap=shrink", "cap must be clip or rescale"),
         ("condlr:tau=0.1,optimizer=lion", "optimizer must be sgd or adamw"),
         ("cayley:full=true,rank=3", "full has no rank or budget"),
         ("cayley:full=yes", "full must be true or false"),
+        ("dense:rank=3", 'dense takes budget and rank with init="pca" only'),
+        ("vanilla:init=random", "init must be svd or pca"),
         ("dlrt:tolerance=0.1,grow=1", "grow must be true or false"),
         ("svd-prune:finetune=1", r"finetune must be in \(0, 1\)"),
         ("dense:momentum=1", r"momentum must be in \[0, 1\)"),
@@ -325,6 +328,25 @@ def test_inspect_shows_convolutions(tmp_path):
         assert [(x["m"], x["n"]) for x in layers] == [(20, 9), (50, 180), (200, 200), (10, 200)]
         assert {x["name"]: x["rank"] for x in layers[:3]} == record["ranks"]
         assert all((x["route"] is not None) == (record["method"] == "condlr") for x in layers[:3])
+
+
+@pytest.mark.parametrize("run", ["dense", "vanilla", "condlr:tau=inf", "released:tau=0.1"])
+def test_start_on_principal_directions(run, tmp_path, monkeypatch):
+    """Every method starts from one weight, that of factorize, and keeps it if it does not train."""
+    monkeypatch.setattr(Fit, "run_epoch", lambda fit: setattr(fit, "epoch", fit.epoch + 1))
+    text = f"{run}{',' if ':' in run else ':'}init=pca,rank=20/9"
+    config = TrainConfig(runs=(text,), epochs=1, eps=(0.1,), attacks=("fgsm",), attack_steps=1, out=tmp_path)
+    results = train(config)
+    assert RunSpec.parse(str(config.runs[0])) == config.runs[0] and "PCA init" in config.runs[0].label
+    split = data.load("digits", 0)
+    torch.manual_seed(0)
+    expected = build("mlp", split.shape, 10)
+    condlr_ext.factorize(expected, rank={"fc1": 20, "fc2": 9}, exclude="head", init="pca", example_input=split.x_train)
+    model, _ = load_checkpoint(tmp_path / results["runs"][0]["checkpoint"])
+    for name in ("fc1", "fc2"):
+        W = model.get_submodule(name)
+        W = W[1].weight @ W[0].weight if run == "vanilla" else W.weight
+        torch.testing.assert_close(W, expected.get_submodule(name).weight, rtol=0, atol=1e-5)
 
 
 def test_images_are_trained_and_attacked_in_channels_last(tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ from .extras import require
 BUDGET = 0.27
 
 # What each method takes beside the options of all. Ranks are chosen by budget or rank where the first of them is named.
-_SIZING = ("budget", "rank")
+_SIZING = ("budget", "rank", "init")
 METHODS = {
-    "dense": (),
+    "dense": _SIZING,
     "vanilla": _SIZING,
     "condlr": (*_SIZING, "tau", "band", "optimizer"),
     "released": (*_SIZING, "tau"),
@@ -22,7 +22,7 @@ METHODS = {
     "projected": (*_SIZING, "tau", "full"),
     "dlrt": (*_SIZING, "tolerance", "grow"),
     "robust-dlrt": (*_SIZING, "tolerance", "grow", "beta", "core_steps"),
-    "svd-prune": (*_SIZING, "finetune"),
+    "svd-prune": ("budget", "rank", "finetune"),
     "tscnc": ("tsc", "cnc", "keep"),
 }
 NEEDED = {"condlr": ("tau",), "released": ("tau",), "dlrt": ("tolerance",), "robust-dlrt": ("tolerance", "beta")}
@@ -46,6 +46,8 @@ class RunSpec:
             they leave for the rest; the others are those of condlr_ext.baselines.
         budget, rank: how ranks are chosen, at most one of them, see factorize; default budget 0.27. A rank of each
             hidden layer in turn is a tuple, as text "rank=40/17". Adaptive methods (dlrt, robust-dlrt) start with it.
+        init: "svd" (default) or "pca": the hidden weights are projected first onto the leading principal directions of
+            their inputs, see factorize. As a control also for dense, with budget or rank to say how many.
         tau: kappa <= 1 + tau; needed by condlr and released, inf (no bound) by default for cayley and projected.
         band: condlr: see CondLRSGD. optimizer: condlr: "sgd" (default) or "adamw".
         sigma_max: the largest singular value of the hidden layers: condlr's own; for dense and vanilla as a control.
@@ -62,6 +64,7 @@ class RunSpec:
     tau: float | None = None
     budget: float | None = None
     rank: int | float | tuple[int, ...] | None = None
+    init: str | None = None
     sigma_max: float | None = None
     band: str | None = None
     optimizer: str | None = None
@@ -97,7 +100,11 @@ class RunSpec:
             object.__setattr__(self, "rank", tuple(self.rank))
         if self.tau is not None or self.sigma_max is not None:
             check_constraint("run", math.inf if self.tau is None else self.tau, self.band or "rms", self.sigma_max)
-        for name, known in (("optimizer", ("sgd", "adamw")), ("cap", ("clip", "rescale"))):
+        for name, known in (
+            ("optimizer", ("sgd", "adamw")),
+            ("cap", ("clip", "rescale")),
+            ("init", ("svd", "pca")),
+        ):
             if getattr(self, name) not in (None, *known):
                 raise ValueError(f"run: {name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
         _check_rates("run", self)
@@ -115,7 +122,10 @@ class RunSpec:
             raise ValueError(f"run: keep must be in (0, 1], got {self.keep}")
         if self.finetune is not None and not 0 < self.finetune < 1:
             raise ValueError(f"run: finetune must be in (0, 1), got {self.finetune}")
-        if "budget" in METHODS[self.method] and not self.full and self.budget is None and self.rank is None:
+        if self.method == "dense" and self.init is None and (self.budget, self.rank) != (None, None):
+            raise ValueError('run: dense takes budget and rank with init="pca" only')
+        sized = "budget" in METHODS[self.method] and not self.full and (self.method != "dense" or self.init)
+        if sized and self.budget is None and self.rank is None:
             object.__setattr__(self, "budget", BUDGET)
 
     @classmethod
@@ -170,6 +180,8 @@ class RunSpec:
             parts.append(f"rank {_text(self.rank) if isinstance(self.rank, tuple) else format(self.rank, 'g')}")
         elif self.budget not in (None, BUDGET):
             parts.append(f"budget {self.budget:g}")
+        if self.init == "pca":
+            parts.append("PCA init")
         for name, text in (
             ("keep", "keep {:g}"),
             ("tolerance", "ϑ={:g}"),
@@ -225,7 +237,7 @@ def _check_rates(where: str, options) -> None:
 
 
 _OPTIONS = tuple(f.name for f in fields(RunSpec) if f.name != "method")
-_PARSERS = {"rank": _rank, "core_steps": int, "full": _flag, "grow": _flag} | dict.fromkeys(("band", "optimizer", "cap"), str)
+_PARSERS = {"rank": _rank, "core_steps": int, "full": _flag, "grow": _flag} | dict.fromkeys(("band", "optimizer", "cap", "init"), str)
 
 DEFAULT_RUNS = (
     RunSpec("dense"),

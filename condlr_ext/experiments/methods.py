@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import baselines, linalg, pruning, regularizers
-from ..factorize import factorize
+from ..factorize import factorize, to_dense
 from ..optim import CondLRAdamW, CondLRSGD
 from .config import RunSpec, TrainConfig
 from .models import TWO_FACTOR, dense_layers, low_rank_layers
@@ -30,6 +30,12 @@ def compress(model: nn.Module, method: str, sizing: dict | None, init: str = "sv
     ranks = _ranks(factorize(copy.deepcopy(model).to("meta"), exclude=EXCLUDED, **sizing))
     baselines.vanilla_low_rank(model, ranks)
     return ranks
+
+
+def align(model: nn.Module, sizing: dict, x: Tensor) -> None:
+    """Projects each hidden weight, in place, onto the leading principal directions of its inputs for samples x."""
+    factorize(model, exclude=EXCLUDED, init="pca", example_input=x, **by_name(model, sizing))
+    to_dense(model)
 
 
 def by_name(model: nn.Module, sizing: dict) -> dict:

@@ -128,6 +128,8 @@ def _trained(config: TrainConfig, initial: nn.Module, split: Split, tick) -> dic
     if fit is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if spec.init == "pca":
+                methods.align(model, spec.sizing, split.x_train)
             methods.compress(model, spec.method, None if methods.starts_dense(spec) else spec.sizing)
         _place(model, config)
         fit = Fit(model, spec, config, split)

@@ -1,7 +1,7 @@
 """factorize and to_dense: the layers of a model replaced in place."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import NonFiniteError
 from ..nn import LowRankLayer, LowRankMultiheadAttention
@@ -9,6 +9,7 @@ from ..nn.attention import factorize_projection, to_dense_projections
 from ..nn.rank import resolve_rank
 from .budget import allocate_ranks, parameter_cost
 from .costs import Call, Clock, dense_flops, flops_cost, low_rank_flops, predict, record_calls
+from .principal import leading_directions, second_moments
 from .report import FactorizeReport, LayerReport
 from .selection import Target, low_rank_class, select
 
@@ -55,15 +56,19 @@ def factorize(
         measure: what a budget is of: "parameters"; "flops" of one forward on example_input; "time" on it, measured
             layer by layer on this machine with torch's threads as set (forward and backward if the model is in training
             mode, else forward). For the last two, layers that no rank makes cheaper are left dense.
-        example_input: for measure "flops" and "time", and to have FLOPs, route and predicted gain in the report: a
-            tensor, a tuple of positional arguments or a dict of keyword arguments of the model.
+        example_input: for measure "flops" and "time", for init "pca", and to have FLOPs, route and predicted gain in
+            the report: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model.
         include, exclude: a name (whole, or an fnmatch pattern), a type, a predicate (name, module) -> bool, or a
             list of these. exclude wins. Name and type of an nn.MultiheadAttention stand for all its projections; a
             predicate is handed a linear layer for each.
         init: "svd", the truncated SVD of the present weight (as LowRankLinear.from_dense), or "random", fresh
             orthonormal factors and S = s I with the Frobenius norm of the present weight, so that activations begin
             with the variance that they have in the dense model (for a zero weight or on the meta device, with torch's
-            default scale).
+            default scale), or "pca", the present weight on the leading principal directions (about 0) of the layer's
+            inputs on example_input, which should be a few hundred samples of the data. A bound on kappa says nothing
+            of inputs outside of the row space (robustness.misalignment), and all directions of V have about equal
+            weight under it: these are the r that see most of the inputs. Layers that are not called and attentions'
+            output projections start as with "svd".
         dry_run: only report; the model is left as it is.
 
     Returns:
@@ -89,7 +94,12 @@ def factorize(
             + "".join(f"; {name}: {reason}" for name, reason in skipped.items())
         )
     ranks = allocate_ranks(costs, budget) if rank is None else _given_ranks(targets, rank)
-    built = {t.name: layer for target in targets for t, layer in _build(target, ranks[target.name], init)}
+    moments = second_moments(model, targets, example_input) if init == "pca" else {}
+    built = {
+        t.name: layer
+        for target in targets
+        for t, layer in _build(target, ranks[target.name], init, moments.get(target.name))
+    }
     layers = []
     for target in targets:
         for t in (target, *target.twins):
@@ -144,8 +154,10 @@ def condition_numbers(model: nn.Module) -> dict[str, float]:
 def _check_options(model, budget, rank, measure, example_input, init) -> None:
     if budget is not None and rank is not None:
         raise ValueError(f"factorize: give budget or rank, not both, got budget={budget!r}, rank={rank!r}")
-    if init not in ("svd", "random"):
-        raise ValueError(f'factorize: init must be "svd" or "random", got {init!r}')
+    if init not in ("svd", "random", "pca"):
+        raise ValueError(f'factorize: init must be "svd", "random" or "pca", got {init!r}')
+    if init == "pca" and example_input is None:
+        raise ValueError('factorize: init="pca" needs example_input, a batch of the data, got None')
     if measure not in _MEASURES:
         raise ValueError(f"factorize: measure must be one of {', '.join(_MEASURES)}, got {measure!r}")
     if measure != "parameters" and rank is not None:
@@ -194,8 +206,8 @@ def _given_ranks(targets: list[Target], rank) -> dict[str, int]:
     return ranks
 
 
-def _build(target: Target, rank: int, init: str) -> list[tuple[Target, LowRankLayer]]:
-    """The low-rank layers of the target and its twins, with the biases of the dense ones."""
+def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[tuple[Target, LowRankLayer]]:
+    """The low-rank layers of the target and its twins, with the biases of the dense ones; moment: of its inputs."""
     module, cls, weight = target.module, target.cls, target.weight
     if init == "random" and not weight.is_meta:
         layer = cls(*cls._dense_arguments(module), device=weight.device, dtype=weight.dtype, rank=rank).like(module)
@@ -207,7 +219,8 @@ def _build(target: Target, rank: int, init: str) -> list[tuple[Target, LowRankLa
                 layer.S.copy_(norm / rank**0.5 * torch.eye(rank, dtype=norm.dtype, device=norm.device))
     else:
         try:
-            layer = cls.from_dense(module, rank=rank)
+            row_space = None if moment is None else leading_directions(moment, rank)
+            layer = cls.from_dense(module, rank=rank, row_space=row_space)
         except NonFiniteError as error:
             raise NonFiniteError(f"factorize: layer {target.name}: {error}") from None
     layer.bias = module.bias

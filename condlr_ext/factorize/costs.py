@@ -11,6 +11,7 @@ from torch.utils.benchmark import Timer
 from ..nn import LowRankLayer
 from ..ops.routes import Plan
 from .budget import Cost
+from .example import run_example
 from .selection import Target
 
 TIMED = 0.05  # seconds that one layer at one rank is timed for, up to ten times that on a busy machine
@@ -34,87 +35,42 @@ class Call:
 
 
 def record_calls(model: nn.Module, targets: list[Target], example_input) -> dict[str, list[Call]]:
-    """How the model uses each target, and each of its twins, in one forward on the example.
+    """How the model uses each target, and each of its twins, in one forward on the example, see run_example."""
+    calls: dict[str, list[Call]] = {t.name: [] for target in targets for t in (target, *target.twins)}
 
-    Runs in eval mode, so that no statistics move; modes, gradients and random state are as before.
-
-    Args:
-        example_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
-
-    Raises:
-        ValueError: the model's forward fails on it.
-    """
-    everything = [t for target in targets for t in (target, *target.twins)]
-    calls: dict[str, list[Call]] = {t.name: [] for t in everything}
-    handles, modes = [], {module: module.training for module in model.modules()}
-    attentions: dict[nn.Module, dict[str, str]] = {}
-    for t in everything:
-        if t.attention is not None:
-            attentions.setdefault(t.attention, {})[t.name.rpartition(".")[2]] = t.name
-        else:
-            hook = _layer_hook(calls[t.name], t)
-            handles.append(t.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
-    for attention, names in attentions.items():
-        hook = _attention_hook({child: calls[name] for child, name in names.items()}, attention)
-        handles.append(attention.register_forward_hook(hook, with_kwargs=True))
-    args, kwargs = _arguments(example_input)
-    devices = {t.weight.device for t in everything if t.weight.is_cuda}
-    try:
-        model.eval()
-        with torch.enable_grad(), torch.random.fork_rng(devices):
-            model(*args, **kwargs)
-    except Exception as error:
-        raise ValueError(f"factorize: the model fails on example_input: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return calls
-
-
-def _arguments(example_input) -> tuple[tuple, dict]:
-    if isinstance(example_input, dict):
-        return (), example_input
-    return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
-
-
-def _layer_hook(calls: list[Call], target: Target):
-    m = target.shape[0]
-
-    def hook(module, args, kwargs, output):
-        x = args[0] if args else next(iter(kwargs.values()))
+    def on_layer(target: Target, x: Tensor, output: Tensor) -> None:
         last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
         if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
             last = torch.contiguous_format
-        calls.append(Call(tuple(x.shape), x.requires_grad, output.numel() // m, memory_format=last))
+        rows = output.numel() // target.shape[0]
+        calls[target.name].append(Call(tuple(x.shape), x.requires_grad, rows, memory_format=last))
 
-    return hook
+    def on_attention(projections: dict[str, Target], attention: nn.MultiheadAttention, inputs) -> None:
+        for child, record in _attention_calls(attention, *inputs).items():
+            if child in projections:
+                calls[projections[child].name] += record
+
+    run_example(model, targets, example_input, on_layer, on_attention)
+    return calls
 
 
-def _attention_hook(calls: dict[str, list[Call]], attention: nn.MultiheadAttention):
-    """It is not called module by module, but what its projections are applied to is known."""
+def _attention_calls(attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[Call]]:
+    """What its projections are applied to."""
 
     def call(x: Tensor, part: float = 1.0) -> Call:
         rows = x.numel() // x.shape[-1]
         return Call((rows, x.shape[-1]), x.requires_grad, rows, part)
 
-    def hook(module, args, kwargs, output):
-        named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        q, k, v = (named[name] for name in ("query", "key", "value"))
-        rows = q.numel() // q.shape[-1]
-        uses = {"q_proj": [call(q)], "k_proj": [call(k)], "v_proj": [call(v)]}
-        uses["out_proj"] = [Call((rows, attention.embed_dim), True, rows)]
-        if q is k and k is v:
-            uses["in_proj"] = [call(q)]
-        elif k is v:
-            uses["in_proj"] = [call(q, 1 / 3), call(k, 2 / 3)]
-        else:
-            uses["in_proj"] = [call(x, 1 / 3) for x in (q, k, v)]
-        for child, record in calls.items():
-            record += uses[child]
-
-    return hook
+    rows = q.numel() // q.shape[-1]
+    uses = {"q_proj": [call(q)], "k_proj": [call(k)], "v_proj": [call(v)]}
+    uses["out_proj"] = [Call((rows, attention.embed_dim), True, rows)]
+    if q is k and k is v:
+        uses["in_proj"] = [call(q)]
+    elif k is v:
+        uses["in_proj"] = [call(q, 1 / 3), call(k, 2 / 3)]
+    else:
+        uses["in_proj"] = [call(x, 1 / 3) for x in (q, k, v)]
+    return uses
 
 
 def dense_flops(target: Target, calls: list[Call]) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import functional, linalg, ops
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, ShapeError
 from .rank import resolve_rank
 from .truncated import truncated_svd
 
@@ -149,7 +149,7 @@ class LowRankLayer(nn.Module):
             raise NonFiniteError(f"{type(self).__name__}.condition_number: S must be finite, got NaN or Inf") from None
 
     @classmethod
-    def from_dense(cls, module: nn.Module, rank) -> "LowRankLayer":
+    def from_dense(cls, module: nn.Module, rank, *, row_space: Tensor | None = None) -> "LowRankLayer":
         """The layer whose weight is the best rank-r approximation of the dense module's (truncated SVD).
 
         Where min(m, n) >= 1024 and the rank is at most an eighth of it, the SVD is randomised: the error is at most
@@ -158,18 +158,30 @@ class LowRankLayer(nn.Module):
         Args:
             module: the dense twin of this class.
             rank: int, a fraction of min(m, n), or an Energy.
+            row_space: [n, r] with orthonormal columns; V spans it then: W row_space row_spaceᵀ instead.
 
         Raises:
             TypeError: another module. RankError: the rank does not fit. NonFiniteError: NaN or Inf in the weight.
+            ShapeError: row_space is not [n, r].
         """
         layer = cls.shell(module, rank)
         W = cls.as_matrix(module.weight.detach())
+        if row_space is not None and row_space.shape != (W.shape[1], layer.rank):
+            raise ShapeError(
+                f"{cls.__name__}.from_dense: row_space must be {[W.shape[1], layer.rank]}, got {list(row_space.shape)}"
+            )
         if W.is_meta:
             return layer.like(module)
         if not torch.isfinite(W).all():
             raise NonFiniteError(f"{cls.__name__}.from_dense: module.weight must be finite, got NaN or Inf")
         with ops.no_autocast(W.device.type):
-            U, sigma, V = truncated_svd(W if W.dtype == torch.float64 else W.float(), layer.rank)
+            A = W if W.dtype == torch.float64 else W.float()
+            if row_space is None:
+                U, sigma, V = truncated_svd(A, layer.rank)
+            else:
+                row_space = row_space.to(A)
+                U, sigma, V = truncated_svd(A @ row_space, layer.rank)
+                V = row_space @ V
         for name, X in zip("USV", (U, torch.diag(sigma), V), strict=True):
             layer.set_factor(name, nn.Parameter(X.to(W.dtype).contiguous()))
         if layer.bias is not None:

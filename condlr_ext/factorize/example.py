@@ -1,0 +1,75 @@
+"""One forward of a model on an example input, the layers that are to be factorised watched."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .selection import Target
+
+
+def run_example(
+    model: nn.Module,
+    targets: list[Target],
+    example_input,
+    on_layer: Callable[[Target, Tensor, Tensor], None],
+    on_attention: Callable[[dict[str, Target], nn.MultiheadAttention, tuple[Tensor, Tensor, Tensor]], None],
+) -> None:
+    """Runs in eval mode, so that no statistics move; modes, gradients and random state are as before.
+
+    Args:
+        targets: they and their twins are watched.
+        example_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        on_layer: called as on_layer(target, input, output) at each use of a layer.
+        on_attention: called as on_attention({projection: target}, attention, (query, key, value)): an attention does
+            not call its projections module by module.
+
+    Raises:
+        ValueError: the model's forward fails on it.
+    """
+    everything = [t for target in targets for t in (target, *target.twins)]
+    handles, modes = [], {module: module.training for module in model.modules()}
+    attentions: dict[nn.Module, dict[str, Target]] = {}
+    for t in everything:
+        if t.attention is not None:
+            attentions.setdefault(t.attention, {})[t.name.rpartition(".")[2]] = t
+        else:
+            hook = _layer_hook(t, on_layer)
+            handles.append(t.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+    for attention, projections in attentions.items():
+        hook = _attention_hook(projections, on_attention)
+        handles.append(attention.register_forward_hook(hook, with_kwargs=True))
+    args, kwargs = _arguments(example_input)
+    devices = {t.weight.device for t in everything if t.weight.is_cuda}
+    try:
+        model.eval()
+        with torch.enable_grad(), torch.random.fork_rng(devices):
+            model(*args, **kwargs)
+    except Exception as error:
+        raise ValueError(f"factorize: the model fails on example_input: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _arguments(example_input) -> tuple[tuple, dict]:
+    if isinstance(example_input, dict):
+        return (), example_input
+    return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
+
+
+def _layer_hook(target: Target, on_layer):
+    def hook(module, args, kwargs, output):
+        on_layer(target, args[0] if args else next(iter(kwargs.values())), output)
+
+    return hook
+
+
+def _attention_hook(projections: dict[str, Target], on_attention):
+    def hook(module, args, kwargs, output):
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        on_attention(projections, module, tuple(named[name] for name in ("query", "key", "value")))
+
+    return hook

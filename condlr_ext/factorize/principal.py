@@ -1,0 +1,77 @@
+"""The principal directions of what goes into a layer: the row space that sees most of it."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import NonFiniteError
+from ..functional import same_padding
+from ..nn.truncated import truncated_svd
+from .example import run_example
+from .selection import Target
+
+PATCH_ENTRIES = 2**24  # of a convolution, held at a time
+
+
+def second_moments(model: nn.Module, targets: list[Target], example_input) -> dict[str, Tensor]:
+    """Σ z zᵀ [n, n], float64, over all inputs z of each target and its twins in one forward on the example.
+
+    Of a convolution z is a patch, in the order of weight.flatten(1), the groups' patches alike. Layers that are not
+    called are missing, and so are attentions' output projections, whose inputs cannot be seen from outside.
+    """
+    moments: dict[str, Tensor] = {}
+    owner = {t.name: target.name for target in targets for t in (target, *target.twins)}
+
+    @torch.no_grad()
+    def add(target: Target, z: Tensor) -> None:
+        z = z.detach().double().reshape(-1, target.shape[1])
+        name = owner[target.name]
+        moments[name] = moments.get(name, 0) + z.mT @ z
+
+    def on_layer(target: Target, x: Tensor, output: Tensor) -> None:
+        conv = target.module
+        if not hasattr(conv, "kernel_size"):
+            return add(target, x)
+        spatial = len(conv.kernel_size)
+        entries = math.prod(output.shape[-spatial:]) * conv.groups * target.shape[1]  # of the patches of a sample
+        x = x.detach() if x.dim() == spatial + 2 else x.detach()[None]
+        for part in x.split(max(1, PATCH_ENTRIES // entries)):
+            add(target, patches(conv, part))
+
+    def on_attention(projections: dict[str, Target], attention: nn.MultiheadAttention, inputs) -> None:
+        seen = dict(zip(("q_proj", "k_proj", "v_proj"), inputs, strict=True))
+        for child, target in projections.items():
+            for x in inputs if child == "in_proj" else [seen[child]] if child in seen else []:
+                add(target, x)
+
+    run_example(model, targets, example_input, on_layer, on_attention)
+    for name, moment in moments.items():
+        if moment.is_meta:
+            raise ValueError(f'factorize: layer {name}: init="pca" needs real weights and inputs, got the meta device')
+        if not torch.isfinite(moment).all():
+            raise NonFiniteError(f"factorize: layer {name}: its inputs on example_input must be finite, got NaN or Inf")
+    return moments
+
+
+def patches(conv: nn.Module, x: Tensor) -> Tensor:
+    """What a convolution of images x [B, C_in, ...] multiplies its flattened weight with, [number, n]."""
+    spatial, n, padding = len(conv.kernel_size), conv.weight[0].numel(), conv.padding
+    if padding == "valid":
+        padding = 0
+    elif padding == "same" or conv.padding_mode != "zeros":
+        pads = same_padding(conv.kernel_size, conv.dilation) if padding == "same" else None
+        pads = pads or [p for p in reversed(padding) for _ in range(2)]
+        x, padding = F.pad(x, pads, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode), 0
+    one_hot = torch.eye(n, dtype=x.dtype, device=x.device).view(n, -1, *conv.kernel_size)
+    x = x.reshape(-1, one_hot.shape[1], *x.shape[2:])  # groups as so many samples
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
+    return convolve(x, one_hot, None, conv.stride, padding, conv.dilation).flatten(2).mT.reshape(-1, n)
+
+
+def leading_directions(moment: Tensor, rank: int) -> Tensor:
+    """[n, r]: the leading eigenvectors of the second moment; of all row spaces of that size theirs has the largest
+    Σ |Vᵀ z|², so that inputs are misaligned least.
+    """
+    return truncated_svd(moment, rank)[0]
