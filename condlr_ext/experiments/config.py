@@ -237,7 +237,8 @@ def _check_rates(where: str, options) -> None:
 
 
 _OPTIONS = tuple(f.name for f in fields(RunSpec) if f.name != "method")
-_PARSERS = {"rank": _rank, "core_steps": int, "full": _flag, "grow": _flag} | dict.fromkeys(("band", "optimizer", "cap", "init"), str)
+_PARSERS = {"rank": _rank, "core_steps": int, "full": _flag, "grow": _flag}
+_PARSERS |= dict.fromkeys(("band", "optimizer", "cap", "init"), str)
 
 DEFAULT_RUNS = (
     RunSpec("dense"),

@@ -73,5 +73,7 @@ def patches(conv: nn.Module, x: Tensor) -> Tensor:
 def leading_directions(moment: Tensor, rank: int) -> Tensor:
     """[n, r]: the leading eigenvectors of the second moment; of all row spaces of that size theirs has the largest
     Σ |Vᵀ z|², so that inputs are misaligned least.
+
+    Source: PCA of a layer's signals, for trained networks Ashkboos et al., SliceGPT, ICLR 2024 (arXiv 2401.15024).
     """
     return truncated_svd(moment, rank)[0]
