@@ -1,5 +1,5 @@
 """A Lipschitz bound, certified l2 radii beside what PGD finds, and the misalignment that a bound on kappa ignores:
-|z| / |Vᵀz| of a layer's inputs z, which is least where V starts on their principal directions (init="pca")."""
+|z| / |Vᵀz| of a layer's inputs z, which is smaller where V starts on their principal directions (init="pca")."""
 
 import torch
 from sklearn.datasets import load_digits

@@ -280,8 +280,6 @@ def test_more_bad_arguments():
     model = low_rank()
     with pytest.raises(TypeError, match="DLRT: model must be a module"):
         DLRT(model.parameters(), 0.1, tolerance=0.1)
-    with pytest.raises(TypeError, match="RobustDLRT: grow must be True or False, got 0"):
-        RobustDLRT(model, 0.1, beta=0.05, tolerance=0.1, grow=0)
     with pytest.raises(TypeError, match="a closure that computes loss and gradients is needed"):
         DLRT(model, 0.1, tolerance=0.1).step(None)
     model[0].U.requires_grad_(False)
@@ -645,25 +643,6 @@ def test_at_full_rank_it_is_sgd_of_the_dense_weight(make):
             regression(dense, target, x)()
             theirs.step()
         torch.testing.assert_close(model.weight, dense.weight, rtol=0, atol=1e-12)
-
-
-@rank_adaptive
-def test_without_growth_ranks_stay_at_most_those_of_the_start(make, digits):
-    """With no tolerance nothing else stops them: they double until they are full."""
-    ranks = {}
-    for grow in (True, False):
-        model = low_rank()
-        optimizer = make(model, 0.1, momentum=0.5, grow=grow)
-        optimizer.param_groups[0]["tolerance"] = 0.0
-        start = optimizer.ranks
-        losses = train(model, optimizer, digits, 24)
-        assert losses[-1] < losses[0]
-        ranks[grow] = optimizer.ranks
-    assert ranks[False] == start
-    assert all(ranks[True][name] > start[name] for name in start)
-    again = make(low_rank(), 0.1, momentum=0.5)
-    again.load_state_dict(optimizer.state_dict())
-    assert again.param_groups[0]["max_ranks"] == start  # a resumed training keeps the limit
 
 
 @rank_adaptive

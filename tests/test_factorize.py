@@ -603,7 +603,7 @@ def test_patches_are_what_the_flattened_weight_is_multiplied_with(conv, shape, m
     N, m = expected.shape[:2]
     produced = torch.einsum("ngpk,gmk->ngmp", z.view(N, conv.groups, -1, z.shape[1]), W).reshape(expected.shape)
     torch.testing.assert_close(produced, expected)
-    monkeypatch.setattr(principal, "PATCH_ENTRIES", 1)  # sample by sample
+    monkeypatch.setattr(principal, "ENTRIES", 1)  # sample by sample
     model = nn.Sequential(copy.deepcopy(conv).float())
     factorize(model, rank=3, init="pca", example_input=x.float())
     assert_on_leading(model[0], conv.weight, z)
@@ -642,12 +642,32 @@ def test_principal_directions_of_attention_ties_and_layers_not_called():
         assert torch.equal(model.get_submodule(name).weight, plain.get_submodule(name).weight)
 
 
+def test_inputs_of_few_dimensions_leave_the_rest_to_the_weight():
+    torch.manual_seed(0)
+    few, W = torch.randn(3, 9) @ torch.eye(9), nn.Linear(9, 9, dtype=torch.float64)
+    P = leading(few, 3)
+    model = nn.Sequential(copy.deepcopy(W))
+    factorize(model, rank=5, init="pca", example_input=few.double())
+    U, sigma, Vh = torch.linalg.svd(W.weight - W.weight @ P)
+    expected = W.weight @ P + (U[:, :2] * sigma[:2]) @ Vh[:2]
+    torch.testing.assert_close(model[0].weight, expected, rtol=0, atol=1e-9)
+    plain = nn.Sequential(copy.deepcopy(W))
+    factorize(plain, rank=5)
+    for nothing in (torch.zeros(4, 9, dtype=torch.float64), torch.zeros(0, 9, dtype=torch.float64)):
+        model = nn.Sequential(copy.deepcopy(W))
+        factorize(model, rank=5, init="pca", example_input=nothing)
+        assert torch.equal(model[0].weight, plain[0].weight)
+
+
 def test_row_space_of_from_dense():
     W, basis = nn.Linear(7, 5), torch.linalg.qr(torch.randn(7, 2)).Q
     layer = LowRankLinear.from_dense(W, 2, row_space=basis)
     torch.testing.assert_close(layer.weight, W.weight @ basis @ basis.mT)
     with pytest.raises(ShapeError, match=r"LowRankLinear.from_dense: row_space must be \[7, 3\], got \[7, 2\]"):
         LowRankLinear.from_dense(W, 3, row_space=basis)
+    for bad in (1.1 * basis, torch.full((7, 2), torch.nan)):
+        with pytest.raises(ValueError, match="row_space must have orthonormal columns to 1e-4, got"):
+            LowRankLinear.from_dense(W, 2, row_space=bad)
 
 
 @pytest.mark.parametrize(

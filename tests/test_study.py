@@ -38,7 +38,6 @@ RUNS = (
     "cayley:full=true,lr=0.05",
     "dlrt:tolerance=0.1,budget=0.4,lr=0.05,momentum=0.0",
     "robust-dlrt:tolerance=0.1,beta=0.1,core_steps=5,budget=0.4,lr=0.05",
-    "robust-dlrt:tolerance=0.1,grow=false,beta=0.1,core_steps=5,budget=0.4,lr=0.05",
     "svd-prune:budget=0.4,finetune=0.5",
     "tscnc:keep=0.4,lr=0.1",
 )
@@ -307,11 +306,11 @@ def test_run_texts_of_every_method(run):
         ("dense:cap=clip", "dense takes budget, rank, init, lr, momentum, weight_decay, sigma_max, got cap"),
         ("dense:sigma_max=1,cap=shrink", "cap must be clip or rescale"),
         ("condlr:tau=0.1,optimizer=lion", "optimizer must be sgd or adamw"),
-        ("cayley:full=true,rank=3", "full has no rank or budget"),
+        ("cayley:full=true,rank=3", "full has no rank, budget or init"),
         ("cayley:full=yes", "full must be true or false"),
         ("dense:rank=3", 'dense takes budget and rank with init="pca" only'),
-        ("vanilla:init=random", "init must be svd or pca"),
-        ("dlrt:tolerance=0.1,grow=1", "grow must be true or false"),
+        ("vanilla:init=random", "init must be pca, got 'random'"),
+        ("cayley:full=true,init=pca", "full has no rank, budget or init"),
         ("svd-prune:finetune=1", r"finetune must be in \(0, 1\)"),
         ("dense:momentum=1", r"momentum must be in \[0, 1\)"),
     ],
@@ -332,7 +331,7 @@ def test_inspect_shows_convolutions(tmp_path):
 
 @pytest.mark.parametrize("run", ["dense", "vanilla", "condlr:tau=inf", "released:tau=0.1"])
 def test_start_on_principal_directions(run, tmp_path, monkeypatch):
-    """Every method starts from one weight, that of factorize, and keeps it if it does not train."""
+    """All start from one weight, that of factorize, and keep it if they do not train."""
     monkeypatch.setattr(Fit, "run_epoch", lambda fit: setattr(fit, "epoch", fit.epoch + 1))
     text = f"{run}{',' if ':' in run else ':'}init=pca,rank=20/9"
     config = TrainConfig(runs=(text,), epochs=1, eps=(0.1,), attacks=("fgsm",), attack_steps=1, out=tmp_path)
@@ -343,29 +342,47 @@ def test_start_on_principal_directions(run, tmp_path, monkeypatch):
     expected = build("mlp", split.shape, 10)
     condlr_ext.factorize(expected, rank={"fc1": 20, "fc2": 9}, exclude="head", init="pca", example_input=split.x_train)
     model, _ = load_checkpoint(tmp_path / results["runs"][0]["checkpoint"])
+    assert results["runs"][0]["kept"] == (1 if run == "dense" else results["runs"][0]["kept"])
     for name in ("fc1", "fc2"):
         W = model.get_submodule(name)
         W = W[1].weight @ W[0].weight if run == "vanilla" else W.weight
         torch.testing.assert_close(W, expected.get_submodule(name).weight, rtol=0, atol=1e-5)
 
 
-def test_images_are_trained_and_attacked_in_channels_last(tmp_path, monkeypatch):
-    seen = []
-    attacked = training.evaluate
+@pytest.mark.parametrize("run", ["dense", "vanilla", "condlr:tau=0.1"])
+def test_images_are_trained_and_attacked_in_channels_last(run, tmp_path, monkeypatch):
+    seen = {"training": [], "attack": []}
+    original = {"training": Fit.run_epoch, "attack": training.evaluate}
 
-    def watched(model, *args, **kwargs):
+    def watched(where, model, call):
         conv = next(m for name, m in model.named_modules() if name.endswith("body.3"))
-        hook = conv.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+        hook = conv.register_forward_hook(lambda _, inputs, output: seen[where].append((inputs[0], output)))
         try:
-            return attacked(model, *args, **kwargs)
+            return call()
         finally:
             hook.remove()
 
-    monkeypatch.setattr(training, "evaluate", watched)
-    runs = ("dense", "vanilla", "condlr:tau=0.1")
-    results = train(TrainConfig(runs=runs, network="cnn", epochs=1, attack_steps=1, out=tmp_path))
-    assert [run["status"] for run in results["runs"]] != ["diverged"] * 3 and len(seen) > 3
-    assert all(t.is_contiguous(memory_format=torch.channels_last) for pair in seen for t in pair)
+    monkeypatch.setattr(Fit, "run_epoch", lambda fit: watched("training", fit.model, lambda: original["training"](fit)))
+    monkeypatch.setattr(
+        training,
+        "evaluate",
+        lambda model, *a, **k: watched("attack", model, lambda: original["attack"](model, *a, **k)),
+    )
+    results = train(TrainConfig(runs=(run,), network="cnn", epochs=1, attack_steps=1, out=tmp_path))
+    assert results["runs"][0]["status"] != "diverged"
+    for pairs in seen.values():
+        assert len(pairs) > 3 and all(t.is_contiguous(memory_format=torch.channels_last) for p in pairs for t in p)
+
+
+def test_an_epoch_of_robust_dlrt_ends_with_a_whole_model():
+    """In the middle of a cycle the model has twice the rank: 256 samples are 8 steps, cycles are of 1 + 5."""
+    fit = begin("robust-dlrt:tolerance=0.1,beta=0.1,core_steps=5,budget=0.4,lr=0.05")
+    start = fit.ranks
+    fit.run_epoch()
+    record = fit.record()
+    assert all(rank < 2 * start[name] for name, rank in record["ranks"].items())
+    assert record["max_kappa"] < 1e6 and all(len(kappa) == 2 for kappa in record["kappa"].values())
+    assert fit.optimizer.param_groups[0]["core_steps_left"] == 0
 
 
 def test_tables_show_the_attacks_of_the_settings(tmp_path):

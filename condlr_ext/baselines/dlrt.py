@@ -27,7 +27,7 @@ class DLRT(RankAdaptiveSGD):
         lr: step size. momentum, weight_decay: of cores and other parameters, as torch.optim.SGD (the paper: 0);
             weight decay also of K and L; a core's momentum is turned with the bases.
         tolerance: theta in [0, 1), relative to ‖S‖_F; 0 drops zeros alone.
-        min_rank: least rank (less where a layer has less). grow: whether a rank may exceed the one at the start.
+        min_rank: least rank (less where a layer has less).
 
     Raises:
         ValueError: options out of range, no trained low-rank layer, layers of which some factors are frozen or shared.
@@ -48,9 +48,8 @@ class DLRT(RankAdaptiveSGD):
         *,
         tolerance: float,
         min_rank: int = 2,
-        grow: bool = True,
     ):
-        super().__init__(model, lr, momentum, weight_decay, tolerance, min_rank, grow)
+        super().__init__(model, lr, momentum, weight_decay, tolerance, min_rank)
 
     @torch.no_grad()
     @outside_autocast

@@ -36,7 +36,7 @@ class RankAdaptiveSGD(Optimizer):
     and CUDA graphs do not notice; torch.compile compiles again for each new rank.
     """
 
-    def __init__(self, model: nn.Module, lr, momentum, weight_decay, tolerance, min_rank, grow):
+    def __init__(self, model: nn.Module, lr, momentum, weight_decay, tolerance, min_rank):
         where = type(self).__name__
         if not isinstance(model, nn.Module):
             raise TypeError(f"{where}: model must be a module, whose factors are replaced, got {type(model).__name__}")
@@ -44,16 +44,12 @@ class RankAdaptiveSGD(Optimizer):
             raise ValueError(f"{where}: tolerance must be a number in [0, 1), got {tolerance!r}")
         if isinstance(min_rank, bool) or not isinstance(min_rank, numbers.Integral) or min_rank < 1:
             raise ValueError(f"{where}: min_rank must be an int >= 1, got {min_rank!r}")
-        if not isinstance(grow, bool):
-            raise TypeError(f"{where}: grow must be True or False, got {grow!r}")
         self._layers = _trained_layers(where, model)
         if not self._layers:
             raise ValueError(f"{where}: model must have low-rank layers that are trained, got none")
         options = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, tolerance=tolerance, min_rank=min_rank)
         check_options(where, options)
         super().__init__(list(model.named_parameters()), options)
-        # in the group, and so in the state_dict
-        self._options["max_ranks"] = {x.name: x.full_rank if grow else len(x.factors[1]) for x in self._layers}
 
     def add_param_group(self, param_group: dict) -> None:
         if self.param_groups:
@@ -125,13 +121,10 @@ class RankAdaptiveSGD(Optimizer):
         self._put(layer, U1, left @ S @ right.mT, V1, None if momentum is None else left @ momentum @ right.mT)
 
     def _truncate(self, layer: TrainedLayer) -> None:
-        """The smallest rank with ‖dropped sigma‖ < tolerance ‖S‖_F, but at least min_rank and at most the layer's
-        largest; S becomes diag(sigma).
-        """
+        """The smallest rank with ‖dropped sigma‖ < tolerance ‖S‖_F, but at least min_rank; S becomes diag(sigma)."""
         U, S, V = layer.factors
         P, sigma, Q = linalg.svd(S)
-        rank = max(kept_rank(sigma, self._options["tolerance"]), self._options["min_rank"])
-        rank = min(rank, self._options["max_ranks"][layer.name], len(sigma))
+        rank = max(kept_rank(sigma, self._options["tolerance"]), min(self._options["min_rank"], len(sigma)))
         P, Q, momentum = P[:, :rank], Q[:, :rank], self._momentum(S)
         self._put(layer, U @ P, sigma[:rank].diag(), V @ Q, None if momentum is None else P.mT @ momentum @ Q)
 

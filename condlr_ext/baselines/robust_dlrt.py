@@ -36,8 +36,7 @@ class RobustDLRT(RankAdaptiveSGD):
         beta: weight of the penalty of every layer, >= 0; the paper uses 0.01 to 0.15.
         tolerance: in [0, 1), relative to ‖S‖_F; the paper uses 0.013 to 0.1.
         core_steps: length of the second part, >= 1; the paper uses 10 and 75.
-        min_rank: least rank (less where a layer has less). grow: whether a rank may exceed the one at the start; the
-            penalty makes the singular values alike, so that the tolerance alone drops few of them.
+        min_rank: least rank (less where a layer has less).
 
     Raises:
         ValueError: options out of range, no trained low-rank layer, layers of which some factors are frozen or shared.
@@ -60,13 +59,12 @@ class RobustDLRT(RankAdaptiveSGD):
         tolerance: float,
         core_steps: int = 10,
         min_rank: int = 2,
-        grow: bool = True,
     ):
         if not isinstance(beta, numbers.Real) or not 0 <= beta < math.inf:
             raise ValueError(f"RobustDLRT: beta must be a finite number >= 0, got {beta!r}")
         if isinstance(core_steps, bool) or not isinstance(core_steps, numbers.Integral) or core_steps < 1:
             raise ValueError(f"RobustDLRT: core_steps must be an int >= 1, got {core_steps!r}")
-        super().__init__(model, lr, momentum, weight_decay, tolerance, min_rank, grow)
+        super().__init__(model, lr, momentum, weight_decay, tolerance, min_rank)
         # in the group, and so in the state_dict; left counts the core steps until the truncation
         self._options.update(beta=beta, core_steps=core_steps, core_steps_left=0)
 

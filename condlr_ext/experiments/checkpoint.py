@@ -88,7 +88,8 @@ def evaluate_checkpoint(
             f" {data} has {got[0]} and {got[1]}"
         )
     x, y = (split.x_test, split.y_test) if metadata["test"] else (split.x_val, split.y_val)
-    result = evaluate(model.to(device), x.to(device), y.to(device), **metadata["attack"] | changes)
+    model.to(device, memory_format=torch.channels_last)  # as in training: other roundings else
+    result = evaluate(model, x.to(device), y.to(device), **metadata["attack"] | changes)
     return {"run": metadata["run"], "data": data, **result}
 
 

@@ -20,8 +20,8 @@ METHODS = {
     "released": (*_SIZING, "tau"),
     "cayley": (*_SIZING, "tau", "full"),
     "projected": (*_SIZING, "tau", "full"),
-    "dlrt": (*_SIZING, "tolerance", "grow"),
-    "robust-dlrt": (*_SIZING, "tolerance", "grow", "beta", "core_steps"),
+    "dlrt": (*_SIZING, "tolerance"),
+    "robust-dlrt": (*_SIZING, "tolerance", "beta", "core_steps"),
     "svd-prune": ("budget", "rank", "finetune"),
     "tscnc": ("tsc", "cnc", "keep"),
 }
@@ -46,14 +46,14 @@ class RunSpec:
             they leave for the rest; the others are those of condlr_ext.baselines.
         budget, rank: how ranks are chosen, at most one of them, see factorize; default budget 0.27. A rank of each
             hidden layer in turn is a tuple, as text "rank=40/17". Adaptive methods (dlrt, robust-dlrt) start with it.
-        init: "svd" (default) or "pca": the hidden weights are projected first onto the leading principal directions of
-            their inputs, see factorize. As a control also for dense, with budget or rank to say how many.
+        init: "pca": the hidden weights are projected first onto the leading principal directions of their inputs on
+            some training samples, see factorize. As a control also for dense, with budget or rank to say how many.
         tau: kappa <= 1 + tau; needed by condlr and released, inf (no bound) by default for cayley and projected.
         band: condlr: see CondLRSGD. optimizer: condlr: "sgd" (default) or "adamw".
         sigma_max: the largest singular value of the hidden layers: condlr's own; for dense and vanilla as a control.
         cap: dense and vanilla: how sigma_max is kept, "clip" (default: of the spectrum) or "rescale" (of the weight).
         full: cayley, projected: whether the dense weights themselves are orthonormal, as in the published tables.
-        tolerance, grow, beta, core_steps: dlrt and robust-dlrt, see there.
+        tolerance, beta, core_steps: dlrt and robust-dlrt, see there.
         tsc, cnc, keep: tscnc: weights of its penalties, default 1 and 0.01, and the share of the hidden weights that
             its masks keep, default 0.27.
         finetune: svd-prune: the share of the epochs after the truncation, default 0.2.
@@ -71,7 +71,6 @@ class RunSpec:
     cap: str | None = None
     full: bool | None = None
     tolerance: float | None = None
-    grow: bool | None = None
     beta: float | None = None
     core_steps: int | None = None
     finetune: float | None = None
@@ -103,7 +102,7 @@ class RunSpec:
         for name, known in (
             ("optimizer", ("sgd", "adamw")),
             ("cap", ("clip", "rescale")),
-            ("init", ("svd", "pca")),
+            ("init", ("pca",)),
         ):
             if getattr(self, name) not in (None, *known):
                 raise ValueError(f"run: {name} must be {' or '.join(known)}, got {getattr(self, name)!r}")
@@ -112,8 +111,8 @@ class RunSpec:
             raise ValueError(f"run: give budget or rank, not both, got budget={self.budget}, rank={self.rank}")
         if self.budget is not None and not 0 < self.budget < math.inf:
             raise ValueError(f"run: budget must be > 0, got {self.budget}")
-        if self.full and (self.budget, self.rank) != (None, None):
-            raise ValueError(f"run: {self.method} with full has no rank or budget")
+        if self.full and (self.budget, self.rank, self.init) != (None, None, None):
+            raise ValueError(f"run: {self.method} with full has no rank, budget or init")
         for name in ("tsc", "cnc"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
@@ -143,7 +142,7 @@ class RunSpec:
             try:
                 values[key] = _PARSERS.get(key, float)(value)
             except ValueError:
-                what = "true or false" if _PARSERS.get(key) is _flag else "a number"
+                what = "true or false" if key == "full" else "a number"
                 raise ValueError(f"run {text!r}: {key} must be {what}, got {value!r}") from None
         return cls(method, **values)
 
@@ -169,8 +168,6 @@ class RunSpec:
         parts = [_LABELS.get(self.method, self.method)]
         if self.full:
             parts.append("full")
-        if self.grow is False:
-            parts.append("fixed size")
         if self.optimizer == "adamw":
             parts.append("AdamW")
         for name, text in (("tau", "τ={:g}"), ("sigma_max", "σ≤{:g}"), ("cap", "{}"), ("band", "{}")):
@@ -237,7 +234,7 @@ def _check_rates(where: str, options) -> None:
 
 
 _OPTIONS = tuple(f.name for f in fields(RunSpec) if f.name != "method")
-_PARSERS = {"rank": _rank, "core_steps": int, "full": _flag, "grow": _flag}
+_PARSERS = {"rank": _rank, "core_steps": int, "full": _flag}
 _PARSERS |= dict.fromkeys(("band", "optimizer", "cap", "init"), str)
 
 DEFAULT_RUNS = (

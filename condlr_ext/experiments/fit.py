@@ -107,6 +107,8 @@ class Fit:
 
     def _pass(self) -> None:
         config, split, device = self.config, self.split, self.config.device
+        # RobustDLRT: within a cycle the model has twice its rank, with singular values near 0 that mean nothing
+        truncate = getattr(self.optimizer, "truncate", None)
         self.model.train()
         spent = total = 0.0
         for index in torch.randperm(len(split.y_train), generator=self._order).split(config.batch_size):
@@ -125,8 +127,12 @@ class Fit:
             spent += time.perf_counter() - began
             self.history["step_loss"].append(value)
             total += value * len(index)
-            self.monitor.record()
+            if truncate is None:
+                self.monitor.record()
         self.model.eval()  # gates are random in training
+        if truncate is not None and self.status != "diverged":
+            truncate()
+            self.monitor.record()
         self.monitor.flush()
         if self.status == "diverged":
             return

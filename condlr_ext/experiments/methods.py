@@ -16,6 +16,7 @@ from .models import TWO_FACTOR, dense_layers, low_rank_layers
 from .networks import HEAD
 
 EXCLUDED = f"*{HEAD}"  # the classifier stays dense in every run
+ALIGNED = 2048  # samples that principal directions are taken from
 
 
 def compress(model: nn.Module, method: str, sizing: dict | None, init: str = "svd") -> dict[str, int]:
@@ -34,7 +35,7 @@ def compress(model: nn.Module, method: str, sizing: dict | None, init: str = "sv
 
 def align(model: nn.Module, sizing: dict, x: Tensor) -> None:
     """Projects each hidden weight, in place, onto the leading principal directions of its inputs for samples x."""
-    factorize(model, exclude=EXCLUDED, init="pca", example_input=x, **by_name(model, sizing))
+    factorize(model, exclude=EXCLUDED, init="pca", example_input=x[:ALIGNED], **by_name(model, sizing))
     to_dense(model)
 
 
@@ -138,18 +139,14 @@ def _stiefel(method: type) -> Callable:
     return make
 
 
-def _adaptive(spec: RunSpec) -> dict:
-    return {"tolerance": spec.tolerance, "grow": spec.grow is not False}
-
-
 _OPTIMIZERS = {
     "condlr": _condlr,
     "released": lambda model, spec, rates: baselines.ReleasedCondLR(model, **rates, tau=spec.tau),
     "cayley": _stiefel(baselines.CayleySGD),
     "projected": _stiefel(baselines.ProjectedSGD),
-    "dlrt": lambda model, spec, rates: baselines.DLRT(model, **rates, **_adaptive(spec)),
+    "dlrt": lambda model, spec, rates: baselines.DLRT(model, **rates, tolerance=spec.tolerance),
     "robust-dlrt": lambda model, spec, rates: baselines.RobustDLRT(
-        model, **rates, **_adaptive(spec), beta=spec.beta, core_steps=spec.core_steps or 10
+        model, **rates, tolerance=spec.tolerance, beta=spec.beta, core_steps=spec.core_steps or 10
     ),
 }
 

@@ -11,7 +11,8 @@ from .models import core, dense_layers, low_rank_layers, orthonormality_error
 
 
 class Monitor:
-    """Histories of one run; entry k of kappa is the state after k records: of the start, then after each step.
+    """Histories of one run; entry k of kappa is the state after k records: of the start, then after each step, or after
+    each epoch where a model is whole only then.
 
     Attributes:
         kappa: {low-rank layer: condition numbers}, exact to float64; Inf for a singular or non-finite layer.

@@ -104,12 +104,13 @@ def _initial(config: TrainConfig, split: Split, seed: int) -> nn.Module:
 
 def _check_runs(config: TrainConfig, initial: nn.Module) -> None:
     """What does not fit, a rank or a backend that cannot serve, fails here, before any training."""
-    low_rank = [spec for spec in config.runs if spec.sizing is not None]
-    for spec in low_rank:
+    sized = [spec for spec in config.runs if spec.sizing is not None]
+    for spec in sized:
         sizing = methods.by_name(initial, spec.sizing)
         factorize(copy.deepcopy(initial).to("meta"), exclude=methods.EXCLUDED, **sizing)
     for spec in config.runs:
         methods.phases(spec, config.epochs)
+    low_rank = [spec for spec in sized if spec.method != "dense"]
     if low_rank:
         with torch.random.fork_rng(devices=[]):
             methods.compress(copy.deepcopy(initial), low_rank[0].method, low_rank[0].sizing)
@@ -128,7 +129,7 @@ def _trained(config: TrainConfig, initial: nn.Module, split: Split, tick) -> dic
     if fit is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if spec.init == "pca":
+            if spec.init is not None:
                 methods.align(model, spec.sizing, split.x_train)
             methods.compress(model, spec.method, None if methods.starts_dense(spec) else spec.sizing)
         _place(model, config)
@@ -137,7 +138,7 @@ def _trained(config: TrainConfig, initial: nn.Module, split: Split, tick) -> dic
     record = {"run": str(spec), "label": spec.label, "method": spec.method, "tau": spec.tau, "seed": seed}
     record |= _fitted(fit, state_path, base.with_name(f"{base.name}.jsonl"), settings, tick)
     methods.finish(model, spec)
-    record |= _sizes(model, initial, record["ranks"]) | {"settings": settings}
+    record |= _sizes(model, initial, record["ranks"], pruned=spec.method == "tscnc") | {"settings": settings}
     for suffix in ("", "-best"):  # not to be mistaken for this run's
         base.with_name(f"{base.name}{suffix}.safetensors").unlink(missing_ok=True)
     if record["status"] != "diverged":
@@ -163,15 +164,15 @@ def _place(model: nn.Module, config: TrainConfig) -> nn.Module:
     return model.to(config.device, memory_format=torch.channels_last)
 
 
-def _sizes(model: nn.Module, initial: nn.Module, ranks: dict[str, int]) -> dict:
+def _sizes(model: nn.Module, initial: nn.Module, ranks: dict[str, int], pruned: bool) -> dict:
     """Parameters that are not pruned away, of the network and of the dense one, and the share of the hidden weights."""
-    pruned = sum(int((layer.weight == 0).sum()) for layer in dense_layers(model).values())
+    zeros = sum(int((layer.weight == 0).sum()) for layer in dense_layers(model).values()) if pruned else 0
     hidden = sum(weight_count(layer) for layer in dense_layers(initial).values())
     stored, dense = (sum(weight_count(m.get_submodule(name)) for name in ranks) for m in (model, initial))
     return {
-        "parameters": sum(p.numel() for p in model.parameters()) - pruned,
+        "parameters": sum(p.numel() for p in model.parameters()) - zeros,
         "dense_parameters": sum(p.numel() for p in initial.parameters()),
-        "kept": stored / dense if ranks else 1 - pruned / hidden,
+        "kept": stored / dense if ranks else 1 - zeros / hidden,
     }
 
 

@@ -67,7 +67,8 @@ def factorize(
             default scale), or "pca", the present weight on the leading principal directions (about 0) of the layer's
             inputs on example_input, which should be a few hundred samples of the data. A bound on kappa says nothing
             of inputs outside of the row space (robustness.misalignment), and all directions of V have about equal
-            weight under it: these are the r that see most of the inputs. Layers that are not called and attentions'
+            weight under it: these see the largest share of the inputs' squares. The model runs in eval mode, where a
+            batch norm without statistics of the data normalises nothing. Layers that are not called and attentions'
             output projections start as with "svd".
         dry_run: only report; the model is left as it is.
 
@@ -219,7 +220,9 @@ def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[
                 layer.S.copy_(norm / rank**0.5 * torch.eye(rank, dtype=norm.dtype, device=norm.device))
     else:
         try:
-            row_space = None if moment is None else leading_directions(moment, rank)
+            row_space = None
+            if moment is not None:
+                row_space = leading_directions(moment, cls.as_matrix(weight.detach()), rank)
             layer = cls.from_dense(module, rank=rank, row_space=row_space)
         except NonFiniteError as error:
             raise NonFiniteError(f"factorize: layer {target.name}: {error}") from None

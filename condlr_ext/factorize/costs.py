@@ -50,7 +50,8 @@ def record_calls(model: nn.Module, targets: list[Target], example_input) -> dict
             if child in projections:
                 calls[projections[child].name] += record
 
-    run_example(model, targets, example_input, on_layer, on_attention)
+    with torch.enable_grad():  # which inputs want a gradient is part of a call
+        run_example(model, targets, example_input, on_layer, on_attention)
     return calls
 
 

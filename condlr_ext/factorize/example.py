@@ -43,7 +43,7 @@ def run_example(
     devices = {t.weight.device for t in everything if t.weight.is_cuda}
     try:
         model.eval()
-        with torch.enable_grad(), torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices):
             model(*args, **kwargs)
     except Exception as error:
         raise ValueError(f"factorize: the model fails on example_input: {error}") from error

@@ -6,29 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import linalg
 from ..errors import NonFiniteError
 from ..functional import same_padding
 from ..nn.truncated import truncated_svd
 from .example import run_example
 from .selection import Target
 
-PATCH_ENTRIES = 2**24  # of a convolution, held at a time
+ENTRIES = 2**24  # of inputs or patches, held at a time in float64
 
 
 def second_moments(model: nn.Module, targets: list[Target], example_input) -> dict[str, Tensor]:
     """Σ z zᵀ [n, n], float64, over all inputs z of each target and its twins in one forward on the example.
 
-    Of a convolution z is a patch, in the order of weight.flatten(1), the groups' patches alike. Layers that are not
-    called are missing, and so are attentions' output projections, whose inputs cannot be seen from outside.
+    Of a convolution z is a patch, in the order of weight.flatten(1), the groups' patches alike. Layers that see nothing
+    but zeros, or nothing at all, are missing, and so are attentions' output projections, whose inputs cannot be seen
+    from outside.
     """
     moments: dict[str, Tensor] = {}
     owner = {t.name: target.name for target in targets for t in (target, *target.twins)}
 
-    @torch.no_grad()
     def add(target: Target, z: Tensor) -> None:
-        z = z.detach().double().reshape(-1, target.shape[1])
-        name = owner[target.name]
-        moments[name] = moments.get(name, 0) + z.mT @ z
+        z, name = z.detach().reshape(-1, target.shape[1]), owner[target.name]
+        for part in z.split(max(1, ENTRIES // target.shape[1])):
+            moments[name] = moments.get(name, 0) + part.mT.double() @ part.double()
 
     def on_layer(target: Target, x: Tensor, output: Tensor) -> None:
         conv = target.module
@@ -37,8 +38,8 @@ def second_moments(model: nn.Module, targets: list[Target], example_input) -> di
         spatial = len(conv.kernel_size)
         entries = math.prod(output.shape[-spatial:]) * conv.groups * target.shape[1]  # of the patches of a sample
         x = x.detach() if x.dim() == spatial + 2 else x.detach()[None]
-        for part in x.split(max(1, PATCH_ENTRIES // entries)):
-            add(target, patches(conv, part))
+        for part in x.split(max(1, ENTRIES // entries)):
+            add(target, patches(conv, part.double()))  # float32 convolutions may round to tf32
 
     def on_attention(projections: dict[str, Target], attention: nn.MultiheadAttention, inputs) -> None:
         seen = dict(zip(("q_proj", "k_proj", "v_proj"), inputs, strict=True))
@@ -46,13 +47,14 @@ def second_moments(model: nn.Module, targets: list[Target], example_input) -> di
             for x in inputs if child == "in_proj" else [seen[child]] if child in seen else []:
                 add(target, x)
 
-    run_example(model, targets, example_input, on_layer, on_attention)
+    with torch.no_grad():
+        run_example(model, targets, example_input, on_layer, on_attention)
     for name, moment in moments.items():
         if moment.is_meta:
             raise ValueError(f'factorize: layer {name}: init="pca" needs real weights and inputs, got the meta device')
         if not torch.isfinite(moment).all():
             raise NonFiniteError(f"factorize: layer {name}: its inputs on example_input must be finite, got NaN or Inf")
-    return moments
+    return {name: moment for name, moment in moments.items() if moment.trace() > 0}
 
 
 def patches(conv: nn.Module, x: Tensor) -> Tensor:
@@ -70,10 +72,19 @@ def patches(conv: nn.Module, x: Tensor) -> Tensor:
     return convolve(x, one_hot, None, conv.stride, padding, conv.dilation).flatten(2).mT.reshape(-1, n)
 
 
-def leading_directions(moment: Tensor, rank: int) -> Tensor:
-    """[n, r]: the leading eigenvectors of the second moment; of all row spaces of that size theirs has the largest
-    Σ |Vᵀ z|², so that inputs are misaligned least.
+def leading_directions(moment: Tensor, W: Tensor, rank: int) -> Tensor:
+    """[n, r]: the leading eigenvectors of the second moment, in whose span lies the largest share of Σ |z|².
+
+    Where the inputs span fewer dimensions, the rest are the leading right singular vectors of what W [m, n] does on the
+    others.
 
     Source: PCA of a layer's signals, for trained networks Ashkboos et al., SliceGPT, ICLR 2024 (arXiv 2401.15024).
     """
-    return truncated_svd(moment, rank)[0]
+    leading, eigenvalues, _ = truncated_svd(moment, rank)
+    leading = leading[:, eigenvalues > eigenvalues[0] * len(moment) * torch.finfo(moment.dtype).eps]
+    missing = rank - leading.shape[1]
+    if missing == 0:
+        return leading
+    W = W.to(moment)
+    others = truncated_svd(W - W @ leading @ leading.mT, missing)[2]
+    return linalg.orthonormalize(torch.cat([leading, others], 1))

@@ -162,14 +162,12 @@ class LowRankLayer(nn.Module):
 
         Raises:
             TypeError: another module. RankError: the rank does not fit. NonFiniteError: NaN or Inf in the weight.
-            ShapeError: row_space is not [n, r].
+            ShapeError, ValueError: row_space is not [n, r], not orthonormal to 1e-4.
         """
         layer = cls.shell(module, rank)
         W = cls.as_matrix(module.weight.detach())
-        if row_space is not None and row_space.shape != (W.shape[1], layer.rank):
-            raise ShapeError(
-                f"{cls.__name__}.from_dense: row_space must be {[W.shape[1], layer.rank]}, got {list(row_space.shape)}"
-            )
+        if row_space is not None:
+            _check_row_space(f"{cls.__name__}.from_dense", row_space, W.shape[1], layer.rank)
         if W.is_meta:
             return layer.like(module)
         if not torch.isfinite(W).all():
@@ -222,3 +220,11 @@ class LowRankLayer(nn.Module):
 
     def _dense_shell(self) -> nn.Module:
         return self._dense(*self._dense_arguments(self), device="meta", dtype=self.U.dtype)
+
+
+def _check_row_space(function: str, X: Tensor, n: int, rank: int) -> None:
+    if X.shape != (n, rank):
+        raise ShapeError(f"{function}: row_space must be {[n, rank]}, got {list(X.shape)}")
+    error = (X.mT @ X - torch.eye(rank, dtype=X.dtype, device=X.device)).abs().max()
+    if not error <= 1e-4:  # NaN fails too
+        raise ValueError(f"{function}: row_space must have orthonormal columns to 1e-4, got {error:.3g}")
