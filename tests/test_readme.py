@@ -44,3 +44,20 @@ def test_benchmark_tables_are_those_of_the_results():
     text = README.read_text()
     assert text.count("<!-- condlr bench ") >= 5
     assert tables.rewrite(text, README.parent) == text
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_study_tables_are_those_of_the_results():
+    studies = re.findall(r"<!-- study ([\w-]+) -->\n(.*?)\n<!-- end -->", README.read_text(), flags=re.DOTALL)
+    assert len(studies) >= 3
+    for name, table in studies:
+        lines = (README.parent / "experiments" / "results" / name / "table.md").read_text().splitlines()
+        titles, _, *rows = map(cells, lines)
+        known = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
+        titles, _, *rows = map(cells, table.splitlines())
+        assert rows
+        for row in rows:
+            assert row == [known[row[0]][title] for title in titles]

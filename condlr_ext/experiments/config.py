@@ -244,6 +244,7 @@ DEFAULT_RUNS = (
     RunSpec("condlr", tau=0.0),
     RunSpec("condlr", tau=0.1),
     RunSpec("condlr", tau=0.5),
+    RunSpec("condlr", tau=0.1, init="pca"),
     RunSpec("condlr", tau=0.1, sigma_max=1.5),
     RunSpec("condlr", tau=0.1, rank=0.2),
 )
