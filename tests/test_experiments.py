@@ -157,6 +157,7 @@ def test_the_default_is_the_demo():
         "condlr:tau=0.0,budget=0.27",
         "condlr:tau=0.1,budget=0.27",
         "condlr:tau=0.5,budget=0.27",
+        "condlr:tau=0.1,budget=0.27,init=pca",
         "condlr:tau=0.1,budget=0.27,sigma_max=1.5",
         "condlr:tau=0.1,rank=0.2",
     ]
