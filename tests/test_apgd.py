@@ -163,3 +163,32 @@ def test_generator_and_restarts():
     assert (more | ~beaten).all()  # the second restart loses nothing
     still = ~more
     assert (loss(model(a), y)[still] >= loss(model(once), y)[still]).all()
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr-targeted"])
+def test_misclassified_samples_are_left_out_of_further_ascents(loss):
+    model = Recorder()
+    x = torch.rand(40, 6, dtype=torch.float64)
+    y = model(x).topk(2).indices[torch.arange(40), torch.tensor([0] * 37 + [1] * 3)]  # three are wrong from the start
+    eps, ascents, steps = torch.tensor([0.005, 0.03], dtype=torch.float64), 3, 6
+    result = apgd(model, x, y, eps, loss=loss, steps=steps, restarts=1 if "t" in loss else 3, targets=3)
+    labels, left = y.repeat(2), torch.arange(80)
+    for ascent in range(ascents):
+        points = torch.stack(model.seen[ascent * (steps + 1) : (ascent + 1) * (steps + 1)])
+        assert points.shape[1] == len(left)
+        assert ((points - x.repeat(2, 1)[left]).abs().amax((0, 2)) <= eps.repeat_interleave(40)[left] + 1e-12).all()
+        visits = model.logits(points.flatten(0, 1)).argmax(1).view(steps + 1, -1)
+        found = (visits != labels[left]).any(0) | (model.logits(x.repeat(2, 1)[left]).argmax(1) != labels[left])
+        left = left[~found]
+        assert 0 < len(left) < 75  # there is something to see
+    beaten = torch.ones(80, dtype=torch.bool)
+    beaten[left] = False
+    assert torch.equal(model.logits(result.flatten(0, 1)).argmax(1) != labels, beaten)
+
+
+def test_it_ends_when_nothing_is_left():
+    model = Recorder()
+    x = torch.rand(5, 6, dtype=torch.float64)
+    y = (model(x).argmax(1) + 1) % 4
+    apgd(model, x, y, 0.01, steps=4, restarts=3)
+    assert len(model.seen) == 5 and all(len(points) == 5 for points in model.seen)

@@ -36,7 +36,8 @@ def apgd(
     and then the box. At each checkpoint the samples that rose in fewer than 75 % of the steps since the last one, or
     whose best loss and step size have not changed since, halve eta and return to their best point. Of all points
     visited, the clean input included, each sample keeps a misclassified one if there is any, and among those (else
-    among all) the one of highest loss. All budgets go through the model in one batch.
+    among all) the one of highest loss; once it has one, further restarts and targets leave it out. All budgets go
+    through the model in one batch.
 
     Args:
         model: classifier returning logits [B, C]; attacked in eval mode, its state is restored.
@@ -71,12 +72,15 @@ def apgd(
     with frozen(model):
         center, labels, radius = laid_out(x, y, budgets)
         search = Search("apgd", model, labels, LOSSES.get(loss, LOSSES["dlr"]), loss, center, center)
-        objectives = _targeted(search, targets) if loss == TARGETED else [LOSSES[loss]]
-        for objective in objectives:
-            search.objective = objective
-            for _ in range(restarts):
-                start = (center + radius * spread(ball.noise(x, generator), center)).clamp(0, 1)
-                _climb(search, ball, center, radius, start, steps)
+        targeted = _targets(search, targets) if loss == TARGETED else [None]
+        for ascent, target in enumerate(target for target in targeted for _ in range(restarts)):
+            start = (center + radius * spread(ball.noise(x, generator), center)).clamp(0, 1)
+            if ascent and not len(search.narrow()):
+                break
+            rows = search.rows
+            if target is not None:
+                search.objective = partial(targeted_dlr, target=target[rows])
+            _climb(search, ball, center[rows], radius[rows], start[rows], steps)
         (best,) = search.strongest()
     return best.view(*budgets.shape, *x.shape)
 
@@ -90,15 +94,15 @@ def checkpoints(steps: int) -> list[int]:
     return found
 
 
-def _targeted(search: Search, targets: int) -> list:
-    """One objective per target class, the classes of highest clean logit first."""
+def _targets(search: Search, targets: int) -> tuple[Tensor, ...]:
+    """Target classes [N] of each ascent, those of highest clean logit first."""
     order = search.start_logits.argsort(1, descending=True)
     others = order[order != search.labels[:, None]].view(len(order), -1)
-    return [partial(targeted_dlr, target=target) for target in others[:, :targets].unbind(1)]
+    return others[:, :targets].unbind(1)
 
 
 def _climb(search: Search, ball, center: Tensor, radius: Tensor, start: Tensor, steps: int) -> None:
-    """One run of algorithm 1 for every sample at once."""
+    """One run of algorithm 1 for every sample of search.rows at once."""
 
     def feasible(point: Tensor) -> Tensor:
         return (center + ball.project(point - center, radius)).clamp(0, 1)
@@ -108,7 +112,7 @@ def _climb(search: Search, ball, center: Tensor, radius: Tensor, start: Tensor, 
     value, grad = search.visit(start, start)
     best_value, best_grad = value, grad
     rises = torch.zeros_like(value)
-    halved, value_then, last = torch.zeros_like(search.wrong), value, 0
+    halved, value_then, last = torch.zeros_like(value, dtype=torch.bool), value, 0
     ends = set(checkpoints(steps))
     for k in range(1, steps + 1):
         target = feasible(point + stride * ball.direction(grad))

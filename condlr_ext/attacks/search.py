@@ -29,7 +29,11 @@ def gradient(function: str, value: Tensor, x: Tensor) -> Tensor:
 
 class Search:
     """Calls a frozen model and keeps each sample's strongest state: one that is misclassified, if any was, and of
-    those (else of all) the one of highest loss. A state is any tuple of tensors [N, ...]."""
+    those (else of all) the one of highest loss. A state is any tuple of tensors [N, ...].
+
+    Attributes:
+        rows: which of the N samples points and states are of, all at first; see narrow.
+    """
 
     def __init__(self, function: str, model: nn.Module, labels: Tensor, objective, loss: str, start, *state: Tensor):
         """Scores the clean input `start`, whose state is `state`; checks the model's logits."""
@@ -39,21 +43,29 @@ class Search:
             check_logits(function, self.start_logits, labels, loss)
             self.loss = objective(self.start_logits, labels)
         self.wrong = self.start_logits.argmax(1) != labels
-        self.state = state
+        self.state = tuple(part.clone() for part in state)
+        self.rows = slice(None)
         self.finite = torch.ones((), dtype=torch.bool, device=start.device)
 
     def visit(self, point: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [N] at point and its gradient there; the state is kept where it is the strongest so far."""
         point = point.detach().requires_grad_()
+        labels, loss, was_wrong = self.labels[self.rows], self.loss[self.rows], self.wrong[self.rows]
         logits = self.model(point)
-        value = self.objective(logits, self.labels)
+        value = self.objective(logits, labels)
         grad, value = gradient(self.function, value, point), value.detach()
         self.finite &= torch.isfinite(value).all() & torch.isfinite(grad).all()
-        wrong = logits.argmax(1) != self.labels
-        better = (wrong & ~self.wrong) | ((wrong == self.wrong) & (value > self.loss))
-        self.state = tuple(where(better, new, old) for new, old in zip(state, self.state, strict=True))
-        self.loss, self.wrong = torch.where(better, value, self.loss), self.wrong | wrong
+        wrong = logits.argmax(1) != labels
+        better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (value > loss))
+        for new, kept in zip(state, self.state, strict=True):
+            kept[self.rows] = where(better, new, kept[self.rows])
+        self.loss[self.rows], self.wrong[self.rows] = torch.where(better, value, loss), wrong | was_wrong
         return value, grad
+
+    def narrow(self) -> Tensor:
+        """From here on only the samples that are classified right so far; their indices [M]. Waits for the device."""
+        self.rows = (~self.wrong).nonzero()[:, 0]
+        return self.rows
 
     def check_finite(self) -> None:
         """Raises if a loss or gradient so far was not finite; waits for the device."""
