@@ -16,7 +16,7 @@ from . import (
 from ._version import __version__ as __version__
 from .adapters import adapt, merge_adapters
 from .checkpoint import load, save
-from .factorize import condition_numbers, factorize, to_dense
+from .factorize import condition_numbers, factorize, fold, to_dense
 from .lora import load_lora, save_lora
 from .nn import Energy, LowRankAdapter, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from .ops import backend
@@ -37,6 +37,7 @@ __all__ = [
     "condition_numbers",
     "errors",
     "factorize",
+    "fold",
     "functional",
     "importers",
     "linalg",

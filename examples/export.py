@@ -2,6 +2,7 @@
 it runs. The ONNX part needs onnxscript.
 """
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -50,5 +51,7 @@ if importlib.util.find_spec("onnxscript"):
     print("ONNX:", sum(file.stat().st_size for file in folder.glob("model.onnx*")), "bytes")
 else:
     print("ONNX: pip install onnxscript")
+folded = torch.export.export(condlr_ext.fold(copy.deepcopy(model)), (x[:2],), dynamic_shapes=({0: batch},))
 dense = sum(p.numel() for p in condlr_ext.to_dense(model).parameters())
-print(f"parameters: {sum(t.numel() for t in program.state_dict.values())}, dense {dense}")
+kept, fewest = (sum(t.numel() for t in p.state_dict.values()) for p in (program, folded))
+print(f"parameters: {kept}, {fewest} with U S as one matrix, dense {dense}")

@@ -237,14 +237,14 @@ def test_other_arithmetic(tiny, dtype):
 
 
 def test_wrong_inference_gets_no_time(tiny, monkeypatch):
-    folded = inference.folded
+    fold = inference.fold
 
     def without_core(model):
         for _, layer in subjects.low_rank_layers(model):
             layer.S.data.copy_(layer.S.mean() * torch.eye(layer.rank))
-        return folded(model)
+        return fold(model)
 
-    monkeypatch.setattr(inference, "folded", without_core)
+    monkeypatch.setattr(inference, "fold", without_core)
     found = records(INFERENCE, tiny)
     assert {name for name, _ in reasons(found)} == {"folded"}
     assert reasons(found)["folded", "call"].startswith("wrong: outputs")

@@ -1,4 +1,4 @@
-"""Inference with whole networks: the factorised model as it is, with U S folded into one matrix, and merged.
+"""Inference with whole networks: the factorised model as it is, folded (condlr_ext.fold), and merged.
 
 A provider is right when its outputs are those of plain layers in float64, with twice the error of plain PyTorch in the
 same arithmetic. bf16: weights and inputs of that dtype.
@@ -11,13 +11,12 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from .. import to_dense
-from ..nn import LowRankLinear
+from .. import fold, to_dense
 from .baselines import plain_twin
 from .machine import DTYPES
 from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
 from .registry import DENSE, OURS, SAME, Call, Operation, Provider
-from .subjects import identity, low_rank_layers, relative_error, subjects
+from .subjects import identity, relative_error, subjects
 from .training import few
 
 ROUNDING = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2, "fp64": 1e-13}  # errors that are never too large
@@ -35,8 +34,8 @@ class InferenceProblem:
         self.providers = {
             "ours": partial(self._provider, identity, OURS),
             "ours compiled": partial(self._provider, torch.compile, OURS),
-            "folded": partial(self._provider, folded, SAME),
-            "folded compiled": partial(self._provider, lambda model: torch.compile(folded(model)), SAME),
+            "folded": partial(self._provider, fold, SAME),
+            "folded compiled": partial(self._provider, lambda model: torch.compile(fold(model)), SAME),
             "merged": partial(self._provider, to_dense, DENSE, dense),
             "merged compiled": partial(self._provider, lambda model: torch.compile(to_dense(model)), DENSE, dense),
         }
@@ -83,25 +82,6 @@ class InferenceProblem:
 @torch.inference_mode()
 def run(model: Callable, x: Tensor) -> Tensor:
     return model(x)
-
-
-@torch.no_grad()
-def folded(model: nn.Module) -> nn.Module:
-    """In place, every low-rank layer as two plain ones: with Vᵀ, then with U S."""
-    for name, layer in list(low_rank_layers(model)):
-        linear = isinstance(layer, LowRankLinear)
-        if linear:
-            first = nn.Linear(layer.in_features, layer.rank, bias=False)
-            second = nn.Linear(layer.rank, layer.out_features, bias=layer.bias is not None)
-        else:
-            first = nn.Conv2d(layer.in_channels, layer.rank, layer.kernel_size, layer.stride, layer.padding, bias=False)
-            second = nn.Conv2d(layer.rank, layer.out_channels, 1, bias=layer.bias is not None)
-        first.weight.copy_(layer.V.mT.reshape(first.weight.shape))
-        second.weight.copy_((layer.U @ layer.S).reshape(second.weight.shape))
-        if layer.bias is not None:
-            second.bias.copy_(layer.bias)
-        model.set_submodule(name, nn.Sequential(first, second))
-    return model
 
 
 def shapes(size: str, device) -> list[NetworkRank]:

@@ -1,10 +1,10 @@
-"""factorize and to_dense: the layers of a model replaced in place."""
+"""factorize, to_dense and fold: the layers of a model replaced in place."""
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import NonFiniteError
-from ..nn import LowRankLayer, LowRankMultiheadAttention
+from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention
 from ..nn.attention import factorize_projection, to_dense_projections
 from ..nn.rank import resolve_rank
 from .budget import allocate_ranks, parameter_cost
@@ -121,19 +121,50 @@ def to_dense(model: nn.Module) -> nn.Module:
     The function is the same to rounding. Weights that were tied, or whose factors are, are one parameter again, biases
     stay the same parameters and hooks move along. A model that is a low-rank layer is returned as its dense twin.
     """
-    dense, weights = {}, {}
-    for layer in model.modules():
-        if isinstance(layer, LowRankLayer):
-            twin = dense[layer] = layer.to_dense()
-            key = tuple(id(p) for p in (layer.U, layer.S, layer.V)), type(layer).as_matrix
-            twin.weight = weights.setdefault(key, twin.weight)
-            twin.bias = layer.bias
-            _move_hooks(layer, twin)
+    return _plain(model, {layer: layer.to_dense() for layer in model.modules() if isinstance(layer, LowRankLayer)})
+
+
+def fold(model: nn.Module) -> nn.Module:
+    """Replaces every low-rank layer inside `model`, in place, by plain torch modules for inference; returns the model.
+
+    A layer becomes an nn.Sequential of two, first Vᵀ, then U S as one matrix, or its dense module where that has no
+    more weights; see LowRankLayer.folded. The projections of nn.MultiheadAttention and the layers of
+    nn.TransformerEncoderLayer become dense: their weights are read from outside. A LowRankAdapter stays, see
+    merge_adapters. The function is the same to rounding; ties, biases and hooks are kept as by to_dense, but kappa is
+    bound no longer if the modules are trained on.
+    """
+    dense, left = set(), set()
+    for module in model.modules():
+        if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            dense.update(module.children())
+        elif isinstance(module, LowRankAdapter):
+            left.add(module.delta)
+    return _plain(
+        model,
+        {
+            layer: layer.to_dense() if layer in dense else layer.folded()
+            for layer in model.modules()
+            if isinstance(layer, LowRankLayer) and layer not in left
+        },
+    )
+
+
+def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
+    """Puts plain modules in the place of low-rank layers, tied where their factors are."""
+    weights = {}
+    for layer, twin in twins.items():
+        pair = isinstance(twin, nn.Sequential)
+        parts = twin if pair else [twin]
+        for i, part in enumerate(parts):
+            key = tuple(id(p) for p in (layer.U, layer.S, layer.V)), i if pair else type(layer).as_matrix
+            part.weight = weights.setdefault(key, part.weight)
+        parts[-1].bias = layer.bias
+        _move_hooks(layer, twin)
     for module in list(model.modules()):
         if isinstance(module, LowRankMultiheadAttention):
-            to_dense_projections(module, dense)
-    _replace(model, dense)
-    return dense.get(model, model)
+            to_dense_projections(module, twins)
+    _replace(model, twins)
+    return twins.get(model, model)
 
 
 def condition_numbers(model: nn.Module) -> dict[str, float]:

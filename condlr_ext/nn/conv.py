@@ -114,8 +114,21 @@ class _LowRankConv(LowRankLayer):
         return super().like(module)
 
     def to_dense(self) -> nn.Module:
-        dense = super().to_dense()
-        return dense.to(memory_format=self._last) if self.channels_last else dense
+        return self._in_format(super().to_dense())
+
+    def folded(self) -> nn.Module:
+        return self._in_format(super().folded())
+
+    def _in_format(self, module: nn.Module) -> nn.Module:
+        return module.to(memory_format=self._last) if self.channels_last else module
+
+    def _pair_shell(self, rank: int) -> tuple[nn.Module, nn.Module]:
+        like, maps = {"device": "meta", "dtype": self.U.dtype}, self.groups * rank
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        first = self._dense(
+            self.in_channels, maps, self.kernel_size, *geometry, bias=False, padding_mode=self.padding_mode, **like
+        )
+        return first, self._dense(maps, self.out_channels, 1, groups=self.groups, bias=self.bias is not None, **like)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._functional(*self._padded(input), kernel_size=self.kernel_size, route=self._route)

@@ -218,6 +218,25 @@ class LowRankLayer(nn.Module):
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return dense.train(self.training)
 
+    def folded(self) -> nn.Module:
+        """Plain torch modules of the same function to rounding, with fewer products than this layer: Vᵀ, then U S as
+        one matrix, in an nn.Sequential; where the two have no fewer weights than the dense module, that.
+        """
+        r = self.active_rank
+        first, second = self._pair_shell(r)
+        if first.weight.numel() + second.weight.numel() >= math.prod(self.weight_shape):
+            return self.to_dense()
+        with torch.no_grad(), ops.no_autocast(self.U.device.type):
+            wide = torch.promote_types(self.U.dtype, torch.float32)
+            US = (self.U[:, :r].to(wide) @ self.S[:r, :r].to(wide)).to(self.U.dtype)
+            filters = self.V[:, :r].mT.repeat(len(first.weight) // r, 1)  # groups share them
+            for module, matrix, factor in ((first, filters, self.V), (second, US, self.S)):
+                weight = matrix.reshape(module.weight.shape).contiguous()
+                module.weight = nn.Parameter(weight, requires_grad=factor.requires_grad)
+        if self.bias is not None:
+            second.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return nn.Sequential(first, second).train(self.training)
+
     def _dense_shell(self) -> nn.Module:
         return self._dense(*self._dense_arguments(self), device="meta", dtype=self.U.dtype)
 

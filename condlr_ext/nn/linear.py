@@ -36,6 +36,11 @@ class LowRankLinear(LowRankLayer):
     def _dense_arguments(module) -> tuple:
         return module.in_features, module.out_features, module.bias is not None
 
+    def _pair_shell(self, rank: int) -> tuple[nn.Linear, nn.Linear]:
+        like = {"device": "meta", "dtype": self.U.dtype}
+        first = nn.Linear(self.in_features, rank, bias=False, **like)
+        return first, nn.Linear(rank, self.out_features, self.bias is not None, **like)
+
     def forward(self, input: Tensor) -> Tensor:
         return functional.low_rank_linear(input, self.U, self.S, self.V, self.bias, route=self._route)
 
