@@ -1,7 +1,7 @@
 """Writes the tables of studies in the README anew from results/: python experiments/tables.py
 
-`<!-- study NAME -->` stands before some rows and columns of results/NAME/table.md, `<!-- sizes NAME -->` before the worst
-case at the largest eps with a column per size; which rows and columns is what the first ones of the table say.
+`<!-- study NAME -->` stands before some rows and columns of results/NAME/table.md, `<!-- sizes NAME -->` before the
+worst case at the largest eps with a column per size. Which rows and columns: those whose titles are there.
 """
 
 import dataclasses
