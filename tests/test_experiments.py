@@ -439,6 +439,16 @@ def test_a_diverged_run_is_marked_and_the_rest_go_on(tmp_path):
     assert (tmp_path / "results.png").exists()
 
 
+@pytest.mark.parametrize("adversarial", ["pgd", "low-rank-pgd"])
+def test_weights_that_overflow_under_adversarial_training_have_diverged(adversarial, split):
+    """It is the attack that finds them, before the loss of the step."""
+    model = start(split)
+    nn.init.constant_(model.fc2.weight, 3e38)
+    config = TrainConfig(epochs=1, adversarial=adversarial, adversarial_steps=1)
+    record = fit(model, RunSpec("dense"), config, split)
+    assert record["status"] == "diverged" and record["step_loss"] == []
+
+
 def test_a_net_too_large_to_attack_is_diverged(tmp_path, monkeypatch):
     def overflow(*arguments, **options):
         raise NonFiniteError("evaluate: the gradient is not finite")

@@ -2,12 +2,14 @@
 
 import copy
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attacks import low_rank_pgd, pgd
+from ..errors import NonFiniteError
 from ..linalg import svd
 from . import methods
 from .augment import crop_and_flip
@@ -117,9 +119,9 @@ class Fit:
                 x = crop_and_flip(x, self._order)
             x = x.to(device)
             began = time.perf_counter()
-            if config.adversarial:
-                x = self._attacked(x, y)
             try:
+                if config.adversarial:
+                    x = self._attacked(x, y)
                 value = float(self.optimizer.step(lambda x=x, y=y: self._loss(x, y)))
             except _Diverged:
                 self.status = "diverged"
@@ -158,11 +160,14 @@ class Fit:
         return loss.detach()
 
     def _attacked(self, x: Tensor, y: Tensor) -> Tensor:
+        attack = pgd
+        if self.config.adversarial != "pgd":
+            attack = partial(low_rank_pgd, rank=max(1, round(LOW_RANK * min(x.shape[-2:]))))
         eps, steps = self.config.adversarial_eps, self.config.adversarial_steps
-        if self.config.adversarial == "pgd":
-            return pgd(self.model, x, y, eps, steps=steps, generator=self._noise)
-        rank = max(1, round(LOW_RANK * min(x.shape[-2:])))
-        return low_rank_pgd(self.model, x, y, eps, rank, steps=steps, generator=self._noise)
+        try:
+            return attack(self.model, x, y, eps, steps=steps, generator=self._noise)
+        except NonFiniteError:  # the images are finite: it is the weights
+            raise _Diverged from None
 
     @property
     def ranks(self) -> dict[str, int]:
