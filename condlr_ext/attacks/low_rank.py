@@ -195,22 +195,17 @@ def _factors(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _norm(U: Tensor, V: Tensor, norm: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The norm n [B, 1, 1, 1] of D = U Vᵀ over channels and, with N its gradient at D, N V and Nᵀ U.
-
-    Everything from the R factors of U and V: D is not formed, and its norm is exact to rounding even where the columns
-    of U and V nearly cancel.
-    """
+    """The norm n [B, 1, 1, 1] of D = U Vᵀ over channels and, with N its gradient at D, N V and Nᵀ U."""
+    if norm == "l2":
+        D = U @ V.mT
+        size = torch.linalg.vector_norm(D, dim=(1, 2, 3), keepdim=True)
+        N = D / torch.where(size > 0, size, 1)
+        return size, N @ V, N.mT @ U
     U_basis, U_core = linalg.qr(U)
     V_basis, V_core = linalg.qr(V)
-    core = U_core @ V_core.mT
-    if norm == "l2":
-        size = torch.linalg.vector_norm(core, dim=(1, 2, 3), keepdim=True)
-        normal = core / torch.where(size > 0, size, 1)
-    else:
-        left, sigma, right = linalg.svd(core)
-        size = sigma.sum((1, 2)).view(-1, 1, 1, 1)
-        normal = left @ right.mT
-    return size, U_basis @ (normal @ V_core), V_basis @ (normal.mT @ U_core)
+    left, sigma, right = linalg.svd(U_core @ V_core.mT)
+    N = left @ right.mT
+    return sigma.sum((1, 2)).view(-1, 1, 1, 1), U_basis @ (N @ V_core), V_basis @ (N.mT @ U_core)
 
 
 def _perturbed(center: Tensor, U: Tensor, V: Tensor, scale: Tensor, size: Tensor) -> Tensor:
