@@ -197,6 +197,21 @@ def test_the_best_iterate_is_kept_not_the_last():
     assert model(found).argmax(1) == 1
 
 
+def test_the_last_point_counts_and_costs_no_gradient():
+    # class 1 beyond 0.65 only, where the second of two steps of 0.1 ends
+    asked = []
+
+    def logits(x):
+        asked.append(x.requires_grad)
+        return torch.stack((0 * x, x - 0.65), dim=1)
+
+    found = pgd(
+        Function(logits), torch.tensor([0.5]), torch.tensor([0]), 0.3, steps=2, step_size=0.1, random_start=False
+    )
+    torch.testing.assert_close(found, torch.tensor([0.7]))
+    assert asked == [False, True, True, False]
+
+
 def test_misclassified_beats_higher_loss():
     # ascent goes from (0, 0.1, -3), misclassified, to (0, -0.01, -0.01), correct but of higher cross-entropy
     def logits(x):

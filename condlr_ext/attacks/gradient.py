@@ -103,11 +103,11 @@ def pgd(
             point = center
             if random_start:
                 point = (center + radius * spread(ball.noise(x, generator), center)).clamp(0, 1)
-            for step in range(steps + 1):
+            for _ in range(steps):
                 _, grad = search.visit(point, point)
-                if step < steps:
-                    moved = ball.project(point + stride * ball.direction(grad) - center, radius)
-                    point = (center + moved).clamp(0, 1)
+                moved = ball.project(point + stride * ball.direction(grad) - center, radius)
+                point = (center + moved).clamp(0, 1)
+            search.score(point, point)
         (best,) = search.strongest()
     return best.view(*budgets.shape, *x.shape)
 

@@ -144,7 +144,7 @@ def _ascend(model, x, y, budgets, starts, norm, steps, step_size, loss, rank, ex
     clean = [torch.zeros_like(factor) for factor in starts[0]]
     search = Search("low_rank_pgd", model, labels, LOSSES[loss], loss, center, *clean)
     for U, V in starts:
-        for step in range(steps + 1):
+        for _ in range(steps):
             size, *normals = _norm(U, V, norm)
             raw = _perturbed(center, U, V, scale, size)
             point = raw.clamp(0, 1)
@@ -152,11 +152,12 @@ def _ascend(model, x, y, budgets, starts, norm, steps, step_size, loss, rank, ex
             del raw
             _, grad = search.visit(point, U, V)
             search.check_finite()  # before the decompositions, which would say less
-            if step < steps:
-                grad = _matrices(grad.mul_(inside)).to(U.dtype)
-                dU, dV = _factor_gradients(grad, U, V, size, *normals)
-                U, V = U + step_size * unit_l2(dU), V + step_size * unit_l2(dV)
+            grad = _matrices(grad.mul_(inside)).to(U.dtype)
+            dU, dV = _factor_gradients(grad, U, V, size, *normals)
+            U, V = U + step_size * unit_l2(dU), V + step_size * unit_l2(dV)
             del point, inside, grad
+        size, *_ = _norm(U, V, norm)
+        search.score(_perturbed(center, U, V, scale, size).clamp_(0, 1), U, V)
     U, V = search.strongest()
     size, *_ = _norm(U, V, norm)
     best = _perturbed(center, U, V, scale, size)

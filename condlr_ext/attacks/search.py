@@ -50,17 +50,29 @@ class Search:
     def visit(self, point: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
         """The loss [N] at point and its gradient there; the state is kept where it is the strongest so far."""
         point = point.detach().requires_grad_()
-        labels, loss, was_wrong = self.labels[self.rows], self.loss[self.rows], self.wrong[self.rows]
-        logits = self.model(point)
-        value = self.objective(logits, labels)
+        value, wrong = self._ask(point)
         grad, value = gradient(self.function, value, point), value.detach()
-        self.finite &= torch.isfinite(value).all() & torch.isfinite(grad).all()
-        wrong = logits.argmax(1) != labels
+        self.finite &= torch.isfinite(grad).all()
+        self._keep(value, wrong, state)
+        return value, grad
+
+    @torch.no_grad()
+    def score(self, point: Tensor, *state: Tensor) -> None:
+        """visit for a point that no step follows: without the gradient."""
+        self._keep(*self._ask(point), state)
+
+    def _ask(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        labels = self.labels[self.rows]
+        logits = self.model(point)
+        return self.objective(logits, labels), logits.argmax(1) != labels
+
+    def _keep(self, value: Tensor, wrong: Tensor, state: tuple[Tensor, ...]) -> None:
+        self.finite &= torch.isfinite(value).all()
+        loss, was_wrong = self.loss[self.rows], self.wrong[self.rows]
         better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (value > loss))
         for new, kept in zip(state, self.state, strict=True):
             kept[self.rows] = where(better, new, kept[self.rows])
         self.loss[self.rows], self.wrong[self.rows] = torch.where(better, value, loss), wrong | was_wrong
-        return value, grad
 
     def narrow(self) -> Tensor:
         """From here on only the samples that are classified right so far; their indices [M]. Waits for the device."""
