@@ -711,3 +711,11 @@ def test_a_bare_layer_is_refused_with_the_way_out():
     layer = LowRankLinear(4, 4, rank=2)
     assert type(to_dense(layer)) is nn.Linear
     assert condlr_ext.condition_numbers(layer)[""] <= 1 + 1e-6
+
+
+def test_what_is_compiled_on_its_own_is_skipped():
+    """Its wrapper would go on to run the dense layer."""
+    model = nn.Sequential(nn.Linear(20, 20), torch.compile(nn.Linear(20, 20), backend="eager"))
+    report = factorize(model, rank=2)
+    assert [layer.name for layer in report.layers] == ["0"]
+    assert "compiled on its own" in report.skipped["1._orig_mod"] and type(model[1]._orig_mod) is nn.Linear

@@ -7,6 +7,7 @@ import torch
 from models import MODELS, Conv1D, Encoder, example_input
 from test_layers import CONVS, randomise
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import condlr_ext
 from condlr_ext import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear, factorize, fold, to_dense
@@ -165,3 +166,121 @@ def test_it_is_dense_where_the_model_was():
     factorize(model, rank=8)
     assert [type(m) for m in fold(model)] == [nn.Linear] * 2  # full rank: dense has fewer weights
     torch.testing.assert_close(to_dense(model).state_dict(), state)
+
+
+def test_tied_convolutions_of_other_groups_share_what_has_one_shape():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 12, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1, groups=2)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(torch.cat([x, x], 1)) + self.a(x)
+
+    model, x = Model().double(), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    factorize(model, rank=2)
+    before = model(x)
+    fold(model)
+    torch.testing.assert_close(model(x), before)
+    assert model.a[0].weight.shape == (2, 4, 3, 3) and model.b[0].weight.shape == (4, 4, 3, 3)
+
+
+@pytest.mark.parametrize("plain", [fold, to_dense])
+def test_factors_shared_between_kinds_of_layers(plain):
+    linear, conv = LowRankLinear(8, 12, rank=2), LowRankConv2d(8, 12, 1, rank=2)
+    conv.U, conv.S, conv.V = linear.U, linear.S, linear.V
+    model, x = nn.ModuleList([linear, conv]), torch.randn(2, 8, 5, 5)
+    before = conv(x)
+    plain(model)
+    torch.testing.assert_close(model[1](x), before)
+    torch.testing.assert_close(
+        model[0](x.movedim(1, -1)).movedim(-1, 1), before - conv.bias[:, None, None] + linear.bias[:, None, None]
+    )
+
+
+class Same(nn.Module):
+    def forward(self, factor):
+        return 1 * factor
+
+
+@pytest.mark.parametrize("plain", [fold, to_dense])
+def test_parametrised_factors_are_nobody_elses(plain):
+    """Made anew at each access, they may lie where another layer's have been."""
+    model = nn.Sequential(*[LowRankLinear(20, 20, rank=4) for _ in range(30)])
+    for layer in model:
+        for name in "USV":
+            parametrize.register_parametrization(layer, name, Same())
+    x = torch.randn(3, 20)
+    before = model(x)
+    plain(model)
+    assert len({p.data_ptr() for p in model.parameters()}) == len(list(model.parameters()))
+    torch.testing.assert_close(model(x), before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_the_model_reads_can_be_dense_and_so_is_what_shares_it():
+    class FeedForward(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wi, self.wo, self.wt = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(32, 16)
+            self.wt.weight = self.wo.weight
+
+        def forward(self, x):
+            return self.wo(self.wi(x).to(self.wo.weight.dtype))
+
+    model, x = FeedForward(), torch.randn(2, 16)
+    factorize(model, rank=3)
+    before = model(x)
+    with pytest.raises(ValueError, match="fold: dense 'w0' matches no module"):
+        fold(model, dense="w0")
+    fold(model, dense="wo")
+    torch.testing.assert_close(model(x), before)
+    assert type(model.wi) is nn.Sequential and type(model.wo) is nn.Linear and model.wt.weight is model.wo.weight
+
+
+class Scaled(LowRankLinear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def _other_forward(layer):
+    layer.forward = lambda x: x
+    return layer
+
+
+@pytest.mark.parametrize("plain", [fold, to_dense])
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        (lambda: Scaled(20, 20, rank=2), "layer 1: the forward of this Scaled may do more"),
+        (lambda: _other_forward(LowRankLinear(20, 20, rank=2)), "layer 1: the forward of this LowRankLinear may"),
+        (lambda: prune.l1_unstructured(LowRankLinear(20, 20, rank=2), "S", 0.3), "layer 1: its S is no parameter"),
+        (lambda: torch.compile(LowRankLinear(20, 20, rank=2), backend="eager"), "layer 1._orig_mod: it is compiled"),
+    ],
+)
+def test_layers_that_are_more_are_refused_and_nothing_is_changed(plain, layer, message):
+    model = nn.Sequential(LowRankLinear(20, 20, rank=2), layer())
+    before = list(model)
+    with pytest.raises(ValueError, match=f"{plain.__name__}: {message}"):
+        plain(model)
+    assert all(a is b for a, b in zip(model, before, strict=True))
+
+
+def test_compiled_models_and_no_models():
+    model = nn.Sequential(LowRankLinear(20, 20, rank=2), nn.ReLU())
+    x = torch.randn(3, 20)
+    compiled, before = torch.compile(model, backend="eager"), model(x)
+    compiled(x)
+    fold(compiled)
+    torch.testing.assert_close(compiled(x), before)
+    assert type(model[0]) is nn.Sequential
+    with pytest.raises(TypeError, match="fold: model must be a torch.nn.Module, got dict"):
+        fold({})
+
+
+def test_a_weight_is_trained_where_a_factor_is():
+    layer = LowRankLinear(20, 20, rank=2)
+    layer.S.requires_grad_(False), layer.V.requires_grad_(False)
+    assert [m.weight.requires_grad for m in pair(layer)] == [False, True]
+    assert layer.to_dense().weight.requires_grad

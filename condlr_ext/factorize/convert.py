@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import NonFiniteError
 from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention
@@ -11,7 +12,7 @@ from .budget import allocate_ranks, parameter_cost
 from .costs import Call, Clock, dense_flops, flops_cost, low_rank_flops, predict, record_calls
 from .principal import leading_directions, second_moments
 from .report import FactorizeReport, LayerReport
-from .selection import Target, low_rank_class, select
+from .selection import COMPILED, Target, forwards_as_its_base, is_compiled, low_rank_class, matcher, select
 
 _MEASURES = ("parameters", "flops", "time")
 _HOOKS = (
@@ -120,33 +121,65 @@ def to_dense(model: nn.Module) -> nn.Module:
 
     The function is the same to rounding. Weights that were tied, or whose factors are, are one parameter again, biases
     stay the same parameters and hooks move along. A model that is a low-rank layer is returned as its dense twin.
+
+    Raises:
+        ValueError: a layer that is more than U S Vᵀ (a forward of its own, factors that hooks compute) or is compiled
+            on its own, by name; the model is unchanged. TypeError: no module.
     """
-    return _plain(model, {layer: layer.to_dense() for layer in model.modules() if isinstance(layer, LowRankLayer)})
+    layers = _layers("to_dense", model)
+    return _plain(model, {layer: layer.to_dense() for layer in layers})
 
 
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: nn.Module, *, dense=()) -> nn.Module:
     """Replaces every low-rank layer inside `model`, in place, by plain torch modules for inference; returns the model.
 
     A layer becomes an nn.Sequential of two, first Vᵀ, then U S as one matrix, or its dense module where that has no
     more weights; see LowRankLayer.folded. The projections of nn.MultiheadAttention and the layers of
     nn.TransformerEncoderLayer become dense: their weights are read from outside. A LowRankAdapter stays, see
-    merge_adapters. The function is the same to rounding; ties, biases and hooks are kept as by to_dense, but kappa is
-    bound no longer if the modules are trained on.
+    merge_adapters. The function is the same to rounding; ties, biases and hooks are kept as by to_dense, a model that
+    is a low-rank layer is returned as its twin. kappa is bound no longer if the modules are trained on.
+
+    Args:
+        model: changed in place.
+        dense: further layers that are to be dense, because the model reads their `weight` or `in_features` (as T5 and
+            Swin do): a name, a pattern, a type, a predicate or a list of these, as factorize's include.
+
+    Raises:
+        ValueError, TypeError: as to_dense; a pattern of `dense` that matches no module.
     """
-    dense, left = set(), set()
+    layers = _layers("fold", model)
+    wanted = matcher("fold", "dense", dense, [name for name, _ in model.named_modules()])
+    read = {layer for layer, name in layers.items() if wanted(name, layer)}
     for module in model.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            dense.update(module.children())
+            read.update(module.children())
         elif isinstance(module, LowRankAdapter):
-            left.add(module.delta)
-    return _plain(
-        model,
-        {
-            layer: layer.to_dense() if layer in dense else layer.folded()
-            for layer in model.modules()
-            if isinstance(layer, LowRankLayer) and layer not in left
-        },
-    )
+            layers.pop(module.delta, None)
+    tied = {_factors(layer) for layer in layers if layer in read}  # a tie holds between weights of one shape
+    return _plain(model, {layer: layer.to_dense() if _factors(layer) in tied else layer.folded() for layer in layers})
+
+
+def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
+    """The low-rank layers and their names, checked: each computes U S Vᵀ x + b and can be replaced."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+    for layer, name in layers.items():
+        reason = COMPILED if is_compiled(name) else None
+        if not forwards_as_its_base(layer):
+            reason = f"the forward of this {type(layer).__name__} may do more than U S Vᵀ x + b"
+        for factor in "USV":
+            if factor not in layer._parameters and not parametrize.is_parametrized(layer, factor):
+                reason = f"its {factor} is no parameter but computed (pruned, or by a hook); make it permanent first"
+        if reason:
+            raise ValueError(f"{function}: layer {name or type(layer).__name__}: {reason}")
+    return layers
+
+
+def _factors(layer: LowRankLayer) -> tuple[int, ...]:
+    """Which parameters make the weight; a parametrised layer makes its factors anew each time and shares none."""
+    factors = [layer._parameters.get(name) for name in "USV"]
+    return (id(layer),) if any(p is None for p in factors) else tuple(map(id, factors))
 
 
 def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
@@ -156,8 +189,8 @@ def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
         pair = isinstance(twin, nn.Sequential)
         parts = twin if pair else [twin]
         for i, part in enumerate(parts):
-            key = tuple(id(p) for p in (layer.U, layer.S, layer.V)), i if pair else type(layer).as_matrix
-            part.weight = weights.setdefault(key, part.weight)
+            kind = i if pair else type(layer).as_matrix
+            part.weight = weights.setdefault((_factors(layer), kind, part.weight.shape), part.weight)
         parts[-1].bias = layer.bias
         _move_hooks(layer, twin)
     for module in list(model.modules()):

@@ -26,7 +26,9 @@ _LOW_RANK = {
     nn.Conv3d: LowRankConv3d,
     NonDynamicallyQuantizableLinear: LowRankOutProjection,
 }
+COMPILED = "it is compiled on its own (torch.compile), which would keep what it is now: compile it afterwards"
 _ATTENTION = nn.MultiheadAttention, LowRankMultiheadAttention
+_KNOWN = {LowRankTransposedLinear, *_LOW_RANK.values()}
 _STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
@@ -68,6 +70,17 @@ def low_rank_class(module: nn.Module) -> type[LowRankLayer] | None:
     if LowRankTransposedLinear.serves(module):
         return LowRankTransposedLinear
     return _LOW_RANK.get(type(module))
+
+
+def is_compiled(name: str) -> bool:
+    """Whether the module of this name is what torch.compile(module) wraps: the wrapper calls it past its parent."""
+    return name.rpartition(".")[2] == "_orig_mod"
+
+
+def forwards_as_its_base(layer: LowRankLayer) -> bool:
+    """Whether it computes what this package's class does, whatever a subclass or torch's parametrisation has added."""
+    known = next((cls for cls in type(layer).__mro__ if cls in _KNOWN), None)
+    return known is not None and type(layer).forward is known.forward and "forward" not in vars(layer)
 
 
 def select(model: nn.Module, include, exclude, names=None) -> tuple[list[Target], dict[str, str]]:
@@ -122,7 +135,7 @@ def _look_at(name: str, module: nn.Module, attention: nn.MultiheadAttention | No
     elif attention is not None and type(attention) not in _ATTENTION:
         yield name, module, None, _subclass_reason(attention)
     elif cls is not None:
-        reason = _reason_against(module, module._parameters.get("weight"))
+        reason = COMPILED if is_compiled(name) else _reason_against(module, module._parameters.get("weight"))
         yield name, module, Target(name, module, cls, attention), reason
     elif isinstance(module, tuple(_LOW_RANK)):
         yield name, module, None, _subclass_reason(module)

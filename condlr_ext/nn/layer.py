@@ -211,9 +211,9 @@ class LowRankLayer(nn.Module):
 
     def to_dense(self) -> nn.Module:
         """The dense module with weight U S Vᵀ: the same function to rounding."""
-        dense = self._dense_shell()
+        dense, trained = self._dense_shell(), any(p.requires_grad for p in (self.U, self.S, self.V))
         with torch.no_grad(), ops.no_autocast(self.U.device.type):
-            dense.weight = nn.Parameter(self.weight.contiguous(), requires_grad=self.S.requires_grad)
+            dense.weight = nn.Parameter(self.weight.contiguous(), requires_grad=trained)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return dense.train(self.training)
@@ -226,13 +226,14 @@ class LowRankLayer(nn.Module):
         first, second = self._pair_shell(r)
         if first.weight.numel() + second.weight.numel() >= math.prod(self.weight_shape):
             return self.to_dense()
-        with torch.no_grad(), ops.no_autocast(self.U.device.type):
-            wide = torch.promote_types(self.U.dtype, torch.float32)
-            US = (self.U[:, :r].to(wide) @ self.S[:r, :r].to(wide)).to(self.U.dtype)
-            filters = self.V[:, :r].mT.repeat(len(first.weight) // r, 1)  # groups share them
-            for module, matrix, factor in ((first, filters, self.V), (second, US, self.S)):
+        U, S, V = self.U, self.S, self.V
+        with torch.no_grad(), ops.no_autocast(U.device.type):
+            wide = torch.promote_types(U.dtype, torch.float32)
+            US = (U[:, :r].to(wide) @ S[:r, :r].to(wide)).to(U.dtype)
+            filters = V[:, :r].mT.repeat(len(first.weight) // r, 1)  # groups share them
+            for module, matrix, factors in ((first, filters, (V,)), (second, US, (U, S))):
                 weight = matrix.reshape(module.weight.shape).contiguous()
-                module.weight = nn.Parameter(weight, requires_grad=factor.requires_grad)
+                module.weight = nn.Parameter(weight, requires_grad=any(p.requires_grad for p in factors))
         if self.bias is not None:
             second.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return nn.Sequential(first, second).train(self.training)
