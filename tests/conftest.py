@@ -32,6 +32,13 @@ def seeded_and_poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def no_figures(request, monkeypatch):
+    """A study's figures take longer than its short training; tests that look at them are marked `figures`."""
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr("condlr_ext.experiments.report._png", lambda draw, results: b"")
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
     """Runs the test on each implementation."""

@@ -10,6 +10,8 @@ import torch
 import condlr_ext
 from condlr_ext.cli import commands, main
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 QUICK = ["--epochs", "2", "--attack-steps", "2"]
 
 

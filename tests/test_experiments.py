@@ -34,6 +34,8 @@ from condlr_ext.experiments.methods import compress
 from condlr_ext.experiments.models import core, orthonormality_error
 from condlr_ext.experiments.networks import mlp
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 @pytest.fixture(scope="module")
 def split():
@@ -427,6 +429,7 @@ def test_the_seed_decides(tmp_path, trained):
     assert other["step_loss"] != first["step_loss"]
 
 
+@pytest.mark.figures
 def test_a_diverged_run_is_marked_and_the_rest_go_on(tmp_path):
     results = train(TrainConfig(runs=("vanilla", "condlr:tau=0.1"), lr=20.0, epochs=2, attack_steps=1, out=tmp_path))
     vanilla, condlr = results["runs"]

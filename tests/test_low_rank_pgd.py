@@ -207,6 +207,8 @@ def test_transfer_starts_from_the_surrogate():
 @pytest.mark.parametrize("init", ["random", "warm"])
 def test_lean_finds_the_same_and_keeps_no_image_between_steps(init):
     """Images alive when the model is asked: x, its copy, the point, the mask of the box and earlier results."""
+    gc.collect()
+    gc.freeze()  # get_objects is then about what is made from here on only
     x, y = batch(n=4, shape=(1, 40, 40))
     model = network(shape=(1, 40, 40))
     eps, alive = [0.0, 0.5, 1.0], []
@@ -216,13 +218,13 @@ def test_lean_finds_the_same_and_keeps_no_image_between_steps(init):
         alive.append(sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values()) / x.numel())
 
     handle = model.register_forward_pre_hook(count)
-    gc.collect()
     options = {"steps": 3, "init": init, "restarts": 2 if init == "random" else 1}
     lean = low_rank_pgd(model, x, y, eps, 2, lean=True, generator=torch.Generator().manual_seed(2), **options)
     peak = alive[init == "warm" :]  # without the call that makes the start
     alive.clear()
     full = low_rank_pgd(model, x, y, eps, 2, generator=torch.Generator().manual_seed(2), **options)
     handle.remove()
+    gc.unfreeze()
     torch.testing.assert_close(lean, full, rtol=0, atol=1e-9)
     calls = 1 + options["restarts"] * 4
     assert len(peak) == 3 * calls and len(alive) == calls + (init == "warm")

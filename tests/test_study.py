@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_experiments import write_npz
 
 import condlr_ext
 from condlr_ext import linalg
@@ -26,6 +27,8 @@ from condlr_ext.experiments.fit import Fit
 from condlr_ext.experiments.methods import compress, keep_below, phases, starts_dense
 from condlr_ext.experiments.models import core, dense_layers, low_rank_layers, matrix_shape
 from condlr_ext.experiments.networks import build
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 RUNS = (
     "dense",
@@ -158,7 +161,9 @@ def test_the_cap_is_met_and_no_more(sigma_max):
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, monkeypatch, run):
     """It is stopped in the middle of its third epoch; states are written after every epoch here."""
     monkeypatch.setattr(training, "STATE_EVERY", -1)
-    settings = dict(runs=(run,), epochs=5, validation=0.2, attack_steps=2, attack_restarts=1, network="cnn")
+    images = write_npz(tmp_path / "images.npz", n=400, shape=(1, 8, 8))
+    settings = dict(data=str(images), network="cnn", validation=0.2, attack_steps=2, attack_restarts=1)
+    settings |= dict(runs=(run,), epochs=5)
     whole = train(TrainConfig(**settings, out=tmp_path / "whole"))["runs"][0]
     steps = len(whole["step_loss"])
     original = Fit._loss
@@ -202,6 +207,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
         train(TrainConfig(**settings))
 
 
+@pytest.mark.figures
 def test_seeds_are_summed_up(tmp_path):
     results = train(TrainConfig(runs=("dense", "vanilla"), seeds=(0, 1, 2), epochs=2, attack_steps=2, out=tmp_path))
     header, rows = report.summary(results)
