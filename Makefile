@@ -6,21 +6,23 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-plain test-interpreter test-slow test-aot lint wheel compat clean
+.PHONY: demo test test-plain test-interpreter test-aot-defaults test-slow test-aot lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
 
-# Triton is told to interpret when it is imported: a process of its own, beside that of the other tests
+# Three processes, two at a time; Triton is told to interpret when it is imported
 test: $(VENV)/.installed
-	$(MAKE) --no-print-directory -j 2 test-plain test-interpreter
-	$(BIN)/python -m pytest -m aot
+	$(MAKE) --no-print-directory -j 2 test-interpreter test-plain test-aot-defaults
 
 test-plain:
 	$(BIN)/python -m pytest -m "not interpreter and not aot and not aot_all and not slow"
 
 test-interpreter:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow"
+
+test-aot-defaults:
+	$(BIN)/python -m pytest -m aot
 
 # every example, and the larger matrices in the interpreter
 test-slow: $(VENV)/.installed

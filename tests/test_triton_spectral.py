@@ -304,8 +304,8 @@ def test_batches_and_empties(batch, m, n):
 
 
 def test_strides_do_not_matter():
-    base = torch.randn(2, 9, 14)
-    for A in (base.mT, base[:, ::2, 1::3], base.transpose(0, 1), base.expand(3, 2, 9, 14)[:, 1]):
+    base = torch.randn(2, 4, 6)
+    for A in (base.mT, base[:, ::2, 1::3], base.transpose(0, 1), base.expand(3, 2, 4, 6)[:, 1]):
         before = A.clone()
         for fn in (spectral.svd, spectral.polar, lambda A: spectral.clip_spectrum(A, 0.1, 0, INF)):
             for a, b in zip(fn(A), fn(A.contiguous()), strict=True):

@@ -70,7 +70,7 @@ def clip_in_float32(A, tau, band, sigma_max):
     return (U * sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1)).unsqueeze(-2)) @ Vh
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def test_ten_steps_of_training(dtype, monkeypatch):
     """With momentum that starts, weight decay and other gradients at every step."""
     params, _, buffers = network(dtype)
@@ -284,8 +284,13 @@ def test_eight_launches(monkeypatch):
     assert counts == [8 + 3, 8, 8 + 1]
 
 
-@pytest.mark.parametrize("band", range(3), ids=BANDS)
-@pytest.mark.parametrize("tau", [0.0, 0.5, 1e4])
+TAUS = (0.0, 0.5, 1e4)  # each with a band of its own; the other pairs are slow
+
+
+@pytest.mark.parametrize(
+    "tau, band",
+    [pytest.param(t, b, marks=[pytest.mark.slow] * (i != b)) for i, t in enumerate(TAUS) for b in range(3)],
+)
 def test_clip_of_all_spectra(tau, band):
     """All cores of a network at once, in place, against the reference's; the bound is hard."""
     kinds = [kind for kind in SPECTRA if kind != "zero"]
