@@ -15,6 +15,7 @@ import itertools
 import os
 import random
 import re
+import subprocess
 import sys
 import time
 import traceback
@@ -82,6 +83,7 @@ class Run:
         self.file = options.json or default_file(options, device.slug)
         self.write = records.Writer(self.file)
         self.write(machine.header(device, sys.argv[1:]))
+        self.lost = False  # the device, for this process
         self.left: dict[str, list[str]] = {}
         self.failed: list[str] = []
         self._ceilings = False
@@ -105,6 +107,10 @@ class Run:
             except Exception as error:  # the other parts may still tell something
                 traceback.print_exc()
                 self.fail(f"{name} raised {type(error).__name__}", error=line(error))
+                try:
+                    self.device.synchronise()
+                except Exception:
+                    self.lost = True
         self.write({"kind": "part", "part": name, "seconds": time.monotonic() - start} | self.found)
 
     def note(self, **entries) -> None:
@@ -156,7 +162,7 @@ def rows(run: Run) -> None:
     from condlr_ext.bench import runner
 
     part, options = PARTS[run.name], run.options
-    limits = runner.Options(**LIMITS, compile=options.compile)
+    limits = runner.Options(**LIMITS, compile=options.compile, extra=False)  # which would take minutes a row
     chosen = selected(run, part)
     if chosen:
         run.measure_ceilings()
@@ -207,6 +213,18 @@ def choices(run: Run) -> None:
     dtypes = options.dtypes or ["bf16", "fp32"]
     function = getattr(module, run.name)
     run.leave(function(run.device, dtypes, run.write, run.until, quick=options.size == "smoke", **file))
+
+
+def again(options: argparse.Namespace, parts: list[str], seconds: float, file: Path) -> list[str]:
+    """The parts that are left, in a new process: after an illegal access CUDA serves none of this one's calls. Why it
+    was no success.
+    """
+    file = file.with_stem(f"{file.stem}-again")
+    arguments = ["--part", ",".join(parts), "--seconds", f"{seconds:.0f}", "--size", options.size, "--json", str(file)]
+    arguments += ["--compile", options.compile, *(["--write"] if options.write else [])]
+    arguments += ["--dtypes", *options.dtypes] if options.dtypes else []
+    status = subprocess.run([sys.executable, __file__, *arguments]).returncode
+    return [f"{', '.join(parts)}: in a new process, {file}"] if status else []
 
 
 def not_good(results) -> list[str]:
@@ -278,6 +296,7 @@ def line(error: Exception) -> str:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(line_buffering=True)  # what is printed before a run is cut off is not lost
     options = parse()
     stop = time.monotonic() + options.seconds
     if reason := missing():
@@ -299,6 +318,9 @@ def main() -> int:
     parts = [name for name in options.part if name != "build"]
     for name, later in zip(parts, itertools.count(1)):
         run.part(name, sum(PARTS[other].share for other in parts[later:]))
+        if run.lost and parts[later:]:
+            run.failed += again(options, parts[later:], stop - time.monotonic(), run.file)
+            break
     results = Results.read(run.file)
     print("", *tables.show(results), sep="\n")
     for name, left in run.left.items():

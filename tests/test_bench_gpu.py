@@ -382,6 +382,10 @@ def test_what_runs_too_long_is_killed_with_its_children(gpu):
 
     start = time.monotonic()
     assert gpu_setup.execute(["sh", "-c", "echo before; sleep 60 & sleep 60"], 0.5) == (None, "before\n")
+    told = "trap 'echo summary; exit 2' INT; echo before; while :; do sleep 0.1; done"
+    assert gpu_setup.execute(["sh", "-c", told], 0.5, grace=5) == (None, "before\nsummary\n")
+    deaf = "trap '' INT; echo before; sleep 60 & sleep 60"
+    assert gpu_setup.execute(["sh", "-c", deaf], 0.5, grace=0.5) == (None, "before\n")
     assert time.monotonic() - start < 30
 
 
@@ -405,7 +409,7 @@ def test_a_whole_run(gpu, monkeypatch, tmp_path, capsys):
     broken = linear_algebra.operation("qr", "", kind, lambda size, device: [Batch(2, 5, 5)])
     monkeypatch.setitem(gpu.PARTS, "qr", gpu.Part("", 1, ("qr",)))
     monkeypatch.setattr(operations, "OPERATIONS", (broken,))
-    monkeypatch.setattr(gpu_setup, "execute", lambda command, seconds: (1, "1 failed"))
+    monkeypatch.setattr(gpu_setup, "execute", lambda command, seconds, grace=0: (1, "1 failed"))
     monkeypatch.setattr(gpu, "missing", lambda: None)
     monkeypatch.setattr(gpu.gc, "freeze", lambda: None)
     monkeypatch.setattr(cuda, "Cuda", Host)
@@ -424,6 +428,29 @@ def test_a_whole_run(gpu, monkeypatch, tmp_path, capsys):
     assert output.count("tests are red: 0 failed, 0 errors, status 1") == 3  # with each later part, and at the end
     assert "NOT GOOD: qr 2 x 5x5 fp32 call ours: wrong: Q 4e-02 > " in output
     assert output.endswith(f"{tmp_path / 'new.jsonl'}\n")
+
+
+def test_a_lost_device_ends_the_process_and_not_the_run(gpu, monkeypatch, tmp_path):
+    class Lost(Host):
+        def synchronise(self):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    started = []
+    run = SimpleNamespace(run=lambda command: started.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(gpu, "subprocess", run)
+    monkeypatch.setattr(gpu, "missing", lambda: None)
+    monkeypatch.setattr(gpu.gc, "freeze", lambda: None)
+    monkeypatch.setattr(cuda, "Cuda", Lost)
+    arguments = ["--part", "svd,qr,polar", "--seconds", "100", "--dtypes", "fp32", "--json", str(tmp_path / "a.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *arguments])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert gpu.main() == 1
+    (command,) = started
+    options = gpu.parse(command[2:])
+    assert options.part == ["qr", "polar"] and 0 < options.seconds <= 100 and options.dtypes == ["fp32"]
+    assert options.json == tmp_path / "a-again.jsonl"
+    (part,) = Results.read(tmp_path / "a.jsonl").others["part"]
+    assert part["part"] == "svd" and "illegal memory access" in part["error"]
 
 
 def test_only_what_is_ours_can_be_not_good(gpu):
@@ -488,13 +515,12 @@ class FakeCuda(cuda.Cuda):
             def elapsed_time(self, end):
                 return 1e3 * (end.time - self.time)
 
-        def do_bench(run, warmup, rep, return_mode):
-            assert (warmup, rep, return_mode) == (0, 5, "median")
-            self.happened.append("do_bench")
-            return 0.25  # milliseconds
+        def sleep(cycles):
+            self.happened.append("slept")
+            self.now += 1.0
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(cuda.triton.testing, "do_bench", do_bench)
+        monkeypatch.setattr(torch.cuda, "_sleep", sleep)
         monkeypatch.setattr(cuda.time, "monotonic", lambda: self.clock)
 
     def synchronise(self):
@@ -521,13 +547,13 @@ class FakeCuda(cuda.Cuda):
 
 
 def test_cold_samples(monkeypatch):
-    once = ["evicted", "event", "run", "event"]
+    once = ["evicted", "slept", "event", "run", "event"]
     device = FakeCuda(monkeypatch)
     assert device.seconds(device.call([2e-3]), 1, cold=True) == pytest.approx(2e-3)
     assert device.happened == [*once, "waited"]
     device = FakeCuda(monkeypatch)
-    assert device.seconds(device.call([2e-4]), 1, cold=True) == pytest.approx(2.5e-4)
-    assert device.happened == [*once, "waited", "do_bench"]
+    assert device.seconds(device.call([2.6e-4] + [2e-4] * 9 + [3e-4] * 10), 1, cold=True) == pytest.approx(3e-4)
+    assert device.happened == [*once, "waited", *once * 19, "waited"]
     device = FakeCuda(monkeypatch)
     assert device.seconds(device.call([2e-4] * 5 + [9e-4] + [3e-4] * 5, True), 1, cold=True) == pytest.approx(3e-4)
     assert device.happened == ["prepared", *once, "waited", *["prepared", *once] * 10, "waited"]
@@ -539,7 +565,7 @@ def test_warm_samples(monkeypatch):
     assert device.happened == ["event", *["run"] * 3, "event"]
     device = FakeCuda(monkeypatch)
     assert device.seconds(device.call([1e-3, 2e-3, 9e-3], True), 3, cold=False) == pytest.approx(2e-3)
-    assert device.happened == [*["prepared", "event", "run", "event"] * 3, "waited"]
+    assert device.happened == [*["prepared", "slept", "event", "run", "event"] * 3, "waited"]
 
 
 def test_the_device_works_before_it_is_timed(monkeypatch):
@@ -777,7 +803,8 @@ def test_nobody_waits_for_a_slow_baseline(monkeypatch):
     monkeypatch.setattr(linear_algebra, "PATIENCE", 0)
     problem = linear_algebra.MatrixProblem(linear_algebra.SVD, Batch(2, 5, 5), "fp32", Host())
     found = {r["provider"]: r for r in records(problem, monkeypatch) if r["mode"] == "call"}
-    assert found["torch.linalg"]["reason"] == "TimeoutError: a call would take 0 s"
+    for name in ("torch.linalg", "reference"):
+        assert found[name]["reason"] == "TimeoutError: a call would take 0 s"
     assert found["torch.linalg"]["seconds"] is None and found["ours"]["seconds"]
     assert found["ours: triton"]["reason"].startswith("BackendError: ")
 

@@ -1,5 +1,6 @@
 """Benchmarks of whole networks: every provider is judged, what is wrong gets no time, floors are those by hand."""
 
+import copy
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from condlr_ext.bench.networks import Network, NetworkRank
 from condlr_ext.bench.registry import Row, Selection, Work
 from condlr_ext.bench.runner import Options, measure
 from condlr_ext.experiments.networks import TransformerBlock, WideBlock
+from condlr_ext.optim import CondLRSGD
 
 STEP, STILL = steps.OPERATIONS
 (TRAIN,), (INFERENCE,) = training.OPERATIONS, inference.OPERATIONS
@@ -332,3 +334,18 @@ def test_breakdown(tiny):
     text = profiling.breakdown(Row(TRAIN, tiny, "fp32"), ["ours", "dense", "no provider"], Cpu())
     assert text.count("ms a call") == 6 and "no provider" not in text
     assert "train tiny 50% fp32, iteration, ours: " in text and "the package's ops" in text and "convolutions" in text
+
+
+def test_a_restored_start_is_no_new_model_to_the_optimiser():
+    """It goes on with the arguments it has, as the capture of a step demands."""
+    model = torch.nn.Sequential(condlr_ext.LowRankLinear(7, 9, rank=3))
+    optimizer = CondLRSGD(model, 0.1, tau=0.1)
+    start = subjects.Start(model, optimizer)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        model(torch.randn(4, 7)).sum().backward()
+        optimizer.step()
+        (call,) = optimizer._calls
+        start.restore()
+        assert call.holds(list(model.parameters()), optimizer.state)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

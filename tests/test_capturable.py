@@ -1,6 +1,7 @@
 """capturable=True: the Triton step in the interpreter, options on the device, nothing that waits."""
 
 import ast
+import copy
 import inspect
 import textwrap
 
@@ -147,6 +148,24 @@ def test_skipped_is_counted_on_the_device():
     assert all(torch.equal(a, b) for a, b in zip(before, model[2].parameters(), strict=True))
     assert optimizer.skipped.item() == 3
     assert optimizer._skipped[torch.device("cpu")].tolist() == [0, 3]
+
+
+@interpreter
+def test_what_a_graph_uses_is_kept(monkeypatch):
+    model = network()
+    optimizer = CondLRSGD(model, 0.1, tau=0.2, capturable=True)
+    train(optimizer, model, 2)
+    (call,) = optimizer._calls
+    table = call.table
+    monkeypatch.setattr(base, "_capturing", lambda: True)
+    with condlr_ext.backend("triton"):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["tau"] = 0.3
+    train(optimizer, model, 1)
+    assert call is not optimizer._calls[0] and optimizer._captured[0][:2] == (call, table)
+    assert not copy.deepcopy(optimizer)._captured
 
 
 def test_what_capturable_cannot_do(monkeypatch):

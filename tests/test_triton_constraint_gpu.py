@@ -312,6 +312,15 @@ def test_batches_beyond_32_bits():
         assert residual(product - exact, exact) <= backward_error(torch.float32, r)
 
 
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("m, n", [(3, 3), (9, 2)])
+def test_more_matrices_than_a_second_grid_dimension_has(name, m, n):
+    """65535, and for the products of two matrices each half as many."""
+    A = torch.randn(70000, m, n, device=DEVICE, dtype=torch.float64)
+    some = OPS[name](A[-1000:])
+    assert all(torch.equal(a[-1000:], b) for a, b in zip(OPS[name](A), some, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("name", OPS)
 def test_second_device(name):
@@ -397,7 +406,9 @@ def test_options(options):
     for i, (got, want) in enumerate(zip(params + buffers, exact + exact_buffers, strict=True)):
         if lr > 1e3 and i % 4 == 1 and i < len(params):  # known to rounding of lr G
             continue
-        torch.testing.assert_close(got.cpu(), want, rtol=1e-9, atol=1e-9 if lr else 1e-12)
+        # where a factor has fewer directions to go than its rank, lr = 1e6 makes them of rounding
+        atol = 1e-7 if lr > 1e3 else 1e-9 if lr else 1e-12
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-9, atol=atol)
     assert options.get("tau") == math.inf or on_the_constraint_set(params, options.get("tau", 0.1))
 
 
@@ -496,9 +507,9 @@ class Training:
 def network(head):
     torch.manual_seed(0)
     net = torch.nn.Sequential(
-        condlr_ext.LowRankConv2d(3, 8, 3, padding=1, rank=7), torch.nn.ReLU(), torch.nn.Flatten(),
-        condlr_ext.LowRankLinear(8 * 64, 90, rank=17), torch.nn.ReLU(),
-        condlr_ext.LowRankLinear(90, 80, rank=70), torch.nn.ReLU(), head,
+        condlr_ext.LowRankConv2d(3, 8, 3, padding=1, rank=7, device=DEVICE), torch.nn.ReLU(), torch.nn.Flatten(),
+        condlr_ext.LowRankLinear(8 * 64, 90, rank=17, device=DEVICE), torch.nn.ReLU(),
+        condlr_ext.LowRankLinear(90, 80, rank=70, device=DEVICE), torch.nn.ReLU(), head,
     )  # fmt: skip
     return net.to(DEVICE, memory_format=torch.channels_last)
 
@@ -539,9 +550,39 @@ def test_a_replayed_iteration_is_the_eager_one():
     assert ours.optimizer.skipped == 0
 
 
+def test_replays_do_not_mind_steps_beside_them():
+    """With gradients that lie elsewhere, and without some of them."""
+    net = network(torch.nn.Linear(80, 10))
+    ours, eager = Training(net), Training(copy.deepcopy(net))
+    x, y = batch()
+    for training in (ours, eager):
+        training.feed(x, y)
+    static = [torch.zeros_like(p) for p in net.parameters()]
+
+    def iteration():
+        for p, grad in zip(net.parameters(), static, strict=True):
+            p.grad = grad.zero_()
+        F.cross_entropy(net(ours.x), ours.y).backward()
+        ours.optimizer.step()
+
+    replay = captured(iteration)
+    for _ in range(3):
+        eager.iteration()
+    for left in (None, 0, 3):
+        for training in (ours, eager):
+            training.iteration()
+            if left is not None:
+                list(training.net.parameters())[left].grad = None
+                training.optimizer.step()
+        litter(math.nan)
+        replay()
+        eager.iteration()
+        assert close(ours.state(), eager.state())
+
+
 def test_a_replay_counts_what_it_skips():
     """All layers, when a NaN comes in; nothing has changed then, and training goes on."""
-    training = Training(network(condlr_ext.LowRankLinear(80, 10, rank=6)))
+    training = Training(network(condlr_ext.LowRankLinear(80, 10, rank=6, device=DEVICE)))
     good = batch()
     training.feed(*good)
     replay = captured(training.iteration)
@@ -579,7 +620,7 @@ def test_capture_of_a_first_step_is_refused():
 
 
 def test_bfloat16_layers_step_as_their_float32_masters():
-    layer = condlr_ext.LowRankLinear(200, 120, rank=24).to(DEVICE, torch.bfloat16)
+    layer = condlr_ext.LowRankLinear(200, 120, rank=24, device=DEVICE).to(torch.bfloat16)
     twin = copy.deepcopy(layer).float()
     optimizers = [CondLRSGD(module, 0.05, 0.9, tau=0.1) for module in (layer, twin)]
     for _ in range(3):

@@ -65,7 +65,8 @@ def check(got, theirs, true, moduli, dtype):
     eps = 2.0**-10 if tf32 else torch.finfo(dtype).eps
     for mine, other, exact, modulus in zip(got, theirs, true, moduli, strict=True):
         assert mine.dtype == dtype and mine.shape == exact.shape and mine.isfinite().all()
-        allowed = 32 * eps if dtype == torch.float64 else 2 * eps
+        # Triton cuts operands off to tf32 where cuBLAS may round: two units a product, three products
+        allowed = 32 * eps if dtype == torch.float64 else 8 * eps if tf32 else 2 * eps
         distance, limit = ((t.double() - exact).norm().item() for t in (mine, other))
         assert distance <= 2 * limit + allowed * modulus.norm().item()
 

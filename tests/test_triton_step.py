@@ -250,6 +250,38 @@ def test_a_plan_follows_its_tensors():
         del grads, moved
 
 
+def test_a_captured_run_has_a_table_of_its_own(monkeypatch):
+    """Complete, whatever the plan's says, and the plan's stays for steps beside the graph."""
+    params, grads, buffers = network(torch.float32, SHAPES[:1])
+    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    ours, written, write = step.StepPlan(params, grads), [], step.write_places
+    twin, twin_buffers = copies(params), copies(buffers)
+    ours.run(params, grads, buffers, hyper, skipped)
+    known = ours._places.clone()
+    monkeypatch.setattr(step, "capturing", lambda device: True)
+    monkeypatch.setattr(step, "write_places", lambda places, values: written.append(places) or write(places, values))
+    ours.run(params, copies(grads), buffers, hyper, skipped)
+    assert ours.captured and len(written) == 3 and torch.equal(ours._places, known)
+    monkeypatch.undo()
+    other = step.StepPlan(twin, grads)
+    for _ in range(2):
+        other.run(twin, grads, twin_buffers, hyper, skipped)
+    assert not other.captured
+    assert all(torch.equal(a, b) for a, b in zip(params + buffers, twin + twin_buffers, strict=True))
+
+
+def test_plans_that_graphs_use_are_kept(monkeypatch):
+    params, grads, buffers = network(torch.float32, SHAPES[:1])
+    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setattr(step, "capturing", lambda device: True)
+    step.step(params, grads, buffers, hyper, skipped)
+    monkeypatch.undo()
+    plan = step._plans[params[0]]
+    for missing in (0, 2):
+        step.step(params, [g if i != missing else g[:0] for i, g in enumerate(grads)], buffers, hyper, skipped)
+    assert step._captured[params[0]] == [plan]
+
+
 def test_hyperparameters_are_read_at_every_step():
     params, grads, buffers = network(torch.float64, SHAPES[:1])
     hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 import triton
-import triton.testing
 
 from ..info import collect
 from .machine import _slug, arithmetic
 from .registry import Call
 
 BRIEF = 1e-3  # seconds below which a single run is too little for a sample
+SLEEP = 2_000_000  # cycles, about a millisecond, in which the host prepares the launches of a run
 REST = 0.05  # seconds without work after which the clocks may have fallen
 RAMP = 0.05  # seconds of work that raise them
 
@@ -57,8 +57,8 @@ class Cuda:
         """Seconds of a run: of `number` back to back the mean; with something to prepare, or cold, where each has
         nothing of its own in the cache, the median, of more than `number` if they are brief.
 
-        Back to back, the slower of host and device counts. What the host does for a cold run is hidden behind the
-        eviction that the device is busy with, as far as that lasts: such a time is the device's.
+        Back to back, the slower of host and device counts. What the host does for a run apart from others is hidden
+        behind a millisecond that the device waits first: such a time is the device's.
         """
         self._wake()
         if not cold and not call.prepare:
@@ -66,10 +66,7 @@ class Cuda:
         else:
             seconds = self._apart(call, number, cold)
             if number == 1 and seconds < BRIEF:
-                if call.prepare:
-                    seconds = self._apart(call, 10, cold)
-                else:
-                    seconds = 1e-3 * triton.testing.do_bench(call.run, warmup=0, rep=5, return_mode="median")
+                seconds = self._apart(call, 10 if call.prepare else max(10, min(100, int(5e-3 / seconds))), cold)
         self._worked = time.monotonic()
         return seconds
 
@@ -89,6 +86,7 @@ class Cuda:
                 call.prepare()
             if cold:
                 self._evict()
+            torch.cuda._sleep(SLEEP)
             start.record()
             call.run()
             end.record()
@@ -96,7 +94,7 @@ class Cuda:
         return 1e-3 * statistics.median(start.elapsed_time(end) for start, end in events)
 
     def _evict(self) -> None:
-        """As triton.testing.do_bench does it."""
+        """As triton.testing.do_bench does it: the driver's own buffer, written over."""
         if not hasattr(self, "_cold"):
             self._cold = self._driver.get_empty_cache_for_benchmark()
         self._driver.clear_cache(self._cold)

@@ -3,6 +3,7 @@
 A provider is right when no error of its results is more than twice that of torch.linalg at the same dtype.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from .registry import CONTEXT, OURS, SAME, Call, Operation, Provider, Work
 
 DIFFERENT = 16  # matrices in a batch, the others are copies: their exact results are the CPU's work
 SETS = 2  # of inputs, in turn
-PATIENCE = 2.0  # seconds a call of torch.linalg may take
+PATIENCE = 1.0  # seconds a call of torch.linalg may take
 LARGE = 1024  # rows up to which maps by way of a square matrix are timed
 SANE = {"fp32": 1e-4, "fp64": 1e-12}  # errors that torch.linalg does not excuse either
 KAPPA = {"fp32": 5e-6, "fp64": 1e-12}  # relative excess over the bound that the package allows itself
@@ -96,8 +97,8 @@ class MatrixProblem:
         return A.to(self._device.device, DTYPES[self._dtype])
 
     def _provider(self, function: Callable, role: str, share: float = 1.0) -> Provider:
-        if function is self._kind.torch and self._device.kind == "cuda":
-            self._be_patient()
+        if self._device.kind == "cuda" and role == SAME:
+            self._be_patient(function)
         sets = cycle(self._sets)
         call = Call(lambda: function(next(sets)), self._errors, rewind=lambda: self._first(sets))
         return Provider({"call": call}, self._limits, role, share=share)
@@ -113,17 +114,18 @@ class MatrixProblem:
     def _other(self, module: str, function: Callable) -> Provider:
         if importlib.util.find_spec(module) is None:
             raise ImportError(f"{module} is not installed")
-        return self._provider(partial(function, importlib.import_module(module)), SAME)
+        provider = self._provider(partial(function, importlib.import_module(module)), SAME)
+        return dataclasses.replace(provider, captured=module != "cupy")
 
     def _context(self, make: Callable) -> Provider:
         function, errors, limits = make()
         return Provider({"call": Call(lambda: function(self._A), errors)}, limits, CONTEXT, share=0.5)
 
-    def _be_patient(self) -> None:
-        """torch.linalg goes through a batch one matrix after the other."""
+    def _be_patient(self, function: Callable) -> None:
+        """torch.linalg, and what is made of it, goes through a batch one matrix after the other."""
         different = self._A[:DIFFERENT]
-        self._kind.torch(different)
-        call = Call(lambda: self._kind.torch(different), dict)
+        function(different)
+        call = Call(lambda: function(different), dict)
         seconds = self._device.seconds(call, 1, cold=False) * self._shape.count / len(different)
         if seconds > PATIENCE:
             raise TimeoutError(f"a call would take {seconds:.0f} s")

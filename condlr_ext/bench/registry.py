@@ -40,6 +40,7 @@ class Provider:
     something related, for orientation: never the best of the others.
     work: by mode, where it differs from the problem's.
     share: of the seconds that a provider may take.
+    captured: whether its calls may be captured in a CUDA graph: not of a library with streams of its own.
     """
 
     calls: dict[str, Call]
@@ -47,6 +48,7 @@ class Provider:
     role: str = SAME
     work: dict[str, list[Work]] | None = None
     share: float = 1.0
+    captured: bool = True
 
     def limit(self, error: str) -> float:
         return self.limits[error] if error in self.limits else self.limits[""]

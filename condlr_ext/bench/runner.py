@@ -23,6 +23,7 @@ class Options:
 
     seconds, rounds: for each provider of a row in each mode. caches: "warm", "cold"; none: the device's default.
     compile: "some" (the shapes that an operation names), "all" or "none". providers: only these, none: all.
+    extra: whether what an operation has beside times is measured too, as the memory of processes of their own.
     """
 
     seconds: float = 2.0
@@ -30,6 +31,7 @@ class Options:
     caches: tuple[str, ...] = ()
     compile: str = "some"
     providers: tuple[str, ...] = ()
+    extra: bool = True
 
 
 def run(
@@ -86,7 +88,7 @@ def measure(row: Row, device, options: Options) -> Iterator[dict]:
             for mode in problem.work:
                 record = _record(row, mode, _cache(device, options)[0], name, None, [])
                 yield record | {"reason": reasons[name]}
-        if operation.extra:
+        if operation.extra and options.extra:
             failed = {"kind": "failed", "op": operation.name, "row": str(row.shape)}
             yield from attempt(device, lambda: operation.extra(row, device), failed, "reason") or ()
             if "reason" in failed:
@@ -178,7 +180,7 @@ def _replayed(row, mode, device, options, problem, found, calls: dict[str, Call]
     """Records of the mode replayed from CUDA graphs, where calls are short and can be captured."""
     judged, replays = {}, {}
     for name, call in calls.items():
-        if call.prepare:
+        if call.prepare or not found[name].captured:
             continue
         captured = attempt(device, lambda call=call: device.graph(call), judged.setdefault(name, {}), "reason")
         if captured:

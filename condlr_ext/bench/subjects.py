@@ -181,8 +181,12 @@ class Start:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """In place, as a CUDA graph needs it: buffers made since are zero, as they count before the first step."""
-        self._model.load_state_dict(self._weights)
+        """In place, as a CUDA graph needs it: buffers made since are zero, as they count before the first step.
+
+        Without a new version of the weights, for which an optimiser would build its arguments again, in no capture.
+        """
+        with torch.autograd._unsafe_preserve_version_counter(tuple(self._model.parameters())):
+            self._model.load_state_dict(self._weights)
         for t in self._tensors():
             t.zero_()
         for t, value in self._state:

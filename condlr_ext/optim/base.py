@@ -44,6 +44,7 @@ class ConstrainedOptimizer(Optimizer):
         self.capturable, self.check_finite = capturable, check_finite
         self._skipped: dict[torch.device, Tensor] = {}  # per device, counts of the layers in order
         self._waiting: set[str] = set()  # frozen layers, put on the constraint set when they first get a gradient
+        self._captured: list[tuple] = []  # what CUDA graphs of a step use, by its address
         self._layers = None  # layers are linked once all groups are there
         super().__init__(model_or_groups, defaults)
         self._link()
@@ -240,6 +241,8 @@ class ConstrainedOptimizer(Optimizer):
         whole = call.parts == 1 and len(call.layers) == len(counts) and not starts and not self.check_finite
         skipped = counts if whole else call.skipped.zero_()
         call.run(grads, self._table(call), skipped)
+        if self.capturable and _capturing():
+            self._captured.append((call, call.table, call.live, counts))
         if whole:
             return
         left = skipped.view(-1, call.parts).amax(1)
@@ -354,6 +357,7 @@ class ConstrainedOptimizer(Optimizer):
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_captured", [])  # loading a state_dict comes here too
         for group in self.param_groups:
             self._check_options(group)
         self._link()

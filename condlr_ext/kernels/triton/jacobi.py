@@ -362,17 +362,17 @@ def start(
 
 
 @triton.jit
-def turn(U_ptr, V_ptr, J_ptr, active_ptr, m, n, sweep, across, R: tl.constexpr, BLOCK: tl.constexpr):
+def turn(U_ptr, V_ptr, J_ptr, active_ptr, count, m, n, pairs, sweep, across, R: tl.constexpr, BLOCK: tl.constexpr):
     """Columns of one block of R / 2 turn with those of another and with each other.
 
     Two passes of rotations, with the Gram matrix formed once: half as many launches as with one.
-    Grid: pairs of blocks i and i xor across, batch. J [batch, pairs, R, R]: room.
-    active [sweeps + 1, batch]: whether a sweep is needed; where one turned something, the next one is.
+    Grid: count matrices * pairs of blocks i and i xor across. J [count, pairs, R, R]: room.
+    active [sweeps + 1, count]: whether a sweep is needed; where one turned something, the next one is.
     """
-    pair, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    active_ptr += tl.cast(sweep, tl.int64) * tl.num_programs(1) + batch
+    pair, batch = tl.program_id(0) % pairs, (tl.program_id(0) // pairs).to(tl.int64)
+    active_ptr += tl.cast(sweep, tl.int64) * count + batch
     if tl.load(active_ptr) != 0:
-        J_ptr += (batch * tl.num_programs(0) + pair) * R * R
+        J_ptr += (batch * pairs + pair) * R * R
         # blocks with a zero where `across` has its highest one, in order
         low = tl.cast(across, tl.int32)
         low |= low >> 1
@@ -384,7 +384,7 @@ def turn(U_ptr, V_ptr, J_ptr, active_ptr, m, n, sweep, across, R: tl.constexpr, 
         U_ptr += batch * m * n
         V_ptr += batch * n * n
         if _sweep(U_ptr, m, V_ptr, n, first, second - R // 2, J_ptr, R, 2, R, BLOCK):
-            tl.store(active_ptr + tl.num_programs(1), 1)
+            tl.store(active_ptr + count, 1)
 
 
 @triton.jit
@@ -415,7 +415,7 @@ def variants(architecture: str):
     for dtype in ("fp32", "fp64"):
         types = {name: f"*{dtype}" for name in ("A_ptr", "U_ptr", "sigma_ptr", "V_ptr", "J_ptr", "scale_ptr")}
         types |= dict.fromkeys(("info_ptr", "wanted_ptr", "active_ptr"), "*i32")
-        sizes = ("m", "n", "rounds", "sweep", "sweeps", "across", "a_batch", "a_row", "a_col")
+        sizes = ("m", "n", "count", "pairs", "rounds", "sweep", "sweeps", "across", "a_batch", "a_row", "a_col")
         types |= dict.fromkeys(sizes, "i32")
         # all matrices of a batch, and in double also the wild ones among those of clip_spectrum
         for some in (False, True) if dtype == "fp64" else (False,):

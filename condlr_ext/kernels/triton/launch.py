@@ -23,6 +23,11 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now goes into a CUDA graph, which will use the addresses that it sees."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def table(rows: Iterable[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Integers on the device; waits for it, so only where a plan is made."""
     return torch.tensor([list(row) for row in rows], dtype=dtype, device=device)

@@ -5,9 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import INTERPRETED
+from . import INTERPRETED, architecture
 
 COPY, CORRECT = tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _place(count):
+    """Which of `count` programs of a matrix this is, and which matrix: a second grid dimension would end at 65535."""
+    return tl.program_id(0) % count, (tl.program_id(0) // count).to(tl.int64)
 
 
 @triton.jit
@@ -17,14 +23,14 @@ def multiply(
     ADD: tl.constexpr, WEIGHTED: tl.constexpr, MODE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [m, n] = alpha X diag(weight) Y + beta C + gamma I, a tile of it; grid: tiles, batch.
+    """out [m, n] = alpha X diag(weight) Y + beta C + gamma I, a tile of it; grid: batch * tiles.
 
     ADD: there is a C. WEIGHTED: there is a weight [batch, k]. MODE: mode [batch] says whether out is left alone (0), is
     C (1) or is computed (2); C may hold Inf and NaN then, which come through. WIDE: sums are in float64.
     """
-    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    dtype = tl.float64 if WIDE else X_ptr.dtype.element_ty
     tiles = tl.cdiv(n, BLOCK_N)
+    tile, batch = _place(tl.cdiv(m, BLOCK_M) * tiles)
+    dtype = tl.float64 if WIDE else X_ptr.dtype.element_ty
     row = (tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     col = (tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     inside = (row < m)[:, None] & (col < n)[None, :]
@@ -68,8 +74,8 @@ def product(
     """
     batch, m, k = X.shape
     n = Y.shape[-1]
-    tile = config(torch.float64 if wide else X.dtype)
-    multiply[(triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]), batch)](
+    tile = config(architecture(X.device), torch.float64 if wide else X.dtype)
+    multiply[(batch * triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)](
         X, Y, X if C is None else C, X if weight is None else weight, X if mode is None else mode, out, m, n, k,
         alpha, beta, gamma, *X.stride(), *Y.stride(), *(X if C is None else C).stride(), *out.stride(),
         ADD=C is not None, WEIGHTED=weight is not None, MODE=mode is not None, WIDE=wide, **tile,
@@ -82,17 +88,17 @@ def affine(
     X_ptr, coefficients_ptr, mode_ptr, out_ptr, m, n, copies, x_batch, x_row, x_col,
     MODE: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [m, n] = p X + q I, or p (X + Xᵀ) / 2 + q I if SYMMETRIC; grid: tiles, batch of out.
+    """out [m, n] = p X + q I, or p (X + Xᵀ) / 2 + q I if SYMMETRIC; grid: batch of out * tiles.
 
     coefficients [batch, 2] float64 holds p and q. Every X serves as many consecutive out
     as there are copies. MODE: out is left alone where mode [batch] is 0.
     """
-    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(n, BLOCK)
+    tile, batch = _place(tl.cdiv(m, BLOCK) * tiles)
     wanted = True
     if MODE:
         wanted = tl.load(mode_ptr + batch) != 0
     if wanted:
-        tiles = tl.cdiv(n, BLOCK)
         row = (tile // tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
         col = (tile % tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
         inside = (row < m) & (col < n)
@@ -109,19 +115,20 @@ def scaled(X: Tensor, coefficients: Tensor, out: Tensor, *, mode=None, copies=1,
     """out = p X + q I for X of any strides, out and coefficients contiguous: see `affine`."""
     batch, m, n = out.shape
     block = dict(BLOCK=128 if INTERPRETED else 32, num_warps=4, num_stages=1)
-    affine[(triton.cdiv(m, block["BLOCK"]) * triton.cdiv(n, block["BLOCK"]), batch)](
+    affine[(batch * triton.cdiv(m, block["BLOCK"]) * triton.cdiv(n, block["BLOCK"]),)](
         X, coefficients, X if mode is None else mode, out, m, n, copies, *X.stride(),
         MODE=mode is not None, SYMMETRIC=symmetric, **block,
     )  # fmt: skip
     return out
 
 
-def config(dtype: torch.dtype) -> dict:
+def config(architecture: str, dtype: torch.dtype) -> dict:
     """Tiles whose operands stay in the registers of 8 warps; the interpreter takes its time for every program."""
     if INTERPRETED:
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128)
     side = 32 if dtype == torch.float64 else 64
-    return dict(BLOCK_M=side, BLOCK_N=side, BLOCK_K=16, num_warps=8, num_stages=2)
+    options = dict(BLOCK_M=side, BLOCK_N=side, BLOCK_K=16, num_warps=8, num_stages=2)
+    return options if architecture == "gfx942" else options | dict(maxnreg=255)  # ptxas spills before it takes them
 
 
 def variants(architecture: str):
@@ -138,7 +145,7 @@ def variants(architecture: str):
         types = scalars | dict.fromkeys(pointers, f"*{operands}") | {"out_ptr": f"*{result}"}
         if (operands, result, add) == ("fp64", "fp32", True):
             types["C_ptr"] = "*fp32"
-        options = config(torch.float64 if wide or operands == "fp64" else torch.float32)
+        options = config(architecture, torch.float64 if wide or operands == "fp64" else torch.float32)
         tile = {key: options.pop(key) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
         yield multiply, types, tile | dict(ADD=add, WEIGHTED=weighted, MODE=mode, WIDE=wide), options, True
     types = dict.fromkeys(("m", "n", "copies", "x_batch", "x_row", "x_col"), "i32")

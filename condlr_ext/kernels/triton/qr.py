@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cholesky_qr as kernels
-from .launch import offsets, on, room_for_places, rows_per_split, table, tiles, write_places
+from .launch import capturing, offsets, on, room_for_places, rows_per_split, table, tiles, write_places
 
 # how far from I the Gram matrix of the first pass's Q may be, for which the rounding errors of that pass, about
 # eps64 kappa², are to blame
@@ -80,6 +80,8 @@ class _Plan:
     size_of_A: int
 
     def run(self, A: Tensor, places: Tensor, Q: Tensor, info: Tensor, R: Tensor | None = None) -> None:
+        if capturing(A.device):
+            _captured[id(self)] = self
         wide = functools.partial(torch.empty, dtype=torch.float64, device=A.device)
         gram, L, reflectors = wide(self.size_of_grams), wide(self.size_of_L), A.new_empty(self.size_of_A)
         with on(A.device):
@@ -110,6 +112,9 @@ class _Plan:
                 kernels.upper_factor[(len(self.upper_work),)](
                     self.uppers, self.upper_work, parts, info, R, **kernels.upper_options()
                 )
+
+
+_captured: dict[int, _Plan] = {}  # graphs use their tables
 
 
 @functools.lru_cache(maxsize=256)

@@ -153,11 +153,12 @@ def _blocks(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, wanted
         active[0].copy_(wanted)
     else:
         active[0].fill_(1)
-    scale, room = U.new_empty(B), U.new_empty(B, blocks // 2, R, R)
+    pairs = blocks // 2
+    scale, room = U.new_empty(B), U.new_empty(B, pairs, R, R)
     jacobi.start[(B,)](A, U, V, scale, wanted, m, n, *A.stride(), **whole)
     for sweep in range(jacobi.SWEEPS_OF_BLOCKS):
         for across in range(1, blocks):
-            jacobi.turn[(blocks // 2, B)](U, V, room, active, m, n, sweep, across, R=R, **_config(U, R))
+            jacobi.turn[(B * pairs,)](U, V, room, active, B, m, n, pairs, sweep, across, R=R, **_config(U, R))
     jacobi.finish[(B,)](U, sigma, V, scale, active, info, wanted, m, n, jacobi.SWEEPS_OF_BLOCKS, **whole)
     return _polished(U), sigma, _polished(V), info
 

@@ -2,7 +2,7 @@
 
 Eight launches, whatever the number of layers, and with momentum or without: see network_step.py. Nothing waits for the
 device, and after the first step with the same parameters nothing is allocated. Where gradients have moved, as they may
-from step to step and do in a captured graph, a launch for every eight layers tells the device so.
+from step to step, a launch for every eight layers tells the device so; a captured graph tells it where everything is.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import cholesky_qr, network_step
 from .core_clip import CoreClip
-from .launch import offsets, on, room_for_places, rows_per_split, table, tiles, write_places
+from .launch import capturing, offsets, on, room_for_places, rows_per_split, table, tiles, write_places
 
 # Up to here ‖YᵀY - I‖_F costs one pass of Cholesky-QR in float64 no digits that the parameters hold
 _FAR = {torch.float32: 1e7, torch.float64: 1.0}
@@ -30,7 +30,12 @@ class StepPlan:
 
     Building it waits for the device, running it never does. A captured graph uses the memory of the plan, which must
     outlive it; hyper and skipped must be on the device.
+
+    Attributes:
+        captured: whether a run of it has been.
     """
+
+    captured = False
 
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]):
         self.device, self.dtype = params[0].device, params[0].dtype
@@ -156,13 +161,15 @@ class StepPlan:
     def _find(self, base: Tensor, *sections: Sequence[Tensor]) -> Tensor:
         """Where everything lies, written anew as far as it has moved.
 
-        A captured graph gets a table of its own, because it writes it again in every replay.
+        A captured graph has a table of its own, in which it writes all three sections in every replay: what steps
+        beside it wrote into the plan's is not where its tensors are.
         """
-        captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        captured = capturing(self.device)
+        self.captured |= captured
         places = self._places.clone() if captured else self._places
         for i, tensors in enumerate(sections):
             now = offsets(base, tensors)
-            if now != self._known[i]:
+            if captured or now != self._known[i]:
                 write_places(places[i * self._section :], now)
                 if not captured:
                     self._known[i] = now
@@ -176,6 +183,7 @@ def layout(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple:
 
 
 _plans = WeakIdKeyDictionary()  # by the first parameter
+_captured = WeakIdKeyDictionary()  # earlier plans, whose memory graphs use
 
 
 def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> None:
@@ -184,6 +192,8 @@ def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> Non
         return
     plan = _plans.get(params[0])
     if plan is None or plan.layout != layout(params, grads):
+        if plan is not None and plan.captured:
+            _captured.setdefault(params[0], []).append(plan)
         plan = _plans[params[0]] = StepPlan(params, grads)
     plan.run(params, grads, momentum_buffers, hyper.to(plan.device), skipped)
 
