@@ -1,4 +1,4 @@
-"""Writes the tables of studies in the README anew from results/: python experiments/tables.py
+"""Writes the tables of studies in both READMEs anew from results/: python experiments/tables.py
 
 `<!-- study NAME -->` stands before some rows and columns of results/NAME/table.md, `<!-- sizes NAME -->` before the
 worst case at the largest eps with a column per size. Which rows and columns: those whose titles are there.
@@ -14,6 +14,7 @@ from condlr_ext.experiments.report import NOT_APPLICABLE, grouped, markdown, per
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
+PAGES = ROOT / "README.md", ROOT / "experiments" / "README.md"
 
 
 def rewrite(text: str) -> str:
@@ -54,5 +55,5 @@ def sizes(name: str, titles: list[str], labels: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(rewrite(readme.read_text()))
+    for page in PAGES:
+        page.write_text(rewrite(page.read_text()))
