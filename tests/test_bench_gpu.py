@@ -430,6 +430,13 @@ def test_a_whole_run(gpu, monkeypatch, tmp_path, capsys):
     assert output.endswith(f"{tmp_path / 'new.jsonl'}\n")
 
 
+def test_no_processes_beside_the_rows(start, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runner, "run", lambda rows, device, options, *rest: seen.append(options) or [])
+    start().part("svd", 0)
+    assert seen and not any(options.extra for options in seen)
+
+
 def test_a_lost_device_ends_the_process_and_not_the_run(gpu, monkeypatch, tmp_path):
     class Lost(Host):
         def synchronise(self):
@@ -822,6 +829,9 @@ def test_cupy_where_it_is_installed(monkeypatch, kind):
     monkeypatch.setattr(linear_algebra.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "cupy", numpy)
     assert found()["CuPy"]["seconds"]
+    problem = linear_algebra.MatrixProblem(kind, Batch(3, 7, 5), "fp32", Host())
+    replayed = {r["provider"] for r in records(problem, monkeypatch) if r["mode"] == "call, graph"}
+    assert "torch.linalg" in replayed and "CuPy" not in replayed  # it has streams of its own
 
 
 @pytest.fixture
