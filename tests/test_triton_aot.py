@@ -106,6 +106,12 @@ def test_compiles_within_the_limits(variant, compiled):
     if variant.kernel == "chain":  # which the interpreter, where nothing is concurrent, cannot tell
         reads_back = variant.constants["FIRST"] and variant.constants["CORE"] < variant.constants["RANK"]
         assert ("barrier" in code.ttir) == reads_back
+    if "counter_ptr" in variant.types and variant.constants.get("LARGE", 1):
+        # programs of a team see what others stored: released before they come, acquired before they go on
+        if variant.architecture == "gfx942":
+            assert code.count(r"buffer_wbl2 sc1") >= 2 and code.count(r"buffer_inv sc1") >= 2
+        else:
+            assert code.count(r"atom\.global\.gpu\.acq_rel\.add\.u64") >= 2 and not code.count(r"atom\S*relaxed")
     if variant.kernel not in ("chain", "sums") or variant.dtype == "fp64":
         return
     if variant.architecture == "gfx942":

@@ -20,7 +20,27 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 if kernels.INTERPRETED:
-    from condlr_ext.kernels.triton import bound, jacobi, newton_schulz, product, spectral
+    import triton
+    import triton.language as tl
+
+    from condlr_ext.kernels.triton import bound, jacobi, newton_schulz, product, spectral, teams
+
+    @triton.jit
+    def is_within(A_ptr, interval_ptr, room_ptr, within_ptr, n, WIDE_TILE: tl.constexpr, BLOCK: tl.constexpr):
+        p, q = tl.load(interval_ptr), tl.load(interval_ptr + 1)
+        other_ptr = room_ptr + n * n
+        args = A_ptr, n, n, p, q, room_ptr, other_ptr, 0, 1, within_ptr, WIDE_TILE, 128, BLOCK
+        tl.store(within_ptr, tl.where(newton_schulz.is_within(*args), 1, 0))
+
+    @triton.jit
+    def list_steps(out_ptr, least):
+        least = tl.cast(least, tl.float64)
+        while least < 1 - 2e-4:
+            a, b, least = newton_schulz.step(least)
+            tl.store(out_ptr, a)
+            tl.store(out_ptr + 1, b)
+            out_ptr += 2
+
 
 SLOW = [pytest.param(k, marks=pytest.mark.slow) for k in (48, 64)]
 RANKS = [1, 2, 3, 5, 8, 16, 17, 32, 33, *SLOW]
@@ -77,13 +97,17 @@ def test_svd_tall_and_wide(m, n, kind):
     assert_as_good_as_lapack(A, *spectral.svd(A)[:3])
 
 
-@pytest.mark.parametrize("kind", ["random", "two_values"])
-@pytest.mark.parametrize("m,n", [(65, 65), (70, 100)])
+@pytest.mark.parametrize("m,n,kind", [(65, 65, "random"), (70, 100, "two_values")])
 def test_svd_by_blocks(m, n, kind):
     A = with_spectrum(SPECTRA[kind](min(m, n)), m, n).float()
     U, sigma, V, info = spectral.svd(A)
     assert info == OK
     assert_as_good_as_lapack(A, U, sigma, V)
+
+
+def soon_done(sigma):
+    """Columns that are orthogonal already, which leaves little to turn."""
+    return orthonormal(len(sigma), len(sigma)).float() * sigma
 
 
 @pytest.mark.slow
@@ -186,11 +210,10 @@ def test_clip_spectrum_of_larger_cores(m, n, kind):
     assert info == OK and kappa(out) <= 1.1 * (1 + 5e-6) and (out - exact).norm() <= 1e-6 * exact.norm()
 
 
-@pytest.mark.parametrize("band", range(3))
-def test_clip_spectrum_by_blocks(band):
-    A = with_spectrum(torch.linspace(2, 1, 70, dtype=torch.float64), 70, 70).float()
-    out, info = spectral.clip_spectrum(A, 0.1, band, INF)
-    exact = reference.clip_spectrum(A.double(), 0.1, reference.BANDS[band])
+def test_clip_spectrum_by_blocks():
+    A = soon_done(torch.linspace(2, 1, 70))
+    out, info = spectral.clip_spectrum(A, 0.1, 2, INF)
+    exact = reference.clip_spectrum(A.double(), 0.1, "optimal")
     assert info == OK and kappa(out) <= 1.1 * (1 + 5e-6) and (out - exact).norm() <= 1e-6 * exact.norm()
 
 
@@ -250,32 +273,28 @@ def test_matrices_of_a_batch_have_their_own_constraints():
 
 
 def test_a_batch_is_its_matrices_tame_wild_zero_and_non_finite():
-    kinds = ["two_values", "graded", "zero", "random", "repeated"]
-    A = (
-        torch.stack([with_spectrum(SPECTRA[kind](9), 9, 9).float() for kind in kinds])
-        .reshape(5, 1, 9, 9)
-        .repeat(1, 2, 1, 1)
-    )
-    A[3, 0, 2, 5], A[4, 1, 0, 0] = math.nan, -INF
+    kinds = ["two_values", "graded", "zero", "random", "repeated", "random"]
+    A = torch.stack([with_spectrum(SPECTRA[kind](9), 9, 9).float() for kind in kinds]).reshape(3, 2, 9, 9)
+    A[1, 1, 2, 5], A[2, 0, 0, 0] = math.nan, -INF
     out, clip_info = spectral.clip_spectrum(A, 0.1, 0, INF)
     outputs = [*spectral.svd(A), *spectral.polar(A), out, clip_info]
-    for i in range(5):
+    for i in range(3):
         for j in range(2):
             each = [*spectral.svd(A[i, j]), *spectral.polar(A[i, j]), *spectral.clip_spectrum(A[i, j], 0.1, 0, INF)]
             for all_, one in zip(outputs, each, strict=True):
                 torch.testing.assert_close(all_[i, j], one, rtol=0, atol=0, equal_nan=True)
-    strange = torch.zeros(5, 2, dtype=torch.bool)
-    strange[3, 0] = strange[4, 1] = True
+    strange = torch.zeros(3, 2, dtype=torch.bool)
+    strange[1, 1] = strange[2, 0] = True
     U, sigma, V, info, Q, polar_info = outputs[:6]
     for t in (U, sigma, V, Q):
         assert t[strange].isnan().all() and t[~strange].isfinite().all()
     assert (info[strange] == NOT_FINITE).all() and (info[~strange] == OK).all() and torch.equal(info, polar_info)
     torch.testing.assert_close(out[strange], A[strange], rtol=0, atol=0, equal_nan=True)
-    assert (clip_info[strange] == NOT_FINITE).all() and (clip_info[2] == ALL_ZERO).all()
+    assert (clip_info[strange] == NOT_FINITE).all() and clip_info[1, 0] == ALL_ZERO
 
 
 def test_non_finite_in_blocks():
-    A = torch.randn(2, 66, 66)
+    A = torch.stack([soon_done(torch.linspace(2, 1, 66))] * 2)
     A[0, 65, 65] = math.nan
     U, sigma, V, info = spectral.svd(A)
     assert info.tolist() == [NOT_FINITE, OK] and all(t[0].isnan().all() for t in (U, sigma, V))
@@ -305,7 +324,7 @@ def test_batches_and_empties(batch, m, n):
 
 def test_strides_do_not_matter():
     base = torch.randn(2, 4, 6)
-    for A in (base.mT, base[:, ::2, 1::3], base.transpose(0, 1), base.expand(3, 2, 4, 6)[:, 1]):
+    for A in (base.mT[0], base[:, ::2, 1::3], base.expand(2, 2, 4, 6)[:, 1]):
         before = A.clone()
         for fn in (spectral.svd, spectral.polar, lambda A: spectral.clip_spectrum(A, 0.1, 0, INF)):
             for a, b in zip(fn(A), fn(A.contiguous()), strict=True):
@@ -342,7 +361,7 @@ def test_polar_by_products(m, n, monkeypatch):
     A = batch_of(TAME.values(), m, n)
     tall = A if m >= n else A.mT
     Q = torch.full_like(tall, math.nan)
-    assert newton_schulz.polar(tall, Q).tolist() == [0] * len(A)
+    assert newton_schulz.polar_factor(tall, Q).tolist() == [0] * len(A)
     exact = reference.polar(tall.double())
     theirs = torch.from_numpy(np.stack([u @ v for u, _, v in (np.linalg.svd(a, full_matrices=False) for a in tall)]))
     for q, a, e, t in zip(Q, tall, exact, theirs, strict=True):
@@ -371,15 +390,10 @@ def test_clip_spectrum_by_products(m, n, tau, band, sigma_max):
         assert torch.equal(o, a) == unchanged, kind
 
 
-def graded(k):
-    """Columns that are orthogonal already: Jacobi in float64 is soon done with it."""
-    return orthonormal(k, k).float() * torch.logspace(0, -3, k)
-
-
 def test_products_serve_some_matrices_of_a_batch():
     k = 65
     tame = batch_of([TAME["kappa_10"], TAME["equal"]], k, k)
-    A = torch.stack((tame[0], graded(k), torch.zeros(k, k), tame[1], torch.randn(k, k)))
+    A = torch.stack((tame[0], soon_done(torch.logspace(0, -3, k)), torch.zeros(k, k), tame[1], torch.randn(k, k)))
     A[4, 3, 60] = math.nan
     out, info = spectral.clip_spectrum(A, 0.1, 0, INF)
     assert info.tolist() == [OK, OK, ALL_ZERO, OK, NOT_FINITE]
@@ -396,7 +410,7 @@ def test_polar_of_a_batch_of_which_products_serve_some(others):
     tame = batch_of([TAME["kappa_10"]], k, k)[0]
     A = torch.stack((torch.full((k, k), INF), tame, tame * 1e-20 if others == "wild" else tame))
     if others == "wild":
-        A[0] = graded(k)
+        A[0] = soon_done(torch.logspace(0, -3, k))
     Q, info = spectral.polar(A)
     assert info.tolist() == [OK if others == "wild" else NOT_FINITE, OK, OK]
     assert (Q[1] - Q[2]).abs().max() <= 1e-6
@@ -414,17 +428,22 @@ def shifted(spectrum, k, at, by):
     return with_spectrum(sigma, k, k)
 
 
-@pytest.mark.parametrize("k", [1, 20, 64, 65, 96])
-@pytest.mark.parametrize("tau", [0.0, 0.1, 4.0])
-def test_check_tells_a_violated_bound_from_rounding(k, tau):
+def good_and_bad(k, tau):
+    """Matrices with kappa 1 + tau up to rounding, and such that exceed it; p and q of their band."""
     half = lambda k: torch.where(torch.arange(k) < (k + 1) // 2, 1 + tau, 1.0).double()  # noqa: E731
     good = [shifted(half, k, at, by) for at in (0, -1) for by in (0.0, 4e-7, -4e-7)]
     bad = [shifted(half, k, 0, 2.5e-6), shifted(half, k, 0, 1.0)]
     bad += [shifted(half, k, -1, by) for by in (-2.5e-6, -1.0)] if k > 1 else []
     bad += [torch.full((k, k), math.nan, dtype=torch.float64)]
-    A = torch.stack([*good, *bad, *bad])
     lo, hi = 1 - 1.5e-6, (1 + tau) * (1 + 1.5e-6)
-    interval = torch.tensor([2.0, -(hi * hi + lo * lo)], dtype=torch.float64) / (hi * hi - lo * lo)
+    return good, bad, torch.tensor([2.0, -(hi * hi + lo * lo)], dtype=torch.float64) / (hi * hi - lo * lo)
+
+
+@pytest.mark.parametrize("k", [1, 20, 64])
+@pytest.mark.parametrize("tau", [0.0, 0.1, 4.0])
+def test_check_tells_a_violated_bound_from_rounding(k, tau):
+    good, bad, interval = good_and_bad(k, tau)
+    A = torch.stack([*good, *bad, *bad])
     interval = interval.repeat(len(A), 1)
     interval[-len(bad) :] = 0  # not checked
     wanted = torch.zeros(len(A), dtype=torch.int32)
@@ -432,9 +451,22 @@ def test_check_tells_a_violated_bound_from_rounding(k, tau):
     assert wanted.tolist() == [0] * len(good) + [1] * len(bad) + [0] * len(bad)
 
 
-@pytest.mark.parametrize("k", [20, 66])
-def test_a_violated_bound_is_repaired(k, monkeypatch):
-    A = batch_of([TAME["out_a_little"]], k, k)
+@pytest.mark.parametrize("k", [65, pytest.param(96, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tau", [0.0, 0.1, 4.0])
+def test_so_do_polynomials(k, tau):
+    def check(A, interval):
+        within = torch.full((1,), -1)
+        is_within[(1,)](A, interval, A.new_empty(2, k, k), within, k, WIDE_TILE=128, BLOCK=16384)
+        return within.item()
+
+    good, bad, interval = good_and_bad(k, tau)
+    assert [check(A, interval) for A in good] == [1] * len(good)
+    assert [check(A, interval) for A in bad] == [0] * len(bad)
+    assert check(bad[0], torch.zeros_like(interval)) == 1  # not checked
+
+
+def test_a_violated_bound_is_repaired(monkeypatch):
+    A = batch_of([TAME["out_a_little"]], 20, 20)
     checks, check, multiply = [], bound.check, spectral.product
 
     def spoilt(X, Y, out, **options):
@@ -448,7 +480,6 @@ def test_a_violated_bound_is_repaired(k, monkeypatch):
         checks.append((kappa(out[0]), wanted.tolist()))
 
     monkeypatch.setattr(spectral, "product", spoilt)
-    monkeypatch.setattr(newton_schulz, "SIGN", newton_schulz.SIGN[:5])
     monkeypatch.setattr(bound, "check", watched)
     out, info = spectral.clip_spectrum(A, 0.05, 0, INF)
     ((spoilt_kappa, wanted),) = checks
@@ -457,8 +488,31 @@ def test_a_violated_bound_is_repaired(k, monkeypatch):
     assert info.tolist() == [OK] and kappa(out[0]) <= 1.05 * (1 + 5e-6) and (out - exact).norm() <= 1e-7 * exact.norm()
 
 
+def test_a_violated_bound_is_repaired_by_blocks(monkeypatch):
+    A = soon_done(TAME["out_a_little"](66).float())[None]
+    clip, outcomes = newton_schulz.clip_spectrum, []
+
+    def watched(*args):
+        outcomes.append(clip(*args).tolist())
+        return torch.tensor(outcomes[-1], dtype=torch.int32)
+
+    monkeypatch.setattr(newton_schulz, "clip_spectrum", watched)
+    monkeypatch.setattr(newton_schulz, "SIGN", 0.1)  # steps that stop too early
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(newton_schulz, "is_within", lambda *args: True)
+        spoilt, _ = spectral.clip_spectrum(A, 0.05, 0, INF)
+    assert kappa(spoilt[0]) > 1.05 * (1 + 5e-6)
+    out, info = spectral.clip_spectrum(A, 0.05, 0, INF)
+    assert outcomes == [[0], [1]]
+    exact = reference.clip_spectrum(A.double(), 0.05)
+    assert info.tolist() == [OK] and kappa(out[0]) <= 1.05 * (1 + 5e-6) and (out - exact).norm() <= 1e-7 * exact.norm()
+
+
 def test_steps_take_every_interval_to_one():
-    for steps, least in ((newton_schulz.POLAR, 0.1 / 2.2), (newton_schulz.SIGN, 4e-7)):
+    for least in (newton_schulz.POLAR, newton_schulz.SIGN):
+        steps = torch.zeros(40, 2, dtype=torch.float64)
+        list_steps[(1,)](steps, least)
+        steps = steps[steps[:, 0] > 0].tolist()
         x = torch.cat((torch.logspace(math.log10(least), 0, 10001, dtype=torch.float64).clamp_max(1), torch.ones(1)))
         tiny = least * torch.logspace(-6, 0, 100, dtype=torch.float64)
         above = torch.full((1,), 1.002, dtype=torch.float64)  # what rounding may make of 1
@@ -468,20 +522,6 @@ def test_steps_take_every_interval_to_one():
             if i == 0:
                 assert above * (a - b * above**2) > 0
         assert (1 - x).max() <= 2e-4 and (1 - x * (3 - x**2) / 2).abs().max() <= 1e-7
-
-
-def test_scaled():
-    X, coefficients = torch.randn(2, 140, 150).mT, torch.randn(4, 2, dtype=torch.float64)
-    expected = coefficients[:, :1, None] * X.double().repeat_interleave(2, 0) + coefficients[:, 1:, None] * torch.eye(
-        150, 140
-    )
-    out = product.scaled(X, coefficients, torch.empty(4, 150, 140), copies=2)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
-    X, kept = X[:, :140].double(), torch.full((2, 140, 140), 7.0, dtype=torch.float64)
-    product.scaled(X, coefficients, kept, mode=torch.tensor([0, 2], dtype=torch.int32), symmetric=True)
-    assert (kept[0] == 7).all()
-    p, q = coefficients[1]
-    torch.testing.assert_close(kept[1].double(), p * (X[1] + X[1].mT) / 2 + q * torch.eye(140), rtol=1e-6, atol=1e-6)
 
 
 def test_product_adds_in_float64_where_asked():
@@ -507,7 +547,7 @@ def test_product(m, n, k):
 
 def test_host_code_does_not_wait_for_the_device():
     waits = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "any", "all", "equal", "unique"}
-    for module in (spectral, product, bound, newton_schulz):
+    for module in (spectral, product, bound, newton_schulz, teams):
         calls = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
         names = {
             call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "") for call in calls

@@ -76,7 +76,7 @@ def moves(
 
 
 @triton.jit
-def store_interval(interval_ptr, lo, hi, tau, some):
+def interval(lo, hi, tau, some):
     """p and q that take [lo², hi²], a little wider, to [-1, 1]; zeros where nothing is to be checked, by `some` or tau.
 
     kappa may exceed 1 + tau by 5e-6 of it; what is found out of the interval exceeds it by less.
@@ -85,8 +85,7 @@ def store_interval(interval_ptr, lo, hi, tau, some):
     lo = tl.where(some, lo * (1 - 1.5e-6), 1.0)
     hi = tl.where(some, hi * (1 + 1.5e-6), 2.0)
     p = tl.where(some, 2 / ((hi - lo) * (hi + lo)), 0.0)
-    tl.store(interval_ptr, p)
-    tl.store(interval_ptr + 1, -p * (hi * hi + lo * lo) / 2)
+    return p, -p * (hi * hi + lo * lo) / 2
 
 
 @triton.jit
@@ -98,7 +97,7 @@ def shifts(
 
     sigma in float32 serves tame matrices; for others `wanted` asks for another round, with sigma in float64 and SOME,
     which looks at them alone. constraint: tau, band and sigma_max of matrix i are in row[i], rows `stride` apart.
-    interval [*, 2]: see `store_interval`. out_epsilon: that of the dtype in which the result is stored. R at least n.
+    interval [*, 2]: p and q of `interval`. out_epsilon: that of the dtype in which the result is stored. R at least n.
     """
     batch = tl.program_id(0).to(tl.int64)
     sigma_ptr += batch * n
@@ -132,7 +131,9 @@ def shifts(
     if wanted:
         tl.store(info_ptr + batch, info)
     if not SOME:
-        store_interval(interval_ptr + 2 * batch, lo * largest, hi * largest, tau, usable & ~wild)
+        p, q = interval(lo * largest, hi * largest, tau, usable & ~wild)
+        tl.store(interval_ptr + 2 * batch, p)
+        tl.store(interval_ptr + 2 * batch + 1, q)
 
 
 def config(architecture: str, n: int) -> dict:

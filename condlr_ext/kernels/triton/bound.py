@@ -1,15 +1,11 @@
-"""Whether the singular values of results, as they were stored, are where they should be: kernels and launches."""
+"""Whether up to 64 singular values of a result, as it was stored, are where they should be: a kernel and its launch."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import INTERPRETED
-from .product import product, scaled
-
-LARGEST_SINGLE = 64  # columns whose Gram matrix one program eliminates
-DOUBLINGS = 13
+from .product import product
 
 
 @triton.jit
@@ -40,55 +36,18 @@ def definite(G_ptr, interval_ptr, wanted_ptr, n, R: tl.constexpr):
         tl.store(wanted_ptr + batch, 1)
 
 
-@triton.jit
-def large(T_ptr, interval_ptr, wanted_ptr, n, R: tl.constexpr, BLOCK: tl.constexpr):
-    """wanted = 1 where ‖T‖² of T [n, n] exceeds n, which no eigenvalues in [-1, 1] give; one program per matrix."""
-    batch = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, R)
-    square = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, n, BLOCK):
-        row = begin + tl.arange(0, BLOCK)
-        inside = (row < n)[:, None] & (col < n)[None, :]
-        t = tl.load(T_ptr + (batch * n + row[:, None]) * n + col[None, :], mask=inside, other=0.0)
-        square += tl.sum(t * t, 1)
-    small = tl.sum(square, 0) <= tl.cast(n, tl.float64) * (1 + 1e-6)
-    if (tl.load(interval_ptr + 2 * batch) != 0) & ~small:
-        tl.store(wanted_ptr + batch, 1)
-
-
 def check(A: Tensor, interval: Tensor, wanted: Tensor) -> None:
-    """wanted [batch] = 1 where eigenvalues of the Gram matrix G of A [batch, m, n], n <= m, are out of an interval.
+    """wanted [batch] = 1 where eigenvalues of the Gram matrix G of A [batch, m, n], n <= 64, n <= m, are out of bounds.
 
-    interval [batch, 2] float64 = p, q: those of M = p G + q I should be in [-1, 1]; p = 0: not checked. Up to 64
-    columns 2 launches. Beyond 16, 14 of them products: the Chebyshev polynomial T of degree 2^13 in M, by
-    T(2 i) = 2 T(i)² - I, is at most 1 in size inside, and outside it grows so fast that 1.1e-7 of the half width shows
-    among 512 eigenvalues.
+    interval [batch, 2] float64 = p, q: those of M = p G + q I should be in [-1, 1]; p = 0: not checked.
     """
     B, _, n = A.shape
     G = product(A.mT, A, torch.empty(B, n, n, dtype=torch.float64, device=A.device), wide=True)
-    if n <= LARGEST_SINGLE:
-        definite[(B,)](G, interval, wanted, n, R=triton.next_power_of_2(max(n, 16)), num_warps=8, num_stages=1)
-        return
-    T, other = scaled(G, interval, torch.empty_like(G)), G
-    for _ in range(DOUBLINGS):
-        product(T, T, other, alpha=2.0, gamma=-1.0)
-        T, other = other, T
-    large[(B,)](T, interval, wanted, n, **rows_config(n))
-
-
-def rows_config(n: int) -> dict:
-    """For one program that goes through the rows of an n x n matrix, some at a time."""
-    R = triton.next_power_of_2(n)
-    block = 128 if INTERPRETED else 16 if R <= 256 else 8
-    return dict(R=R, BLOCK=block, num_warps=8 if R <= 256 else 16, num_stages=1)
+    definite[(B,)](G, interval, wanted, n, R=triton.next_power_of_2(max(n, 16)), num_warps=8, num_stages=1)
 
 
 def variants(architecture: str):
     """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
-    types = dict(G_ptr="*fp64", T_ptr="*fp64", interval_ptr="*fp64", wanted_ptr="*i32", n="i32")
-    options = dict(num_warps=8, num_stages=1)
+    types = dict(G_ptr="*fp64", interval_ptr="*fp64", wanted_ptr="*i32", n="i32")
     for R in (16, 32, 64):
-        yield definite, types, dict(R=R), options, True
-    for n in (128, 512):
-        rows = rows_config(n)
-        yield large, types, {key: rows.pop(key) for key in ("R", "BLOCK")}, rows, True
+        yield definite, types, dict(R=R), dict(num_warps=8, num_stages=1), True

@@ -10,6 +10,8 @@ products are no slower than float32 ones that do not round to TF32.
 import triton
 import triton.language as tl
 
+from .launch import variant
+
 # outcomes of a factorisation, the codes of `info` first
 OK, NOT_CONVERGED, NOT_FINITE, ALL_ZERO, RESCUE = map(tl.constexpr, range(5))
 
@@ -410,10 +412,3 @@ def variants(architecture: str):
             yield variant(solve, types, dict(IN_PLACE=not first) | solve_options())
         yield variant(rescue, types, rescue_options())
         yield variant(upper_factor, types, upper_options())
-
-
-def variant(kernel, types: dict, options: dict):
-    """One line of `variants` for a launch with these keyword arguments."""
-    constexprs = {name: value for name, value in options.items() if name in kernel.arg_names}
-    signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
-    return kernel, signature, constexprs, {k: v for k, v in options.items() if k not in constexprs}, True

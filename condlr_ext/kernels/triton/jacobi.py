@@ -7,16 +7,20 @@ accurate relative to the lengths of the two columns, which is what keeps small s
 
 Columns meet as i and i xor m for m = 1, 2, ...: every pair once, R / 2 disjoint pairs at a time. The longer column of a
 pair goes to the lower index, which makes clustered spectra converge in a few sweeps. Up to 64 columns one program does
-everything (`svd`); beyond, columns are blocks of 32 and a program turns two of them (`start`, `turn`, `finish`).
-W is kept where U is written.
+everything (`svd`); beyond, columns are blocks of 32, and the programs of a team turn two of them each, round by round
+(`svd_by_blocks`). W is kept where U is written.
 """
 
 import triton
 import triton.language as tl
 
+from . import INTERPRETED
+from .teams import copy, leave, lost, meet, place, product
+
 OK, NOT_CONVERGED, NOT_FINITE = (tl.constexpr(i) for i in range(3))
 SWEEPS = 40  # graded spectra take half of them, others fewer than ten
 SWEEPS_OF_BLOCKS = 20
+PAIR = 64  # columns that turn together
 
 
 @triton.jit
@@ -348,57 +352,97 @@ def svd(
 
 
 @triton.jit
-def start(
-    A_ptr, U_ptr, V_ptr, scale_ptr, wanted_ptr, m, n, a_batch, a_row, a_col,
-    SOME: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+def _turn_blocks(
+    W_ptr, m, V_ptr, n, J_ptr, active_ptr, blocks, member, members, counter_ptr,
+    PAIR: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
-    """What comes before the first `turn`: U = A / scale, V = I; one program per matrix."""
-    batch = tl.program_id(0).to(tl.int64)
-    if _is_wanted(wanted_ptr, batch, SOME):
-        scale = _start(
-            A_ptr + batch * a_batch, a_row, a_col, U_ptr + batch * m * n, m, V_ptr + batch * n * n, n, R, BLOCK
-        )
-        tl.store(scale_ptr + batch, scale)
+    """Columns of one block of PAIR / 2 turn with those of another and with each other, until no pair of blocks turns.
 
-
-@triton.jit
-def turn(U_ptr, V_ptr, J_ptr, active_ptr, count, m, n, pairs, sweep, across, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns of one block of R / 2 turn with those of another and with each other.
-
-    Two passes of rotations, with the Gram matrix formed once: half as many launches as with one.
-    Grid: count matrices * pairs of blocks i and i xor across. J [count, pairs, R, R]: room.
-    active [sweeps + 1, count]: whether a sweep is needed; where one turned something, the next one is.
+    Returns whether one did in the last sweep. Two passes of rotations, with the Gram matrix formed once: half as many
+    rounds of products as with one. active [SWEEPS]: zeros at first. J [PAIR, PAIR]: room of this member.
     """
-    pair, batch = tl.program_id(0) % pairs, (tl.program_id(0) // pairs).to(tl.int64)
-    active_ptr += tl.cast(sweep, tl.int64) * count + batch
-    if tl.load(active_ptr) != 0:
-        J_ptr += (batch * pairs + pair) * R * R
-        # blocks with a zero where `across` has its highest one, in order
-        low = tl.cast(across, tl.int32)
-        low |= low >> 1
-        low |= low >> 2
-        low |= low >> 4
-        low = low >> 1
-        block = (pair & low) | ((pair & ~low) << 1)
-        first, second = block * (R // 2), (block ^ across) * (R // 2)
-        U_ptr += batch * m * n
-        V_ptr += batch * n * n
-        if _sweep(U_ptr, m, V_ptr, n, first, second - R // 2, J_ptr, R, 2, R, BLOCK):
-            tl.store(active_ptr + count, 1)
+    sweep = 0
+    active = True
+    while active & (sweep < SWEEPS):
+        for across in range(1, blocks):
+            # blocks with a zero where `across` has its highest one, in order
+            low = across | (across >> 1)
+            low |= low >> 2
+            low |= low >> 4
+            low = low >> 1
+            for pair in range(member, blocks // 2, members):
+                block = (pair & low) | ((pair & ~low) << 1)
+                first, second = block * (PAIR // 2), (block ^ across) * (PAIR // 2)
+                if _sweep(W_ptr, m, V_ptr, n, first, second - PAIR // 2, J_ptr, PAIR, 2, PAIR, BLOCK):
+                    tl.store(active_ptr + sweep, 1)
+            meet(counter_ptr, members)
+        active = tl.load(active_ptr + sweep) != 0
+        sweep += 1
+    return active
 
 
 @triton.jit
-def finish(
-    U_ptr, sigma_ptr, V_ptr, scale_ptr, active_ptr, info_ptr, wanted_ptr, m, n, sweeps,
-    SOME: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+def _polish_by_team(
+    X_ptr, m, n, T_ptr, other_ptr, member, members, counter_ptr, TILE: tl.constexpr, BLOCK: tl.constexpr
+):
+    dtype = X_ptr.dtype.element_ty
+    product(X_ptr, X_ptr, X_ptr, T_ptr, n, n, m, 1, -0.5, 0.0, 1.5, member, members, counter_ptr, True, dtype, TILE, 16)
+    product(
+        X_ptr, T_ptr, X_ptr, other_ptr, m, n, n, 1, 1.0, 0.0, 0.0, member, members, counter_ptr, False, dtype, TILE, 16
+    )
+    copy(other_ptr, n, 1, X_ptr, n, 1, m, n, 1.0, member, members, counter_ptr, TILE * BLOCK)
+
+
+@triton.jit
+def svd_by_team(
+    A_ptr, a_row, a_col, U_ptr, m, sigma_ptr, V_ptr, n, room_ptr, active_ptr, info_ptr, blocks, member, members,
+    counter_ptr,
+    PAIR: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
-    """What comes after the last `turn`: order, lengths, completion; one program per matrix."""
-    batch = tl.program_id(0).to(tl.int64)
+    """U [m, n], sigma [n], V [n, n] of A with m >= n, 64 < n <= R, and info.
+
+    blocks: the power of two from 2 n / PAIR on. room: as many elements as `room_for` says, active: SWEEPS.
+    """
+    scale = tl.full([], 1.0, U_ptr.dtype.element_ty)
+    if member == 0:
+        scale = _start(A_ptr, a_row, a_col, U_ptr, m, V_ptr, n, R, BLOCK)
+        for sweep in range(SWEEPS):
+            tl.store(active_ptr + sweep, 0)
+    meet(counter_ptr, members)
+    T_ptr, other_ptr = room_ptr, room_ptr + n * n
+    J_ptr = other_ptr + m * n + member * (PAIR * PAIR)
+    active = _turn_blocks(
+        U_ptr, m, V_ptr, n, J_ptr, active_ptr, blocks, member, members, counter_ptr, PAIR, BLOCK, SWEEPS
+    )
+    if member == 0:
+        _finish(U_ptr, m, V_ptr, n, sigma_ptr, scale, R, BLOCK)
+        tl.store(info_ptr, _verdict(scale, active | lost(counter_ptr)))
+    meet(counter_ptr, members)
+    _polish_by_team(U_ptr, m, n, T_ptr, other_ptr, member, members, counter_ptr, TILE, BLOCK)
+    _polish_by_team(V_ptr, n, n, T_ptr, other_ptr, member, members, counter_ptr, TILE, BLOCK)
+
+
+@triton.jit(do_not_specialize=["members"])
+def svd_by_blocks(
+    A_ptr, U_ptr, sigma_ptr, V_ptr, room_ptr, active_ptr, info_ptr, wanted_ptr, counter_ptr, m, n, blocks, room,
+    members, a_batch, a_row, a_col,
+    SOME: tl.constexpr, PAIR: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    SWEEPS: tl.constexpr,
+):  # fmt: skip
+    """`svd_by_team` of a batch of matrices, a team for each. SOME: only where wanted [batch] is not 0."""
+    member, batch = place(members)
     if _is_wanted(wanted_ptr, batch, SOME):
-        scale = tl.load(scale_ptr + batch)
-        _finish(U_ptr + batch * m * n, m, V_ptr + batch * n * n, n, sigma_ptr + batch * n, scale, R, BLOCK)
-        active = tl.load(active_ptr + tl.cast(sweeps, tl.int64) * tl.num_programs(0) + batch) != 0
-        tl.store(info_ptr + batch, _verdict(scale, active))
+        svd_by_team(
+            A_ptr + batch * a_batch, a_row, a_col, U_ptr + batch * m * n, m, sigma_ptr + batch * n,
+            V_ptr + batch * n * n, n, room_ptr + batch * room, active_ptr + batch * SWEEPS, info_ptr + batch, blocks,
+            member, members, counter_ptr + 2 * batch, PAIR, R, BLOCK, TILE, SWEEPS,
+        )  # fmt: skip
+        leave(counter_ptr + 2 * batch, members)
+
+
+def room_for(m: int, n: int, members: int) -> int:
+    """How many elements `svd_by_team` takes."""
+    return n * n + m * n + members * PAIR * PAIR
 
 
 def config(architecture: str, dtype: str, R: int) -> dict:
@@ -410,12 +454,17 @@ def config(architecture: str, dtype: str, R: int) -> dict:
     return dict(BLOCK=16, num_warps=warps, num_stages=1, maxnreg=255)
 
 
+def config_of_blocks(architecture: str, dtype: str) -> dict:
+    tile = dict(TILE=128 if INTERPRETED else 32, PAIR=PAIR, SWEEPS=SWEEPS_OF_BLOCKS)
+    return config(architecture, dtype, PAIR) | tile
+
+
 def variants(architecture: str):
     """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
     for dtype in ("fp32", "fp64"):
-        types = {name: f"*{dtype}" for name in ("A_ptr", "U_ptr", "sigma_ptr", "V_ptr", "J_ptr", "scale_ptr")}
+        types = {name: f"*{dtype}" for name in ("A_ptr", "U_ptr", "sigma_ptr", "V_ptr", "J_ptr", "room_ptr")}
         types |= dict.fromkeys(("info_ptr", "wanted_ptr", "active_ptr"), "*i32")
-        sizes = ("m", "n", "count", "pairs", "rounds", "sweep", "sweeps", "across", "a_batch", "a_row", "a_col")
+        sizes = ("m", "n", "rounds", "blocks", "room", "members", "a_batch", "a_row", "a_col")
         types |= dict.fromkeys(sizes, "i32")
         # all matrices of a batch, and in double also the wild ones among those of clip_spectrum
         for some in (False, True) if dtype == "fp64" else (False,):
@@ -426,6 +475,7 @@ def variants(architecture: str):
                 default = R < 64 or dtype == "fp32"
                 yield svd, types, tile | dict(SWEEPS=SWEEPS, SOME=some), options, default
             for R in (128, 512):
-                for kernel in (start, finish):
-                    yield kernel, types, dict(R=R, BLOCK=16, SOME=some), dict(num_warps=16, num_stages=1), True
-        yield turn, types, tile, options, True
+                types["counter_ptr"] = "*i64"
+                options = dict(SOME=some, R=R) | config_of_blocks(architecture, dtype)
+                tile = {key: options.pop(key) for key in ("SOME", "PAIR", "R", "BLOCK", "TILE", "SWEEPS")}
+                yield svd_by_blocks, types, tile, options, dtype == "fp32"

@@ -93,6 +93,13 @@ def _write8(out_ptr, a0, a1, a2, a3, a4, a5, a6, a7):
     tl.store(out_ptr + 7, a7)
 
 
+def variant(kernel, types: dict, options: dict):
+    """One line of `variants` for a launch with these keyword arguments."""
+    constexprs = {name: value for name, value in options.items() if name in kernel.arg_names}
+    signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
+    return kernel, signature, constexprs, {k: v for k, v in options.items() if k not in constexprs}, True
+
+
 def variants(architecture: str):
     """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
     types = dict.fromkeys(_write.arg_names, "i64") | {"out_ptr": "*i64"}

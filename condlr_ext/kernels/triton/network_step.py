@@ -30,8 +30,8 @@ from .cholesky_qr import (
     power_of_two,
     solve_options,
     substitute,
-    variant,
 )
+from .launch import variant
 
 # x, g, b, y: places of X, its gradient, its buffer and the trial point Y; the rest from `overlap` on in scratch
 FACTOR = (

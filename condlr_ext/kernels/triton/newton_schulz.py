@@ -6,8 +6,9 @@ eigenvalues, and the polar factor of H - e I is its sign: (Y + Y sign(Y)) / 2 is
 eigenvalues. Of lo I - H it is what clipping adds, of H - hi I what it takes away, and eigenvalues in the band, at an
 edge or next to it give nothing but rounding.
 
-Every number of steps is fixed. A matrix that they do not serve is flagged where that is seen, and what follows leaves
-it alone.
+One launch does everything: a team of programs for each matrix shares the tiles of every product and meets behind it.
+Sums over a matrix are made by all members alike, so that all take the same decisions. Every number of steps is fixed. A
+matrix that they do not serve is flagged where that is seen, and left alone.
 """
 
 import torch
@@ -15,224 +16,344 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import band, bound
-from .product import product, scaled
+from . import INTERPRETED, architecture, band, teams
+from .launch import variant
+from .teams import copy, leave, lost, meet, place, product
+
+# kappa 10, and the norm of the fourth power exceeds sigma_1 by at most 512^(1/8) = 2.18
+POLAR = 0.1 / 2.2
+# an eigenvalue that near to an edge, in units of the norm, is clipped with an error of an eighth of that
+SIGN = 4e-7
+DOUBLINGS = tl.constexpr(13)
+LARGEST = 2**29 - 1  # elements of a matrix: places within the room for it are 32-bit integers
 
 
-def _steps(least: float) -> tuple[tuple[float, float], ...]:
-    """a, b of the steps that take singular values in [least, 1] to [1 - 2e-4, 1]; one with 3/2, 1/2 completes them.
+@triton.jit
+def _square(X_ptr, n, BLOCK: tl.constexpr):
+    """‖X‖² and the trace of X [n, n] contiguous, in float64."""
+    square = tl.zeros([BLOCK], tl.float64)
+    trace = tl.zeros([BLOCK], tl.float64)
+    for begin in range(0, n * n, BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        x = tl.load(X_ptr + at, mask=at < n * n, other=0.0).to(tl.float64)
+        square += x * x
+        trace += tl.where(at // n == at % n, x, 0.0)
+    return tl.sum(square, 0), tl.sum(trace, 0)
+
+
+@triton.jit
+def step(least):
+    """a and b of a step for singular values in [least, 1], and the least one after it; float64.
 
     x (a - b x²) on [least, u] deviates least from 1 where its values at both ends and its maximum do so equally; then
     the largest value becomes 1. u exceeds 1 by a margin while the polynomial falls steeply to almost 0 at the right
     end: what rounding puts beyond would change its sign.
     """
-    steps = []
-    while least < 1 - 2e-4:
-        u = 1.01 if least < 0.3 else 1.0
-        ratio = least * least + least * u + u * u  # of a to b
-        highest, lowest = 2 * (ratio / 3) ** 1.5, least * (ratio - least * least)
-        steps.append((ratio / highest, 1 / highest))
-        least = lowest / highest
-    return tuple(steps)
-
-
-# kappa 10, and the norm of the fourth power exceeds sigma_1 by at most 512^(1/8) = 2.18
-POLAR = _steps(0.1 / 2.2)
-# an eigenvalue that near to an edge, in units of the norm, is clipped with an error of an eighth of that
-SIGN = _steps(4e-7)
+    u = tl.where(least < 0.3, 1.01, 1.0)
+    third = (least * least + least * u + u * u) / 3  # of the ratio of a to b
+    highest = 2 * third * tl.sqrt(third)
+    return 3 * third / highest, 1 / highest, least * (3 * third - least * least) / highest
 
 
 @triton.jit
-def _square(X_ptr, n, R: tl.constexpr, BLOCK: tl.constexpr):
-    """‖X‖² and the trace of X [n, n], in float64."""
-    col = tl.arange(0, R)
-    square = tl.zeros([BLOCK], tl.float64)
-    trace = tl.zeros([BLOCK], tl.float64)
-    for begin in range(0, n, BLOCK):
-        row = begin + tl.arange(0, BLOCK)
-        inside = (row < n)[:, None] & (col < n)[None, :]
-        x = tl.load(X_ptr + row[:, None] * n + col[None, :], mask=inside, other=0.0).to(tl.float64)
-        square += tl.sum(x * x, 1)
-        trace += tl.sum(tl.where(row[:, None] == col[None, :], x, 0.0), 1)
-    return tl.sum(square, 0), tl.sum(trace, 0)
-
-
-@triton.jit
-def norms(square_ptr, norm_ptr, scale_ptr, mode_ptr, n, R: tl.constexpr, BLOCK: tl.constexpr):
-    """A bound of sigma_1 from square = (AᵀA)² [n, n], and its inverse as scale [2] = p, q; one program per matrix.
-
-    mode = 2, or 0 where powers of A do not fit in float32, A is zero, or not finite.
-    """
-    batch = tl.program_id(0).to(tl.int64)
-    eighth_power, _ = _square(square_ptr + batch * n * n, n, R, BLOCK)
-    some = (eighth_power > 1e-60) & (eighth_power < 1e60)
-    norm = 1.001 * tl.sqrt(tl.sqrt(tl.sqrt(tl.where(some, eighth_power, 1.0))))
-    tl.store(norm_ptr + batch, norm)
-    tl.store(scale_ptr + 2 * batch, 1 / norm)
-    tl.store(scale_ptr + 2 * batch + 1, 0.0)
-    tl.store(mode_ptr + batch, tl.where(some, 2, 0))
-
-
-@triton.jit
-def convergence(T_ptr, mode_ptr, wanted_ptr, n, R: tl.constexpr, BLOCK: tl.constexpr):
-    """wanted = 2 and mode = 0 where the polar factor has not converged: T [n, n] = (I - XᵀX) / 2 before the last step.
-
-    That step squares it. One program per matrix.
-    """
-    batch = tl.program_id(0).to(tl.int64)
-    square, _ = _square(T_ptr + batch * n * n, n, R, BLOCK)
-    good = (tl.load(mode_ptr + batch) != 0) & (square < 2.5e-7)
-    tl.store(mode_ptr + batch, tl.where(good, 2, 0))
-    tl.store(wanted_ptr + batch, tl.where(good, 0, 2))
-
-
-@triton.jit
-def edges(
-    H_ptr, norm_ptr, constraint_ptr, row_ptr, size_ptr, coefficients_ptr, interval_ptr, mode_ptr, modes_ptr, wanted_ptr,
-    n, stride, R: tl.constexpr, BLOCK: tl.constexpr,
+def _iterate(
+    X_ptr, other_ptr, G_ptr, m, n, count, least, member, members, counter_ptr,
+    dtype: tl.constexpr, TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The band from the trace and the norm of H [n, n]; one program per matrix.
+    """The polar factor of X [count, m, n] with singular values in [least, 1]. Returns where it is, and as much room.
 
-    coefficients [2, 2]: p and q of (lo I - H) / c and (H - hi I) / c, c a bound of the norm. size: ‖H‖. interval: see
-    `band.store_interval`. modes [2]: mode of the two. The optimal band asks for all singular values: wanted.
+    Behind it G = (I - XᵀX) / 2 before the last step, which takes singular values from [1 - 2e-4, 1]. Sums are in dtype.
+    XᵀX - I is soon small, and with it what rounding does to the product with it.
     """
-    batch = tl.program_id(0).to(tl.int64)
+    SIDE: tl.constexpr = WIDE_TILE if dtype == tl.float64 else TILE
+    least = tl.cast(least, tl.float64)
+    while least < 1 - 2e-4:
+        a, b, least = step(least)
+        product(
+            X_ptr, X_ptr, X_ptr, G_ptr, n, n, m, count, 1.0, 0.0, -1.0, member, members, counter_ptr,
+            True, dtype, SIDE, DEPTH,
+        )  # fmt: skip
+        product(
+            X_ptr, G_ptr, X_ptr, other_ptr, m, n, n, count, -b, a - b, 0.0, member, members, counter_ptr,
+            False, dtype, SIDE, DEPTH,
+        )  # fmt: skip
+        X_ptr, other_ptr = other_ptr, X_ptr
+    product(
+        X_ptr, X_ptr, X_ptr, G_ptr, n, n, m, count, -0.5, 0.0, 0.5, member, members, counter_ptr,
+        True, tl.float64, WIDE_TILE, DEPTH,
+    )  # fmt: skip
+    product(
+        X_ptr, G_ptr, X_ptr, other_ptr, m, n, n, count, 1.0, 1.0, 0.0, member, members, counter_ptr,
+        False, dtype, SIDE, DEPTH,
+    )  # fmt: skip
+    return other_ptr, X_ptr
+
+
+@triton.jit
+def _polar(
+    A_ptr, m, n, X_ptr, other_ptr, G_ptr, least, member, members, counter_ptr,
+    TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Where the polar factor of A [m, n] is, m >= n, and room of its size, whether that succeeded, a bound of sigma_1.
+
+    All contiguous; X and other: room of m n elements.
+    """
+    product(
+        A_ptr, A_ptr, A_ptr, G_ptr, n, n, m, 1, 1.0, 0.0, 0.0, member, members, counter_ptr,
+        True, tl.float64, WIDE_TILE, DEPTH,
+    )  # fmt: skip
+    product(
+        G_ptr, G_ptr, G_ptr, X_ptr, n, n, n, 1, 1.0, 0.0, 0.0, member, members, counter_ptr,
+        False, tl.float64, WIDE_TILE, DEPTH,
+    )  # fmt: skip
+    eighth_power, _ = _square(X_ptr, n, BLOCK)
+    meet(counter_ptr, members)  # X comes to be something else
+    # or powers of A do not fit in float32, A is zero, or not finite
+    good = (eighth_power > 1e-60) & (eighth_power < 1e60)
+    norm = 1.001 * tl.sqrt(tl.sqrt(tl.sqrt(tl.where(good, eighth_power, 1.0))))
+    if good:
+        copy(A_ptr, n, 1, X_ptr, n, 1, m, n, norm, member, members, counter_ptr, BLOCK)
+        X_ptr, other_ptr = _iterate(
+            X_ptr, other_ptr, G_ptr, m, n, 1, least, member, members, counter_ptr, tl.float64, TILE, WIDE_TILE, DEPTH
+        )
+        square, _ = _square(G_ptr, n, BLOCK)
+        good = square < 2.5e-7  # the last step squared it
+    return X_ptr, other_ptr, good, norm
+
+
+@triton.jit
+def is_within(
+    A_ptr, m, n, p, q, G_ptr, other_ptr, member, members, counter_ptr,
+    WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Whether the eigenvalues of M = p AᵀA + q I are in [-1, 1], for A [m, n] contiguous; p = 0: always.
+
+    The Chebyshev polynomial T of degree 2^13 in M, by T(2 i) = 2 T(i)² - I, is at most 1 in size inside, and outside it
+    grows so fast that 1.1e-7 of the half width shows among 512 eigenvalues.
+    """
+    within = p == 0
+    if p != 0:
+        product(
+            A_ptr, A_ptr, G_ptr, G_ptr, n, n, m, 1, p, 0.0, q, member, members, counter_ptr,
+            True, tl.float64, WIDE_TILE, DEPTH,
+        )  # fmt: skip
+        for _ in range(DOUBLINGS):
+            product(
+                G_ptr, G_ptr, G_ptr, other_ptr, n, n, n, 1, 2.0, 0.0, -1.0, member, members, counter_ptr,
+                False, tl.float64, WIDE_TILE, DEPTH,
+            )  # fmt: skip
+            G_ptr, other_ptr = other_ptr, G_ptr
+        square, _ = _square(G_ptr, n, BLOCK)
+        within = square <= tl.cast(n, tl.float64) * (1 + 1e-6)  # which no eigenvalues in [-1, 1] exceed
+    return within
+
+
+@triton.jit
+def _outside(H_ptr, n, edge, c, sign, Y_ptr, X_ptr, member, members, BLOCK: tl.constexpr):
+    """Y = X = sign (H - edge I) / c, made symmetric."""
+    for begin in range(member * BLOCK, n * n, members * BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        inside = at < n * n
+        row, col = at // n, at % n
+        h = tl.load(H_ptr + at, mask=inside, other=0.0).to(tl.float64)
+        h = (h + tl.load(H_ptr + col * n + row, mask=inside, other=0.0).to(tl.float64)) / 2
+        y = (sign / c * (h - tl.where(row == col, edge, 0.0))).to(tl.float32)
+        tl.store(Y_ptr + at, y, mask=inside)
+        tl.store(X_ptr + at, y, mask=inside)
+
+
+@triton.jit
+def _correction(parts_ptr, n, below, above, D_ptr, member, members, counter_ptr, BLOCK: tl.constexpr):
+    """D [n, n] = clip(H) - H, made symmetric, from the positive parts [2, n, n] of what `_outside` made."""
+    low, high = (0.5 * below).to(tl.float32), (-0.5 * above).to(tl.float32)
+    for begin in range(member * BLOCK, n * n, members * BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        inside = at < n * n
+        mirrored = at % n * n + at // n
+        d = low * tl.load(parts_ptr + at, mask=inside, other=0.0)
+        d += low * tl.load(parts_ptr + mirrored, mask=inside, other=0.0)
+        d += high * tl.load(parts_ptr + n * n + at, mask=inside, other=0.0)
+        d += high * tl.load(parts_ptr + n * n + mirrored, mask=inside, other=0.0)
+        tl.store(D_ptr + at, d, mask=inside)
+    meet(counter_ptr, members)
+
+
+@triton.jit
+def clip_by_team(
+    A_ptr, a_row, a_col, m, n, tau, kind, sigma_max, room_ptr, wide_ptr, out_ptr, o_row, o_col, polar_least, sign_least,
+    member, members, counter_ptr,
+    TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = A [m, n], m >= n, with clipped singular values, whether that succeeded; else out is left alone.
+
+    room: of `room_for` elements, wide: of 2 n². out may be A. The optimal band asks for all singular values and is not
+    served.
+    """
+    square_size = n * n
+    own_ptr = room_ptr  # A
+    result_ptr = own_ptr + m * n
+    X_ptr = result_ptr + m * n
+    H_ptr = X_ptr + m * n
+    Y_ptr = H_ptr + square_size
+    Z_ptr = Y_ptr + 2 * square_size
+    other_ptr = Z_ptr + 2 * square_size
+    G_ptr = other_ptr + 2 * square_size
+    good = kind != band.OPTIMAL
+    if good:
+        copy(A_ptr, a_row, a_col, own_ptr, n, 1, m, n, 1.0, member, members, counter_ptr, BLOCK)
+        Q_ptr, result_ptr, good, norm = _polar(
+            own_ptr, m, n, X_ptr, result_ptr, G_ptr, polar_least, member, members, counter_ptr,
+            TILE, WIDE_TILE, DEPTH, BLOCK,
+        )  # fmt: skip
+        if good:
+            product(
+                Q_ptr, own_ptr, H_ptr, H_ptr, n, n, m, 1, 1.0, 0.0, 0.0, member, members, counter_ptr,
+                True, tl.float64, WIDE_TILE, DEPTH,
+            )  # fmt: skip
+            number = tl.cast(n, tl.float64)
+            square, trace = _square(H_ptr, n, BLOCK)
+            lo = 2 * tl.where(kind == band.MEAN, trace / number, tl.sqrt(square / number)) / (2 + tau)
+            lo, hi = band.under(lo, (1 + tau) * lo, tau, sigma_max)
+            p, q = band.interval(lo, hi, tau, True)
+            hi = tl.minimum(hi, norm)
+            # from the spectrum, which is in [0, norm], and from all distances; the latter loses digits
+            below = tl.sqrt(tl.maximum(square - 2 * lo * trace + number * lo * lo, 0.0))
+            below = tl.maximum(tl.minimum(below, tl.maximum(lo, norm - lo)), 1e-5 * norm)
+            above = tl.sqrt(tl.maximum(square - 2 * hi * trace + number * hi * hi, 0.0))
+            above = tl.maximum(tl.minimum(above, tl.maximum(hi, norm - hi)), 1e-5 * norm)
+            _outside(H_ptr, n, lo, below, -1.0, Y_ptr, Z_ptr, member, members, BLOCK)
+            _outside(H_ptr, n, hi, above, 1.0, Y_ptr + square_size, Z_ptr + square_size, member, members, BLOCK)
+            meet(counter_ptr, members)
+            Z_ptr, other_ptr = _iterate(
+                Z_ptr, other_ptr, G_ptr, n, n, 2, sign_least, member, members, counter_ptr,
+                tl.float32, TILE, WIDE_TILE, DEPTH,
+            )  # fmt: skip
+            product(
+                Y_ptr, Z_ptr, Y_ptr, G_ptr, n, n, n, 2, 0.5, 0.5, 0.0, member, members, counter_ptr,
+                False, tl.float32, TILE, DEPTH,
+            )  # fmt: skip
+            _correction(G_ptr, n, below, above, Y_ptr, member, members, counter_ptr, BLOCK)
+            shift, _ = _square(Y_ptr, n, BLOCK)
+            good = shift <= square * number
+            # where it is nothing but rounding, A stays as it is
+            some = tl.where(shift <= 2.25 * 2.0**-48 * square, 0.0, 1.0)
+            product(
+                Q_ptr, Y_ptr, own_ptr, result_ptr, m, n, n, 1, some, 1.0, 0.0, member, members, counter_ptr,
+                False, tl.float32, TILE, DEPTH,
+            )  # fmt: skip
+            good &= is_within(
+                result_ptr, m, n, p, q, wide_ptr, wide_ptr + square_size, member, members, counter_ptr,
+                WIDE_TILE, DEPTH, BLOCK,
+            )  # fmt: skip
+            if good:
+                copy(result_ptr, n, 1, out_ptr, o_row, o_col, m, n, 1.0, member, members, counter_ptr, BLOCK)
+    return good
+
+
+@triton.jit(do_not_specialize=["members"])
+def polar(
+    A_ptr, out_ptr, room_ptr, wanted_ptr, counter_ptr, m, n, members,
+    a_batch, a_row, a_col, o_batch, o_row, o_col,
+    LEAST: tl.constexpr, TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = the polar factor of A [m, n], m >= n; wanted = 2 where that failed, or 0. A team per matrix."""
+    member, batch = place(members)
+    own_ptr = room_ptr + batch * (3 * m * n + n * n)
+    X_ptr = own_ptr + m * n
+    other_ptr = X_ptr + m * n
+    counter_ptr += 2 * batch
+    copy(A_ptr + batch * a_batch, a_row, a_col, own_ptr, n, 1, m, n, 1.0, member, members, counter_ptr, BLOCK)
+    X_ptr, other_ptr, good, _ = _polar(
+        own_ptr, m, n, X_ptr, other_ptr, other_ptr + m * n, LEAST, member, members, counter_ptr,
+        TILE, WIDE_TILE, DEPTH, BLOCK,
+    )  # fmt: skip
+    if good:
+        out_ptr += batch * o_batch
+        copy(X_ptr, n, 1, out_ptr, o_row, o_col, m, n, 1.0, member, members, counter_ptr, BLOCK)
+    if member == 0:
+        tl.store(wanted_ptr + batch, tl.where(good & ~lost(counter_ptr), 0, 2))
+    leave(counter_ptr, members)
+
+
+@triton.jit(do_not_specialize=["members"])
+def clip(
+    A_ptr, out_ptr, room_ptr, wide_ptr, constraint_ptr, row_ptr, wanted_ptr, counter_ptr, m, n, room, stride, members,
+    a_batch, a_row, a_col, o_batch, o_row, o_col, POLAR: tl.constexpr, SIGN: tl.constexpr,
+    TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`clip_by_team` of a batch, constraints as `band.shifts` takes them; wanted = 1 where that failed, or 0."""
+    member, batch = place(members)
+    counter_ptr += 2 * batch
     constraint_ptr += tl.load(row_ptr + batch).to(tl.int64) * stride
     tau, kind, sigma_max = tl.load(constraint_ptr), tl.load(constraint_ptr + 1), tl.load(constraint_ptr + 2)
-    some = (tl.load(mode_ptr + batch) != 0) & (kind != band.OPTIMAL)
-    if some:
-        count = tl.cast(n, tl.float64)
-        norm = tl.load(norm_ptr + batch)
-        square, trace = _square(H_ptr + batch * n * n, n, R, BLOCK)
-        lo = 2 * tl.where(kind == band.MEAN, trace / count, tl.sqrt(square / count)) / (2 + tau)
-        lo, hi = band.under(lo, (1 + tau) * lo, tau, sigma_max)
-        band.store_interval(interval_ptr + 2 * batch, lo, hi, tau, some)
-        coefficients_ptr += 4 * batch
-        for side in tl.static_range(2):
-            edge = lo if side == 0 else tl.minimum(hi, norm)
-            # from the spectrum, which is in [0, norm], and from all distances; the latter loses digits
-            c = tl.sqrt(tl.maximum(square - 2 * edge * trace + count * edge * edge, 0.0))
-            c = tl.maximum(tl.minimum(c, tl.maximum(edge, norm - edge)), 1e-5 * norm)
-            p = 1 / c if side == 1 else -1 / c
-            tl.store(coefficients_ptr + 2 * side, p)
-            tl.store(coefficients_ptr + 2 * side + 1, -p * edge)
-        tl.store(size_ptr + batch, tl.sqrt(square))
-    else:
-        tl.store(wanted_ptr + batch, 1)
-        tl.store(interval_ptr + 2 * batch, 0.0)
-        tl.store(interval_ptr + 2 * batch + 1, 0.0)
-    mode = tl.where(some, 2, 0)
-    tl.store(mode_ptr + batch, mode)
-    tl.store(modes_ptr + 2 * batch, mode)
-    tl.store(modes_ptr + 2 * batch + 1, mode)
+    good = clip_by_team(
+        A_ptr + batch * a_batch, a_row, a_col, m, n, tau, kind, sigma_max, room_ptr + batch * room,
+        wide_ptr + batch * (2 * n * n), out_ptr + batch * o_batch, o_row, o_col, POLAR, SIGN, member, members,
+        counter_ptr, TILE, WIDE_TILE, DEPTH, BLOCK,
+    )  # fmt: skip
+    if member == 0:
+        tl.store(wanted_ptr + batch, tl.where(good & ~lost(counter_ptr), 0, 1))
+    leave(counter_ptr, members)
 
 
-@triton.jit
-def correction(
-    parts_ptr, coefficients_ptr, size_ptr, D_ptr, mode_ptr, wanted_ptr, n, R: tl.constexpr, BLOCK: tl.constexpr
-):
-    """D [n, n] = clip(H) - H from the positive parts [2, n, n] of (lo I - H) / c and (H - hi I) / c, and what to do.
-
-    D is made symmetric. mode = 1, leave A as it is, where D is nothing but rounding. One program per matrix.
-    """
-    batch = tl.program_id(0).to(tl.int64)
-    if tl.load(mode_ptr + batch) != 0:
-        col = tl.arange(0, R)
-        parts_ptr += 2 * batch * n * n
-        low = (-0.5 / tl.load(coefficients_ptr + 4 * batch)).to(tl.float32)
-        high = (-0.5 / tl.load(coefficients_ptr + 4 * batch + 2)).to(tl.float32)
-        square = tl.zeros([BLOCK], tl.float64)
-        for begin in range(0, n, BLOCK):
-            row = begin + tl.arange(0, BLOCK)
-            inside = (row < n)[:, None] & (col < n)[None, :]
-            at, mirrored = row[:, None] * n + col[None, :], col[None, :] * n + row[:, None]
-            d = low * tl.load(parts_ptr + at, mask=inside, other=0.0)
-            d += low * tl.load(parts_ptr + mirrored, mask=inside, other=0.0)
-            d += high * tl.load(parts_ptr + n * n + at, mask=inside, other=0.0)
-            d += high * tl.load(parts_ptr + n * n + mirrored, mask=inside, other=0.0)
-            square += tl.sum(d * d, 1).to(tl.float64)
-            tl.store(D_ptr + batch * n * n + at, d, mask=inside)
-        shift = tl.sqrt(tl.sum(square, 0))
-        size = tl.load(size_ptr + batch)
-        good = shift <= size * tl.sqrt(tl.cast(n, tl.float64))
-        rounding = shift <= 1.5 * 2.0**-24 * size
-        tl.store(mode_ptr + batch, tl.where(good, tl.where(rounding, band.COPY, band.CORRECT), band.KEEP))
-        if ~good:
-            tl.store(wanted_ptr + batch, 1)
-
-
-def polar(A: Tensor, out: Tensor) -> Tensor:
-    """out = the polar factor of A [batch, m, n], m >= n. Returns wanted [batch] int32: 2 where it is not served, or 0.
-
-    19 launches, 16 of them products.
-    """
-    return _polar(A, out)[2]
+def polar_factor(A: Tensor, out: Tensor) -> Tensor:
+    """out = the polar factor of A [batch, m, n], m >= n. Returns wanted [batch] int32: 2 where that failed, or 0."""
+    B, m, n = A.shape
+    wanted = torch.empty(B, dtype=torch.int32, device=A.device)
+    if m * n > LARGEST:
+        return wanted.fill_(2)
+    members = teams.members(A.device, [jobs(m, n)] * B)[0]
+    together = teams.at_once(B * members, B, A.device)
+    room = A.new_empty(B, 3 * m * n + n * n)
+    polar[(B * members,)](
+        A, out, room, wanted, teams.counters(B, A.device), m, n, members, *A.stride(), *out.stride(),
+        LEAST=POLAR, **config(architecture(A.device)), **together,
+    )  # fmt: skip
+    return wanted
 
 
 def clip_spectrum(A: Tensor, constraint: Tensor, row: Tensor, out: Tensor) -> Tensor:
     """out = A [batch, m, n], m >= n, with clipped singular values. Returns wanted [batch] int32: 1 where that failed.
 
-    constraint, row: as in spectral.clip_each; the optimal band is not served. 79 launches, 71 of them products: 16 of
-    `_polar`, 41 here, 39 of them with two matrices for each one of A, and 14 of `bound.check`. Those 14 add
-    in float64, and so do 13 of `_polar` and two here.
+    constraint, row: as in spectral.clip_each; the optimal band is not served.
     """
-    B, _, n = A.shape
-    new = {"dtype": torch.float64, "device": A.device}
-    rows = bound.rows_config(n)
-    Q, norm, wanted, mode = _polar(A, A.new_empty(A.shape))
-    H = product(Q.mT, A, A.new_empty(B, n, n), mode=mode, wide=True)
-    size, interval, coefficients = torch.empty(B, **new), torch.empty(B, 2, **new), torch.empty(2 * B, 2, **new)
-    modes = mode.new_empty(2 * B)
-    edges[(B,)](
-        H, norm, constraint, row, size, coefficients, interval, mode, modes, wanted, n, constraint.stride(0), **rows
-    )
-    Y = scaled(H, coefficients, A.new_empty(2 * B, n, n), mode=modes, copies=2, symmetric=True)
-    sign = torch.empty_like(Y)
-    _iterate(Y, SIGN, modes, sign, wide=False)
-    parts = product(Y, sign, torch.empty_like(Y), C=Y, alpha=0.5, beta=0.5, mode=modes)
-    D = H  # no longer needed
-    correction[(B,)](parts, coefficients, size, D, mode, wanted, n, **rows)
-    product(Q, D, out, C=A, mode=mode)
-    bound.check(out, interval, wanted)
+    B, m, n = A.shape
+    wanted = torch.empty(B, dtype=torch.int32, device=A.device)
+    if m * n > LARGEST:
+        return wanted.fill_(1)
+    members = teams.members(A.device, [jobs(m, n)] * B)[0]
+    together = teams.at_once(B * members, B, A.device)
+    size = room_for(m, n)
+    room, wide = A.new_empty(B, size), torch.empty(B, 2, n, n, dtype=torch.float64, device=A.device)
+    clip[(B * members,)](
+        A, out, room, wide, constraint, row, wanted, teams.counters(B, A.device), m, n, size, constraint.stride(0),
+        members, *A.stride(), *out.stride(), POLAR=POLAR, SIGN=SIGN, **config(architecture(A.device)), **together,
+    )  # fmt: skip
     return wanted
 
 
-def _polar(A: Tensor, out: Tensor):
-    """out, norm, wanted, mode."""
-    B, _, n = A.shape
-    rows = bound.rows_config(n)
-    norm, scale = A.new_empty(B, dtype=torch.float64), A.new_empty(B, 2, dtype=torch.float64)
-    wanted, mode = torch.empty(2, B, dtype=torch.int32, device=A.device)
-    G = product(A.mT, A, A.new_empty(B, n, n))
-    norms[(B,)](product(G, G, torch.empty_like(G)), norm, scale, mode, n, **rows)
-    X = scaled(A, scale, A.new_empty(A.shape), mode=mode)
-    T = _iterate(X, POLAR, mode, out, wide=True)
-    convergence[(B,)](T, mode, wanted, n, **rows)
-    return out, norm, wanted, mode
+def room_for(m: int, n: int) -> int:
+    """How many elements `clip_by_team` takes."""
+    return 3 * m * n + 9 * n * n
 
 
-def _iterate(X: Tensor, steps, mode: Tensor, out: Tensor, wide: bool) -> Tensor:
-    """out = the polar factor of X [batch, m, n]. Returns T = (I - XᵀX) / 2 before the last step.
+def jobs(m: int, n: int) -> int:
+    """Tiles of the products in float64, which take the longest."""
+    return triton.cdiv(m, 32) * triton.cdiv(n, 32)
 
-    wide: sums are in float64. G = XᵀX - I is soon small, and with it what rounding does to the product with it.
-    """
-    G, other = X.new_empty(len(X), X.shape[-1], X.shape[-1]), X.new_empty(X.shape)
-    for i, (a, b) in enumerate(steps):
-        Y = other if i % 2 != len(steps) % 2 else out
-        product(X.mT, X, G, gamma=-1.0, mode=mode, wide=wide)
-        X = product(X, G, Y, C=X, alpha=-b, beta=a - b, mode=mode, wide=wide)
-    T = product(X.mT, X, G, alpha=-0.5, gamma=0.5, mode=mode, wide=True)
-    product(X, T, out, C=X, mode=mode)
-    return T
+
+def config(name: str) -> dict:
+    """As those of `product.config`; the interpreter takes its time for every tile."""
+    if INTERPRETED:
+        return dict(TILE=128, WIDE_TILE=128, DEPTH=128, BLOCK=16384)
+    options = dict(TILE=64, WIDE_TILE=32, DEPTH=16, BLOCK=2048, num_warps=8, num_stages=2)
+    return options if name == "gfx942" else options | dict(maxnreg=255)
 
 
 def variants(architecture: str):
     """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
-    types = dict.fromkeys(("square_ptr", "T_ptr", "H_ptr", "parts_ptr", "D_ptr"), "*fp32")
-    wide = ("norm_ptr", "scale_ptr", "constraint_ptr", "size_ptr", "coefficients_ptr", "interval_ptr")
-    types |= dict.fromkeys(wide, "*fp64") | dict(n="i32", stride="i32")
-    types |= dict.fromkeys(("mode_ptr", "modes_ptr", "wanted_ptr", "row_ptr"), "*i32")
-    for kernel in (norms, convergence, edges, correction):
-        for n in (128, 512):
-            rows = bound.rows_config(n)
-            yield kernel, types, {key: rows.pop(key) for key in ("R", "BLOCK")}, rows, True
+    types = dict.fromkeys(("A_ptr", "out_ptr", "room_ptr"), "*fp32") | dict(counter_ptr="*i64", wanted_ptr="*i32")
+    types |= dict(wide_ptr="*fp64", constraint_ptr="*fp64", row_ptr="*i32")
+    types |= {name: "i32" for name in clip.arg_names if name.islower() and not name.endswith("_ptr")}
+    yield variant(polar, types, dict(LEAST=POLAR) | config(architecture))
+    yield variant(clip, types, dict(POLAR=POLAR, SIGN=SIGN) | config(architecture))

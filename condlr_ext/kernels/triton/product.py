@@ -1,4 +1,4 @@
-"""Batched products and scaled sums of small matrices, in full precision whatever torch is told about tf32: kernels."""
+"""Batched products of small matrices, in full precision whatever torch is told about tf32: kernels."""
 
 import torch
 import triton
@@ -83,45 +83,6 @@ def product(
     return out
 
 
-@triton.jit
-def affine(
-    X_ptr, coefficients_ptr, mode_ptr, out_ptr, m, n, copies, x_batch, x_row, x_col,
-    MODE: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out [m, n] = p X + q I, or p (X + Xᵀ) / 2 + q I if SYMMETRIC; grid: batch of out * tiles.
-
-    coefficients [batch, 2] float64 holds p and q. Every X serves as many consecutive out
-    as there are copies. MODE: out is left alone where mode [batch] is 0.
-    """
-    tiles = tl.cdiv(n, BLOCK)
-    tile, batch = _place(tl.cdiv(m, BLOCK) * tiles)
-    wanted = True
-    if MODE:
-        wanted = tl.load(mode_ptr + batch) != 0
-    if wanted:
-        row = (tile // tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
-        col = (tile % tiles * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[None, :]
-        inside = (row < m) & (col < n)
-        X_ptr += batch // copies * x_batch
-        x = tl.load(X_ptr + row * x_row + col * x_col, mask=inside, other=0.0).to(tl.float64)
-        if SYMMETRIC:
-            x = (x + tl.load(X_ptr + col * x_row + row * x_col, mask=inside, other=0.0).to(tl.float64)) / 2
-        p, q = tl.load(coefficients_ptr + 2 * batch), tl.load(coefficients_ptr + 2 * batch + 1)
-        x = p * x + tl.where(row == col, q, 0.0)
-        tl.store(out_ptr + (batch * m + row) * n + col, x.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def scaled(X: Tensor, coefficients: Tensor, out: Tensor, *, mode=None, copies=1, symmetric=False) -> Tensor:
-    """out = p X + q I for X of any strides, out and coefficients contiguous: see `affine`."""
-    batch, m, n = out.shape
-    block = dict(BLOCK=128 if INTERPRETED else 32, num_warps=4, num_stages=1)
-    affine[(batch * triton.cdiv(m, block["BLOCK"]) * triton.cdiv(n, block["BLOCK"]),)](
-        X, coefficients, X if mode is None else mode, out, m, n, copies, *X.stride(),
-        MODE=mode is not None, SYMMETRIC=symmetric, **block,
-    )  # fmt: skip
-    return out
-
-
 def config(architecture: str, dtype: torch.dtype) -> dict:
     """Tiles whose operands stay in the registers of 8 warps; the interpreter takes its time for every program."""
     if INTERPRETED:
@@ -148,8 +109,3 @@ def variants(architecture: str):
         options = config(architecture, torch.float64 if wide or operands == "fp64" else torch.float32)
         tile = {key: options.pop(key) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
         yield multiply, types, tile | dict(ADD=add, WEIGHTED=weighted, MODE=mode, WIDE=wide), options, True
-    types = dict.fromkeys(("m", "n", "copies", "x_batch", "x_row", "x_col"), "i32")
-    types |= {"mode_ptr": "*i32", "coefficients_ptr": "*fp64"}
-    for dtype, mode, symmetric in (("fp32", True, False), ("fp32", True, True), ("fp64", False, False)):
-        flags = dict(MODE=mode, SYMMETRIC=symmetric, BLOCK=32)
-        yield affine, types | dict(X_ptr=f"*{dtype}", out_ptr=f"*{dtype}"), flags, dict(num_warps=4, num_stages=1), True

@@ -9,12 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from . import architecture, band, bound, jacobi, newton_schulz, qr
+from . import architecture, band, bound, jacobi, newton_schulz, qr, teams
 from .launch import on
 from .product import product
 
 TALL = 4  # times as many rows as columns: what the rotations turn is R of A = Q R
-LARGEST_SINGLE = 64  # columns that one program turns
+LARGEST_SINGLE = jacobi.PAIR  # columns that one program turns
 
 
 def svd(A: Tensor):
@@ -33,7 +33,7 @@ def polar(A: Tensor):
     dtype = wanted = None
     if _by_products(batch):
         with on(A.device):
-            dtype, wanted = torch.float64, newton_schulz.polar(_tall(batch), _tall(Q))
+            dtype, wanted = torch.float64, newton_schulz.polar_factor(_tall(batch), _tall(Q))
     U, _, V, info = _svd(batch, dtype, wanted)
     if Q.numel():
         with on(A.device):
@@ -143,31 +143,23 @@ def _single(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, wanted
 
 
 def _blocks(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, wanted: Tensor, some: bool):
-    """One program per pair of blocks of columns, one launch per round of pairs."""
+    """A team of programs per matrix, which turn pairs of blocks of columns."""
     B, m, n = A.shape
-    R = LARGEST_SINGLE
-    whole = dict(SOME=some, R=triton.next_power_of_2(n), BLOCK=16, num_warps=16, num_stages=1)
-    blocks = triton.next_power_of_2(triton.cdiv(n, R // 2))
-    active = torch.zeros(jacobi.SWEEPS_OF_BLOCKS + 1, B, dtype=torch.int32, device=A.device)
-    if some:
-        active[0].copy_(wanted)
-    else:
-        active[0].fill_(1)
-    pairs = blocks // 2
-    scale, room = U.new_empty(B), U.new_empty(B, pairs, R, R)
-    jacobi.start[(B,)](A, U, V, scale, wanted, m, n, *A.stride(), **whole)
-    for sweep in range(jacobi.SWEEPS_OF_BLOCKS):
-        for across in range(1, blocks):
-            jacobi.turn[(B * pairs,)](U, V, room, active, B, m, n, pairs, sweep, across, R=R, **_config(U, R))
-    jacobi.finish[(B,)](U, sigma, V, scale, active, info, wanted, m, n, jacobi.SWEEPS_OF_BLOCKS, **whole)
-    return _polished(U), sigma, _polished(V), info
-
-
-def _polished(X: Tensor) -> Tensor:
-    """X (3 I - XᵀX) / 2: orthonormal to rounding where X almost is."""
-    B, _, n = X.shape
-    return product(X, product(X.mT, X, X.new_empty(B, n, n), alpha=-0.5, gamma=1.5), torch.empty_like(X))
+    blocks = triton.next_power_of_2(triton.cdiv(2 * n, jacobi.PAIR))
+    members = teams.members(A.device, [blocks // 2] * B)[0]
+    room = jacobi.room_for(m, n, members)
+    options = jacobi.config_of_blocks(architecture(A.device), _name(U))
+    jacobi.svd_by_blocks[(B * members,)](
+        A, U, sigma, V, U.new_empty(B, room), info.new_empty(B, options["SWEEPS"]), info, wanted,
+        teams.counters(B, A.device), m, n, blocks, room, members, *A.stride(),
+        SOME=some, R=triton.next_power_of_2(n), **options, **teams.at_once(B * members, B, A.device),
+    )  # fmt: skip
+    return U, sigma, V, info
 
 
 def _config(U: Tensor, R: int) -> dict:
-    return jacobi.config(architecture(U.device), "fp64" if U.dtype == torch.float64 else "fp32", R)
+    return jacobi.config(architecture(U.device), _name(U), R)
+
+
+def _name(U: Tensor) -> str:
+    return "fp64" if U.dtype == torch.float64 else "fp32"
