@@ -6,20 +6,23 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-plain test-interpreter test-aot-defaults test-slow test-aot lint wheel compat clean
+.PHONY: demo test test-plain test-spectral test-interpreter test-aot-defaults test-slow test-aot lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
 
-# Three processes, two at a time; Triton is told to interpret when it is imported
+# Four processes, two at a time, the longest first; Triton is told to interpret when it is imported
 test: $(VENV)/.installed
-	$(MAKE) --no-print-directory -j 2 test-interpreter test-plain test-aot-defaults
+	$(MAKE) --no-print-directory -j 2 test-spectral test-interpreter test-plain test-aot-defaults
 
 test-plain:
 	$(BIN)/python -m pytest -m "not interpreter and not aot and not aot_all and not slow"
 
+test-spectral:
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/test_triton_spectral.py
+
 test-interpreter:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" --ignore tests/test_triton_spectral.py
 
 test-aot-defaults:
 	$(BIN)/python -m pytest -m aot

@@ -47,7 +47,9 @@ def train(optimizer, model, steps, change=lambda i: None):
 
 
 @interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
 def test_same_steps_as_without(dtype):
     """Momentum that starts, weight decay, a bias and layers that are not low-rank; float16 on float32 masters."""
     finals = []

@@ -39,7 +39,9 @@ def check(A, Q, R):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m,n", [(1, 1), (1, 4), (3, 3), (17, 5), (40, 16), (33, 33), (70, 35), (20, 45)])
+@pytest.mark.parametrize(
+    "m,n", [(1, 1), (1, 4), (3, 3), (17, 5), (40, 16), (70, 35), (20, 45), pytest.param(33, 33, marks=pytest.mark.slow)]
+)
 def test_all_spectra(m, n, dtype):
     k = min(m, n)
     A = torch.stack([with_spectrum(sigma(k), m, n) for sigma in SPECTRA.values()]).to(dtype)
