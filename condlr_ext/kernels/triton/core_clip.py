@@ -40,7 +40,7 @@ class CoreClip:
         ranks = [len(S) for S in cores]
         small = [r for r in ranks if r <= LARGEST_SINGLE.value]
         large = [r for r in ranks if r > LARGEST_SINGLE.value]
-        self._width = triton.next_power_of_2(max(16, *small, 16))
+        self._width = triton.next_power_of_2(max([16, *small]))
         self._large = triton.next_power_of_2(max(large, default=0))
         jobs = [newton_schulz.jobs(r, r) for r in large]
         teams_of = dict(zip(large, teams.members(device, jobs), strict=True)) if large else {}

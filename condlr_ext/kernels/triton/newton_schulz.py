@@ -302,8 +302,7 @@ def polar_factor(A: Tensor, out: Tensor) -> Tensor:
     wanted = torch.empty(B, dtype=torch.int32, device=A.device)
     if m * n > LARGEST:
         return wanted.fill_(2)
-    members = teams.members(A.device, [jobs(m, n)] * B)[0]
-    together = teams.at_once(B * members, B, A.device)
+    members, together = teams.of_batch(A.device, B, jobs(m, n))
     room = A.new_empty(B, 3 * m * n + n * n)
     polar[(B * members,)](
         A, out, room, wanted, teams.counters(B, A.device), m, n, members, *A.stride(), *out.stride(),
@@ -321,8 +320,7 @@ def clip_spectrum(A: Tensor, constraint: Tensor, row: Tensor, out: Tensor) -> Te
     wanted = torch.empty(B, dtype=torch.int32, device=A.device)
     if m * n > LARGEST:
         return wanted.fill_(1)
-    members = teams.members(A.device, [jobs(m, n)] * B)[0]
-    together = teams.at_once(B * members, B, A.device)
+    members, together = teams.of_batch(A.device, B, jobs(m, n))
     size = room_for(m, n)
     room, wide = A.new_empty(B, size), torch.empty(B, 2, n, n, dtype=torch.float64, device=A.device)
     clip[(B * members,)](

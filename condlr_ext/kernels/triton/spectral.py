@@ -146,13 +146,13 @@ def _blocks(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, wanted
     """A team of programs per matrix, which turn pairs of blocks of columns."""
     B, m, n = A.shape
     blocks = triton.next_power_of_2(triton.cdiv(2 * n, jacobi.PAIR))
-    members = teams.members(A.device, [blocks // 2] * B)[0]
+    members, together = teams.of_batch(A.device, B, blocks // 2)
     room = jacobi.room_for(m, n, members)
     options = jacobi.config_of_blocks(architecture(A.device), _name(U))
     jacobi.svd_by_blocks[(B * members,)](
         A, U, sigma, V, U.new_empty(B, room), info.new_empty(B, options["SWEEPS"]), info, wanted,
         teams.counters(B, A.device), m, n, blocks, room, members, *A.stride(),
-        SOME=some, R=triton.next_power_of_2(n), **options, **teams.at_once(B * members, B, A.device),
+        SOME=some, R=triton.next_power_of_2(n), **options, **together,
     )  # fmt: skip
     return U, sigma, V, info
 

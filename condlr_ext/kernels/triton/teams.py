@@ -29,6 +29,12 @@ def at_once(programs: int, teams: int, device: torch.device) -> dict:
     return dict(launch_cooperative_grid=teams < programs <= multiprocessors(device))
 
 
+def of_batch(device: torch.device, teams: int, jobs: int) -> tuple[int, dict]:
+    """members of each team where all matrices are of one shape, and the option."""
+    each = members(device, [jobs] * teams)[0]
+    return each, at_once(teams * each, teams, device)
+
+
 def counters(teams: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(teams, 2, dtype=torch.int64, device=device)
 
@@ -131,8 +137,8 @@ def _product(
             y = tl.load(y_ptrs, mask=(inner < k)[:, None] & (col < n)[None, :], other=0.0)
             acc = tl.dot(x.to(dtype), y.to(dtype), acc, input_precision="ieee", out_dtype=dtype)
         acc = alpha.to(dtype) * acc + tl.where(row[:, None] == col[None, :], gamma.to(dtype), 0.0)
-        place = at + row[:, None] * n + col[None, :]
+        entries = at + row[:, None] * n + col[None, :]
         inside = (row < m)[:, None] & (col < n)[None, :]
         if beta != 0:
-            acc += beta.to(dtype) * tl.load(C_ptr + place, mask=inside, other=0.0).to(dtype)
-        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=inside)
+            acc += beta.to(dtype) * tl.load(C_ptr + entries, mask=inside, other=0.0).to(dtype)
+        tl.store(out_ptr + entries, acc.to(out_ptr.dtype.element_ty), mask=inside)
