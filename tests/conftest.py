@@ -1,5 +1,6 @@
 """Fixtures of all tests: seeds, poisoned uninitialised memory, backends, matrices of every kind."""
 
+import functools
 import os
 import warnings
 
@@ -12,6 +13,24 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a build without compiled parts says so once; test_build.py looks at it
     import condlr_ext
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton import language
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def _languages(function):
+        modules = {id(value) for value in function.__globals__.values()}
+        return [module for module in (language, language.core) if id(module) in modules]
+
+    def _patch_once(function, patch=interpreter._patch_lang):
+        """Triton's interpreter goes through its whole language at every call of a function, for what it has patched."""
+        if any(language.core.is_builtin(module.load) for module in _languages(function)):
+            return patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = _patch_once
 
 
 @pytest.fixture(scope="session", autouse=True)
