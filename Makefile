@@ -6,35 +6,32 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-plain test-spectral test-interpreter test-aot-defaults test-slow test-aot lint wheel compat clean
+.PHONY: demo test test-interpreter test-plain test-aot-defaults test-slow test-aot lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
 
-# Four processes, two at a time, the longest first; Triton is told to interpret when it is imported
+# Three processes, two at a time; Triton is told to interpret when it is imported
 test: $(VENV)/.installed
-	$(MAKE) --no-print-directory -j 2 test-spectral test-interpreter test-plain test-aot-defaults
+	$(MAKE) --no-print-directory -j 2 test-interpreter test-plain test-aot-defaults
+
+test-interpreter:
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/test_triton_*.py
 
 test-plain:
 	$(BIN)/python -m pytest -m "not interpreter and not aot and not aot_all and not slow"
 
-test-spectral:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/test_triton_spectral.py
-
-test-interpreter:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" --ignore tests/test_triton_spectral.py
-
 test-aot-defaults:
-	$(BIN)/python -m pytest -m aot
+	$(BIN)/python -m pytest -m aot tests/test_triton_aot.py
 
 # every example, and the larger matrices in the interpreter
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow and not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and slow" tests/test_triton_*.py
 
 # every configuration of the Triton kernels for every architecture
 test-aot: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "aot or aot_all"
+	$(BIN)/python -m pytest -m "aot or aot_all" tests/test_triton_aot.py
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q ruff

@@ -1,6 +1,5 @@
 """Fixtures of all tests: seeds, poisoned uninitialised memory, backends, matrices of every kind."""
 
-import functools
 import os
 import warnings
 
@@ -16,21 +15,7 @@ with warnings.catch_warnings():
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from triton import language
-    from triton.runtime import interpreter
-
-    @functools.cache
-    def _languages(function):
-        modules = {id(value) for value in function.__globals__.values()}
-        return [module for module in (language, language.core) if id(module) in modules]
-
-    def _patch_once(function, patch=interpreter._patch_lang):
-        """Triton's interpreter goes through its whole language at every call of a function, for what it has patched."""
-        if any(language.core.is_builtin(module.load) for module in _languages(function)):
-            return patch(function)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = _patch_once
+    import interpreted  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,5 +76,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("interpreter"):
+            assert item.path.name.startswith("test_triton_"), "make test looks for these only there"
         if item.get_closest_marker("interpreter") and not interpreting:
             item.add_marker(pytest.mark.skip(reason="needs a process started with TRITON_INTERPRET=1"))

@@ -118,11 +118,12 @@ DRIVER = f"""
 import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-sys.path[:0] = [{str(ROOT)!r}, {str(BENCH)!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(BENCH)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
 import dataclasses
 import gpu
+import interpreted
 from condlr_ext.bench import cuda, linear_algebra, operations, runner
 {inspect.getsource(Host)}
 gpu.missing = lambda: None

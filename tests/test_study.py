@@ -163,7 +163,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, monkeypatch, run)
     monkeypatch.setattr(training, "STATE_EVERY", -1)
     images = write_npz(tmp_path / "images.npz", n=400, shape=(1, 8, 8))
     settings = dict(data=str(images), network="cnn", validation=0.2, attack_steps=2, attack_restarts=1)
-    settings |= dict(runs=(run,), epochs=5)
+    settings |= dict(runs=(run,), epochs=5, eps=(0.1,))
     whole = train(TrainConfig(**settings, out=tmp_path / "whole"))["runs"][0]
     steps = len(whole["step_loss"])
     original = Fit._loss

@@ -318,29 +318,29 @@ TAUS = (0.0, 0.5, 1e4)  # each with a band of its own; the other pairs are slow
     "tau, band",
     [pytest.param(t, b, marks=[pytest.mark.slow] * (i != b)) for i, t in enumerate(TAUS) for b in range(3)],
 )
-def test_clip_of_all_spectra(tau, band):
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
+def test_clip_of_all_spectra(tau, band, dtype):
     """All cores of a network at once, in place, against the reference's; the bound is hard."""
     kinds = [kind for kind in SPECTRA if kind != "zero"]
     ranks = [1, 17, 5, 9, 2, 7]
     room = torch.cat([with_spectrum(SPECTRA[kind](r), r, r).flatten() for kind, r in zip(kinds, ranks, strict=True)])
-    for dtype in (torch.float32, torch.float64):
-        together = room.to(dtype)
-        cores = [c.view(r, r) for c, r in zip(together.split([r * r for r in ranks]), ranks, strict=True)]
-        before = copies(cores)
-        info = torch.full((6,), -1, dtype=torch.int32)
-        core_clip.CoreClip(cores, range(6))(table(6, tau=tau, band=band), info)
-        assert (info == 0).all()
-        for kind, out, A in zip(kinds, cores, before, strict=True):
-            sigma = singular_values(A)  # directions of equal ones, also of zero, are anyone's choice
-            lo, hi = reference.clip_edges(sigma, tau, BANDS[band])
-            atol = backward_error(dtype, len(A)) * sigma[0].item()
-            torch.testing.assert_close(singular_values(out), sigma.clamp(lo, hi), rtol=0, atol=atol)
-            if kind == "graded":  # each direction is its own, though float32 could not tell the last from any other
-                want = reference.clip_spectrum(A.double(), tau, BANDS[band])
-                torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5 * sigma[0].item())
-            moved = torch.linalg.norm(out.double() - A.double())
-            assert moved <= torch.linalg.norm(sigma.clamp(lo, hi) - sigma) + len(A) * atol
-            assert kappa(out) <= (1 + tau) * (1 + (5e-6 if dtype == torch.float32 else 1e-12 * (1 + tau)))
+    together = room.to(dtype)
+    cores = [c.view(r, r) for c, r in zip(together.split([r * r for r in ranks]), ranks, strict=True)]
+    before = copies(cores)
+    info = torch.full((6,), -1, dtype=torch.int32)
+    core_clip.CoreClip(cores, range(6))(table(6, tau=tau, band=band), info)
+    assert (info == 0).all()
+    for kind, out, A in zip(kinds, cores, before, strict=True):
+        sigma = singular_values(A)  # directions of equal ones, also of zero, are anyone's choice
+        lo, hi = reference.clip_edges(sigma, tau, BANDS[band])
+        atol = backward_error(dtype, len(A)) * sigma[0].item()
+        torch.testing.assert_close(singular_values(out), sigma.clamp(lo, hi), rtol=0, atol=atol)
+        if kind == "graded":  # each direction is its own, though float32 could not tell the last from any other
+            want = reference.clip_spectrum(A.double(), tau, BANDS[band])
+            torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5 * sigma[0].item())
+        moved = torch.linalg.norm(out.double() - A.double())
+        assert moved <= torch.linalg.norm(sigma.clamp(lo, hi) - sigma) + len(A) * atol
+        assert kappa(out) <= (1 + tau) * (1 + (5e-6 if dtype == torch.float32 else 1e-12 * (1 + tau)))
 
 
 def test_clip_of_cores_above_rank_64():
