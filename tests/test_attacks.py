@@ -265,6 +265,35 @@ def test_the_model_is_left_as_it_was(attack):
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
+class Merging(nn.Linear):
+    """Does its work when it changes mode, as LoRA layers that are merged in eval mode."""
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.weight.data.mul_(2.0 if self.training else 0.5)
+        return super().train(mode)
+
+
+@every_attack
+def test_layers_that_work_when_they_change_mode_come_back(attack):
+    model = nn.Sequential(Merging(9, 12), nn.Tanh(), Merging(12, 5)).double()
+    model[0].eval()
+    x, y = batch()
+    before = copy.deepcopy(model.state_dict())
+    attack(model, x, y, 0.1)
+    assert [m.training for m in model.modules()] == [True, False, True, True]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@every_attack
+def test_results_carry_no_gradient(attack):
+    x, y = batch()
+    x.requires_grad_()
+    eps = torch.tensor(0.1, requires_grad=True)
+    assert not attack(network(), x, y, eps).requires_grad and x.grad is None
+
+
 @every_attack
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_attacks_work_where_gradients_are_off(attack, context):

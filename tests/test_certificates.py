@@ -248,6 +248,10 @@ FUNCTIONS = {
     "residual, in place": lambda m, x: (m.linear(x).add_(x)).relu_(),
     "difference": lambda m, x: 2 - x.sub(m.linear(x)),
     "sum of itself": lambda m, x: x + x,
+    "parts joined again": lambda m, x: torch.cat(x.chunk(2, 1), 1),
+    "slices stacked again": lambda m, x: torch.stack(x.unbind(1), 1),
+    "linear by keyword": lambda m, x: F.linear(x, weight=m.linear.weight),
+    "celu and softplus": lambda m, x: F.softplus(F.celu(x, 0.5), beta=2.0),
     "concatenation": lambda m, x: torch.cat([x, F.relu(x), x], 1),
     "stack": lambda m, x: torch.stack((x, m.linear(x))).flatten(0, 1).reshape(1, -1),
     "scaled": lambda m, x: (x - m.mean) / m.std * 3,
@@ -493,6 +497,33 @@ def hooked():
     return nn.Sequential(nn.ReLU(), layer)
 
 
+def hooked_itself():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model.register_forward_hook(lambda m, args, out: 100 * out)
+    return model
+
+
+def patched():
+    model = nn.Sequential(nn.Linear(4, 4))
+    original = model[0].forward
+    model[0].forward = lambda x: 100 * original(x)
+    return model
+
+
+def pieces_in_place(m, x):
+    a, b = x.chunk(2, 1)[0], x.chunk(2, 1)[1]
+    parts = (x + 0).chunk(2, 1)
+    parts[0].mul_(10)
+    return parts[0] + parts[1] + a + b
+
+
+def base_in_place(m, x):
+    h = x + 0
+    parts = h.chunk(2, 1)
+    h.mul_(10)
+    return parts[0] + parts[1]
+
+
 REFUSED = {
     "layer norm": (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), r"module 1 \(LayerNorm\)"),
     "attention": (nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8)), r"module 0 \(TransformerEncoderLayer\)"),
@@ -509,6 +540,15 @@ REFUSED = {
     "threshold": (nn.Sequential(nn.Threshold(0.1, 0.0)), r"module 0 \(Threshold\)"),
     "batch statistics": (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)), "1 must have running statistics"),
     "control flow": (Branching(), "torch.fx cannot trace Branching"),
+    "hooks of the model": (hooked_itself(), "the model has hooks"),
+    "a layer's own forward": (patched(), r"module 0 \(Linear\) has a forward of its own"),
+    "celu": (nn.Sequential(nn.CELU(-1.0)), r"module 0 \(CELU\)"),
+    "celu function": (Function(lambda m, x: F.celu(x, -1.0)), "celu in the model"),
+    "softplus": (nn.Sequential(nn.Softplus(1.0, 0.0)), r"module 0 \(Softplus\)"),
+    "softplus function": (Function(lambda m, x: F.softplus(x, 1.0, 0.0)), "softplus in the model"),
+    "linear of a vector": (Function(lambda m, x: F.linear(x, m.linear.weight[0, :4])), "linear in the model"),
+    "pieces in place": (Function(pieces_in_place), "uses chunk_2, which was changed in place"),
+    "base of pieces in place": (Function(base_in_place), "uses chunk, which was changed in place"),
     "hooks": (hooked(), r"module 1 \(Linear\) has hooks"),
     "in place": (UsesBoth(lambda x: x.add_(1.0)), "uses linear, which was changed in place"),
     "in place module": (UsesBoth(lambda x: F.relu(x, inplace=True)), "uses linear, which was changed in place"),
@@ -697,3 +737,33 @@ def test_misalignment_leaves_the_model_alone_and_joins_calls():
     zero = nn.Conv2d(1, 2, 3)
     zero.weight.data.zero_()
     assert torch.isinf(misalignment(zero, torch.rand(2, 1, 4, 4))[""]).all()
+    assert misalignment(layer, torch.rand(0, 6))[""].shape == (0,)
+    named = Named()
+    assert torch.equal(misalignment(named, torch.ones(2, 6))["layer"], misalignment(named.layer, torch.ones(2, 6))[""])
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = LowRankLinear(6, 6, rank=2)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+def test_room_for_a_larger_rank_is_no_part_of_the_weight():
+    model, x = nn.Sequential(LowRankLinear(10, 8, rank=2)), torch.rand(3, 10)
+    spectra, ratios = layer_spectra(model), misalignment(model, x)
+    optimizer = condlr_ext.optim.CondLRSGD(model, lr=0.1, tau=0.1)
+    condlr_ext.optim.RankAdapter(model, optimizer, max_rank=6)
+    assert model[0].rank == 6
+    assert layer_spectra(model)["0"] == pytest.approx(spectra["0"], rel=1e-6)
+    assert lipschitz(model, x).layers[0].kappa == pytest.approx(spectra["0"].kappa, rel=1e-6)
+    torch.testing.assert_close(misalignment(model, x)["0"], ratios["0"], rtol=1e-6, atol=0)
+
+
+def test_spectra_of_gates_are_those_of_eval_mode():
+    model = nn.Sequential(nn.Linear(6, 5)).train()
+    pruning.add_gates(model)
+    random = torch.get_rng_state()
+    assert layer_spectra(model) == layer_spectra(model.eval()) and torch.equal(torch.get_rng_state(), random)

@@ -1,5 +1,6 @@
 """LoRa-PGD: gradients of the factors, ranks, budgets, starts, and what it keeps in memory."""
 
+import copy
 import gc
 import math
 
@@ -194,14 +195,49 @@ def test_warm_start_is_the_truncated_l2_step():
 
 
 def test_transfer_starts_from_the_surrogate():
-    model, other, (x, y) = network(), network(), inner()
+    model, other, (x, y), search = network(), network(), inner(), {"steps": 1, "loss": "log-odds"}
     other.train()
     asked = []
     other.register_forward_hook(lambda module, args, out: asked.append(module.training))
-    a, b = (low_rank_pgd(model, x, y, 0.1, 2, init="transfer", surrogate=s, steps=1) for s in (other, model))
+    a, b = (low_rank_pgd(model, x, y, 0.1, 2, init="transfer", surrogate=s, **search) for s in (other, model))
     assert asked == [False] and other.training and all(p.requires_grad for p in other.parameters())
-    assert torch.equal(b, low_rank_pgd(model, x, y, 0.1, 2, init="warm", steps=1))
+    assert torch.equal(b, low_rank_pgd(model, x, y, 0.1, 2, init="warm", **search))
     assert not torch.equal(a, b)
+
+
+def test_a_surrogate_without_a_gradient_does_not_end_the_attack():
+    model, other, (x, y) = network(), network(), inner()
+    for p in other.parameters():
+        nn.init.zeros_(p)
+    y = model(x).argmax(1)
+    search = {"steps": 3, "generator": torch.Generator().manual_seed(3)}
+    found = low_rank_pgd(model, x, y, 0.3, 2, init="transfer", surrogate=other, **search)
+    search["generator"].manual_seed(3)
+    assert torch.equal(found, low_rank_pgd(model, x, y, 0.3, 2, **search)) and not torch.equal(found, x)
+
+
+def test_a_saturated_surrogate_gives_a_start():
+    model, (x, y) = network(), inner()
+    y = model(x).argmax(1)
+    loud = copy.deepcopy(model)
+    loud[-1].weight.data *= 1e5
+    same = [
+        low_rank_pgd(model, x, y, 0.3, 2, init="transfer", surrogate=s, steps=1, loss="log-odds") for s in (loud, model)
+    ]
+    assert not torch.equal(same[0], x) and (same[0] - x).norm() > 0.5 * (same[1] - x).norm()
+
+
+def test_models_whose_gradient_is_one_number_many_times():
+    class Grey(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(SHAPE[-1], 4).double()
+
+        def forward(self, x):
+            return self.head(x.sum((1, 2)))
+
+    x, y = inner(classes=4)
+    assert not torch.equal(low_rank_pgd(Grey(), x, y, 0.1, 1), x)
 
 
 @pytest.mark.parametrize("init", ["random", "warm"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 
 import condlr_ext
 from condlr_ext import attacks, pruning, regularizers
@@ -159,6 +159,9 @@ def test_low_rank_layers_are_left_alone():
         (lambda m: add_masks(m, 0.5, exclude="head"), "exclude 'head' matches no module"),
         (lambda m: [add_masks(m, 0.5), add_masks(m, 0.5)], "0 has a mask already; make_permanent first"),
         (lambda m: [add_gates(m), add_gates(m)], "add_gates: the weight of 0 must not be parametrised"),
+        (lambda m: add_masks(tied(m), 0.5), "add_masks: the weight of 4 must be its own, got one shared by 4.weight, 7.weight"),
+        (lambda m: add_gates(tied(m)), "add_gates: the weight of 4 must be its own, got one shared by"),
+        (lambda m: [parametrizations.weight_norm(m[4]), add_masks(m, 0.5)], "add_masks: the weight of 4 must be one tensor, got"),
         (freeze_masks, "freeze_masks: the model must have masks"),
         (make_permanent, "make_permanent: the model must have masks or gates, got none"),
         (lambda m: add_gates(m, closed=1), r"closed must be a number in \(0, 1\), got 1"),
@@ -169,6 +172,29 @@ def test_bad_arguments_of_pruning(call, message):
     model = network()
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+def tied(model):
+    layer = nn.Linear(64, 8)
+    layer.weight = model[4].weight
+    return model.append(layer)
+
+
+def test_a_refused_model_is_unchanged():
+    model = network()
+    parametrizations.weight_norm(model[4])
+    with pytest.raises(ValueError, match="add_masks: the weight of 4"):
+        add_masks(model, 0.5)
+    assert not parametrize.is_parametrized(model[0])
+
+
+def test_weights_that_did_not_train_do_not_train_afterwards():
+    for prune in (lambda m: (add_masks(m, 0.5), freeze_masks(m)), lambda m: add_masks(m, 0.5), add_gates):
+        model = network()
+        model[0].weight.requires_grad_(False)
+        prune(model)
+        make_permanent(model)
+        assert [model[i].weight.requires_grad for i in (0, 4, 6)] == [False, True, True]
 
 
 # ---------------------------------------------------------------------------------- adversarial training
@@ -208,6 +234,9 @@ def test_kl_pgd_stays_in_its_ball_raises_the_divergence_and_leaves_the_model_alo
     noise = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
     assert divergence(found) > 3 * divergence(noise) > 0
     assert torch.equal(kl_pgd(model, x, y, 0), x)
+    with torch.inference_mode():
+        assert torch.isfinite(kl_pgd(model, x * 1, y, 0.1, steps=2)).all()
+    assert torch.isfinite(trades_loss(model, x, y.int(), partial(kl_pgd, eps=0.1, steps=2)))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +249,8 @@ def test_kl_pgd_stays_in_its_ball_raises_the_divergence_and_leaves_the_model_alo
         (lambda m, x, y: trades_loss(m, x, y, kl_pgd, beta=-1), ValueError, "beta must be a finite number >= 0, got -1"),
         (lambda m, x, y: adversarial_loss(m, x, y, lambda m, x, y: x[None]), ShapeError, r"attack must return a tensor like x \[12, 1, 4, 4\], got \[1, 12, 1, 4, 4\]"),
         (lambda m, x, y: trades_loss(m, x, y, lambda m, x, y: x / 0), NonFiniteError, "attack must return finite inputs"),
+        (lambda m, x, y: kl_pgd(m, x, y, 0.1, step_size="a"), ValueError, "step_size must be finite and > 0, got 'a'"),
+        (lambda m, x, y: trades_loss(m, x[:0], y[:0], lambda m, x, y: x), ValueError, r"trades_loss: x must hold at least one sample, got shape \[0, 1, 4, 4\]"),
         (lambda m, x, y: train_epoch(m, [], None, None), ValueError, "batches must hold at least one sample"),
     ],
 )  # fmt: skip

@@ -261,7 +261,7 @@ def test_a_model_is_the_sum_over_its_layers_low_rank_and_dense_alike():
     model = network()
     matrices = layer_matrices(model)
     assert list(matrices) == ["0", "2", "4", "6", "7", "8"]
-    assert matrices["6"] is model[6].S and matrices["2"].shape == (6, 27)
+    assert torch.equal(matrices["6"], model[6].S) and matrices["2"].shape == (6, 27)
     dense = condlr_ext.to_dense(copy.deepcopy(model))
     for name, penalty in PENALTIES.items():
         torch.testing.assert_close(penalty(model), sum(penalty(A) for A in matrices.values()))
@@ -310,6 +310,27 @@ def test_penalties_compile_without_graph_breaks():
     value = compiled(model)
     torch.testing.assert_close(value, every(model))
     torch.testing.assert_close(torch.autograd.grad(value, model[6].S)[0], expected)
+
+
+@pytest.mark.parametrize("sigma", [(3.0, 2.0, 1.5), (2.0, 2.0, 2.0), (0.0, 0.0, 0.0)], ids=str)
+def test_room_for_a_larger_rank_is_neutral(sigma):
+    """As RankAdapter keeps it: zero columns of U and V, zero rows and columns of S."""
+    small = condlr_ext.LowRankLinear(9, 8, rank=3, dtype=F64)
+    with torch.no_grad():
+        small.S.copy_(with_spectrum(sigma))
+    large = condlr_ext.LowRankLinear(9, 8, rank=5, dtype=F64)
+    with torch.no_grad():
+        for name in "USV":
+            getattr(large, name).zero_()[tuple(slice(n) for n in getattr(small, name).shape)] = getattr(small, name)
+    for name, penalty in PENALTIES.items():
+        if name == "cnc-released" or not any(sigma) and name in ("cnc", "log_volume"):
+            continue  # a volume, which grows with the rank; zeros count as many times the floor
+        for wrap in (lambda layer: layer, layer_matrices):
+            values = [penalty(wrap(layer)) for layer in (small, large)]
+            grads = [torch.autograd.grad(v, layer.S)[0] for v, layer in zip(values, (small, large), strict=True)]
+            torch.testing.assert_close(*values, msg=name)
+            assert torch.isfinite(grads[1]).all() and not grads[1][3:].any() and not grads[1][:, 3:].any()
+            torch.testing.assert_close(grads[0], grads[1][:3, :3], rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_training_with_a_penalty_lowers_kappa():

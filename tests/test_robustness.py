@@ -135,8 +135,37 @@ def test_an_attack_out_of_the_ball_is_an_error():
         run(lambda model, x, y, eps: x + 2 * eps.view(-1, 1, 1))
     with pytest.raises(ValueError, match=r"in \[nan, nan\]"):
         run(lambda model, x, y, eps: x.expand(2, *x.shape) * torch.nan)
-    with pytest.raises(ValueError, match=r"mine must return \[2, 5, 6\], got \[5, 6\]"):
+    with pytest.raises(ValueError, match=r"mine must return torch.float32 \[2, 5, 6\], got torch.float32 \[5, 6\]"):
         run(lambda model, x, y, eps: x)
+    with pytest.raises(ValueError, match=r"mine must return torch.float32 .*, got torch.float64 \[2, 5, 6\]"):
+        run(lambda model, x, y, eps: x.expand(2, 5, 6).double())
+    with pytest.raises(ValueError, match=r"mine must return torch.float32 \[2, 5, 6\], got NoneType"):
+        run(lambda model, x, y, eps: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_half_precision_is_no_budget(dtype):
+    x, y = torch.rand(8, 3, 16, 16).to(dtype), torch.zeros(8, dtype=torch.int64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).to(dtype)
+
+    def run(attack):
+        return evaluate(model, x, y, 0.01, attacks=["fgsm"], others={"mine": attack}, guard=False)
+
+    run(lambda model, x, y, eps: (x + eps).clamp(0, 1)[None])
+    with pytest.raises(ValueError, match=r"mine at eps=0.01\S* goes 0.1"):
+        run(lambda model, x, y, eps: (x + 0.1 * (x < 0.5).to(dtype))[None])
+
+
+def test_two_classes_have_the_attacks_that_they_can_have():
+    result = evaluate(nn.Linear(6, 2), torch.rand(4, 6), torch.zeros(4, dtype=torch.int64), 0.1, steps=2)
+    assert "pgd-ce" in result and "pgd-dlr" not in result
+
+
+def test_logits_that_are_equal_in_half_precision_are_flagged():
+    model = nn.Linear(6, 4).half()
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    result = evaluate(model, torch.rand(4, 6).half(), torch.zeros(4, dtype=torch.int64), 0.1, steps=2)
+    assert result["dead_gradient"] == 1 and result["flags"]
 
 
 def test_seed_decides_everything_and_nothing_leaks():
@@ -160,13 +189,14 @@ def test_seed_decides_everything_and_nothing_leaks():
         ({"attacks": "fgsm"}, ValueError, "attacks must be a list"),
         ({"norm": "nuc"}, ValueError, "norm must be one of linf, l2, got 'nuc'"),
         ({"others": {"worst": only(0)}}, ValueError, "others must have names of their own, got 'worst'"),
+        ({"others": {"saturated": only(0)}}, ValueError, "others must have names of their own, got 'saturated'"),
         ({"batch_size": 0}, ValueError, "batch_size must be an integer >= 1, got 0"),
         ({"x": torch.rand(0, 6), "y": torch.zeros(0, dtype=torch.int64)}, ValueError, "at least one sample"),
         ({"x": 3 * torch.ones(5, 6)}, ValueError, r"evaluate: x must lie in \[0, 1\]"),
         ({"model": Threshold(float("nan"))}, NonFiniteError, "non-finite logits"),
-        ({"model": nn.Linear(6, 2)}, ValueError, "at least 3 classes, got 2"),
+        ({"model": nn.Linear(6, 2), "attacks": ["pgd-dlr"]}, ValueError, 'evaluate: attack "pgd-dlr" needs at least 3 classes, the model has 2'),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments(change, error, message):
     x, y = samples()
     with pytest.raises(error, match=message):

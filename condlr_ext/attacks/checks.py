@@ -53,7 +53,9 @@ def check_logits(function: str, logits: Tensor, y: Tensor, loss: str = "ce") -> 
 def check_eps(function: str, eps, x: Tensor) -> Tensor:
     """eps as a 0-D or 1-D tensor like x, every entry finite and >= 0."""
     try:
-        budgets = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
+        if isinstance(eps, bool):
+            raise TypeError
+        budgets = torch.as_tensor(eps, dtype=x.dtype, device=x.device).detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{function}: eps must be a number or a 1-D sequence of numbers, got {eps!r}") from None
     if budgets.ndim > 1 or budgets.numel() == 0:
@@ -97,6 +99,9 @@ def frozen(model: nn.Module):
         with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
+        for module, training in modes:
+            if type(module).train is not nn.Module.train:  # what it does beside setting the flag
+                module.train(training)
         for module, training in modes:
             module.training = training
         for parameter, requires_grad in flags:

@@ -37,7 +37,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps, *, norm: str = "linf", los
         return untouched(x, budgets)
     with frozen(model):
         _, grad = clean_gradient("fgsm", model, x, y, loss)
-    return (x + budgets.view(*budgets.shape, *[1] * x.ndim) * BALLS[norm].direction(grad)).clamp(0, 1)
+    return (x.detach() + budgets.view(*budgets.shape, *[1] * x.ndim) * BALLS[norm].direction(grad)).clamp(0, 1)
 
 
 def pgd(

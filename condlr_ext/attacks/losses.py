@@ -38,10 +38,11 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
     Source: Croce and Hein, "Reliable evaluation of adversarial robustness" (arXiv 2003.01690), eq. 6.
     """
+    logits = _wide(logits)
     top = logits.topk(3, dim=1).values
     own = logits.gather(1, y[:, None])[:, 0]
     rival = torch.where(logits.argmax(1) == y, top[:, 1], top[:, 0])
-    return (rival - own) / (top[:, 0] - top[:, 2] + TINY)
+    return (rival - own) / _or_one(top[:, 0] - top[:, 2])
 
 
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -49,11 +50,20 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
     Source: Croce and Hein (arXiv 2003.01690), eq. 7.
     """
+    logits = _wide(logits)
     top = logits.topk(4, dim=1).values
     own, aim = (logits.gather(1, labels[:, None])[:, 0] for labels in (y, target))
-    return (aim - own) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + TINY)
+    return (aim - own) / _or_one(top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
 
 
-TINY = 1e-12  # equal logits
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _or_one(gap: Tensor) -> Tensor:
+    """Of equal logits 1, so that there is a gradient that half precision can hold."""
+    return torch.where(gap > 0, gap, 1)
+
+
 LOSSES = {"ce": cross_entropy, "log-odds": log_odds, "ce-rescaled": rescaled_cross_entropy, "dlr": dlr}
 CLASSES_NEEDED = {"log-odds": 2, "dlr": 3, "dlr-targeted": 4}

@@ -11,7 +11,7 @@ from .balls import BALLS, per_sample, unit_l2
 from .checks import check_batch, check_choice, check_count, check_eps, check_step_size, frozen
 from .gradient import clean_gradient, spread
 from .losses import LOSSES
-from .search import Search, laid_out, untouched
+from .search import Search, laid_out, untouched, where
 
 NORMS = ("l2", "nuc")
 INITS = ("random", "warm", "transfer")
@@ -52,7 +52,8 @@ def low_rank_pgd(
         norm: of a sample's perturbation before clipping: "l2", over all its channels, or "nuc", the sum of its
             channels' nuclear norms, which clipping may raise above eps unless exact.
         init: "random" (U normal, V = 0: the first step takes V along the gradient), "warm" (both factors from the
-            SVD of one l2 step of length eps) or "transfer" (that step taken on the surrogate).
+            SVD of one l2 step of length eps) or "transfer" (that step taken on the surrogate, on its log-odds, which
+            do not saturate). Where that step is 0, as "random".
         surrogate: the other model, with init="transfer" only.
         steps, restarts: counts >= 1; more than one restart needs init="random".
         step_size: > 0; the factors start at norm 1.
@@ -97,10 +98,12 @@ def low_rank_pgd(
 
     parts = list(budgets) if lean and budgets.ndim else [budgets]
     with frozen(model):
+        random = [_random_factors(x, rank, generator) for _ in range(restarts)]
         if init == "random":
-            starts = [[_random_factors(x, rank, generator) for _ in range(restarts)]] * len(parts)
+            starts = [random] * len(parts)
         else:
-            starts = _warm_factors(model if surrogate is None else surrogate, x, y, parts, rank, loss)
+            source, its_loss = (model, loss) if surrogate is None else (surrogate, "log-odds")
+            starts = _warm_factors(source, x, y, parts, random[0], its_loss)
         settings = norm, steps, step_size, loss, rank, exact
         found = [_ascend(model, x, y, *each, *settings) for each in zip(parts, starts, strict=True)]
         best = found[0] if len(found) == 1 else torch.stack(found)
@@ -152,7 +155,7 @@ def _ascend(model, x, y, budgets, starts, norm, steps, step_size, loss, rank, ex
             del raw
             _, grad = search.visit(point, U, V)
             search.check_finite()  # before the decompositions, which would say less
-            grad = _matrices(grad.mul_(inside)).to(U.dtype)
+            grad = _matrices(grad * inside).to(U.dtype)
             dU, dV = _factor_gradients(grad, U, V, size, *normals)
             U, V = U + step_size * unit_l2(dU), V + step_size * unit_l2(dV)
             del point, inside, grad
@@ -176,15 +179,18 @@ def _random_factors(x: Tensor, rank: int, generator) -> tuple[Tensor, Tensor]:
     return unit_l2(U), torch.zeros(len(x), channels, x.shape[-1], rank, **like)
 
 
-def _warm_factors(source: nn.Module, x: Tensor, y: Tensor, parts: list[Tensor], rank: int, loss: str) -> list:
+def _warm_factors(source: nn.Module, x: Tensor, y: Tensor, parts: list[Tensor], random: tuple, loss: str) -> list:
     """For each part of the budgets the one start that the source's clipped l2 step of that length gives."""
+    rank = random[0].shape[-1]
     with frozen(source):
         _, grad = clean_gradient("low_rank_pgd", source, x, y, loss)
     starts = []
     for budgets in parts:
         center, _, radius = laid_out(x, y, budgets)
         step = (center + radius * spread(unit_l2(grad), center)).clamp(0, 1) - center
-        starts.append([_factors(_matrices(step), rank)])
+        some = step.flatten(1).any(1)
+        factors = zip(_factors(_matrices(step), rank), random, strict=True)
+        starts.append([tuple(where(some, warm, spread(start, center)) for warm, start in factors)])
     return starts
 
 

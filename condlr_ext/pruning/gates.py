@@ -78,7 +78,7 @@ def add_gates(model: nn.Module, *, exclude=(), closed: float = 0.3) -> list[str]
         The names of the gated layers.
 
     Raises:
-        TypeError, ValueError: bad argument, no layer, or a weight that is parametrised already.
+        TypeError, ValueError: bad argument, no layer, or a weight that is parametrised already or shared.
 
     make_permanent takes the gates off again and leaves the weights as eval mode has them.
     """
@@ -86,6 +86,7 @@ def add_gates(model: nn.Module, *, exclude=(), closed: float = 0.3) -> list[str]
     for name, layer in layers.items():
         if parametrize.is_parametrized(layer, "weight"):
             raise ValueError(f"add_gates: the weight of {name} must not be parametrised, got {layer.parametrizations}")
+        check_weight("add_gates", model, name, layer)
     gates = {
         name: HardConcreteGate(len(layer.weight), closed, device=layer.weight.device, dtype=layer.weight.dtype)
         for name, layer in layers.items()
@@ -93,3 +94,20 @@ def add_gates(model: nn.Module, *, exclude=(), closed: float = 0.3) -> list[str]
     for name, layer in layers.items():
         parametrize.register_parametrization(layer, "weight", gates[name].train(layer.training))
     return list(layers)
+
+
+def check_weight(where: str, model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Raises ValueError unless the layer's weight is a parameter that nothing else in the model uses."""
+    weight = original(layer)
+    if weight is None:
+        raise ValueError(f"{where}: the weight of {name} must be one tensor, got {layer.parametrizations.weight}")
+    owners = [key for key, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(owners) > 1:
+        raise ValueError(f"{where}: the weight of {name} must be its own, got one shared by {', '.join(owners)}")
+
+
+def original(layer: nn.Module) -> nn.Parameter | None:
+    """The weight as a parameter, before any parametrisation; None where that has taken it apart."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return layer.weight
+    return getattr(layer.parametrizations.weight, "original", None)

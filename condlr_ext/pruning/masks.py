@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._select import DENSE, select_layers
-from .gates import HardConcreteGate
+from .gates import HardConcreteGate, check_weight, original
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
@@ -19,8 +19,8 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 
     Source: Ramanujan et al., What's hidden in a randomly weighted neural network (arXiv 1911.13299), section 3.
     """
-    if not 0 <= k <= scores.numel():
-        raise ValueError(f"top_k_mask: k must be in 0..{scores.numel()}, got {k}")
+    if not isinstance(k, int) or not 0 <= k <= scores.numel():
+        raise ValueError(f"top_k_mask: k must be in 0..{scores.numel()}, got {k!r}")
     return _TopK.apply(scores, k)
 
 
@@ -50,6 +50,7 @@ class TopKMask(nn.Module):
     def __init__(self, weight: Tensor, keep: float):
         super().__init__()
         self.k = math.ceil(keep * weight.numel() - 1e-9)
+        self.trained = weight.requires_grad  # what freeze_masks and make_permanent give it back
         weight = weight.detach()
         peak = weight.abs().amax()
         scale = math.sqrt(6 / weight[0].numel()) / torch.where(peak > 0, peak, 1)
@@ -75,7 +76,8 @@ def add_masks(model: nn.Module, keep: float, *, exclude=()) -> list[str]:
         The names of the masked layers.
 
     Raises:
-        TypeError, ValueError: bad argument, no layer, or a layer masked already. The model is then unchanged.
+        TypeError, ValueError: bad argument, no layer, a layer masked already, or a weight that two layers share or
+            that torch.nn.utils keeps in several tensors (weight_norm). The model is then unchanged.
     """
     if not isinstance(keep, numbers.Real) or not 0 < keep <= 1:
         raise ValueError(f"add_masks: keep must be a number in (0, 1], got {keep!r}")
@@ -83,10 +85,11 @@ def add_masks(model: nn.Module, keep: float, *, exclude=()) -> list[str]:
     for name, layer in layers.items():
         if _mask(layer) is not None:
             raise ValueError(f"add_masks: {name} has a mask already; make_permanent first")
+        check_weight("add_masks", model, name, layer)
     for layer in layers.values():
-        mask = TopKMask(_original(layer), keep).train(layer.training)
+        mask = TopKMask(original(layer), keep).train(layer.training)
         parametrize.register_parametrization(layer, "weight", mask)
-        _original(layer).requires_grad_(False)
+        original(layer).requires_grad_(False)
     return list(layers)
 
 
@@ -101,7 +104,7 @@ def freeze_masks(model: nn.Module) -> None:
         raise ValueError("freeze_masks: the model must have masks (add_masks), got none")
     for layer in layers:
         _mask(layer).scores.requires_grad_(False)
-        _original(layer).requires_grad_(True)
+        original(layer).requires_grad_(_mask(layer).trained)
 
 
 def make_permanent(model: nn.Module) -> list[str]:
@@ -122,8 +125,10 @@ def make_permanent(model: nn.Module) -> list[str]:
         shared = type(layer)
         members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
         layer.__class__ = type(shared.__name__, shared.__bases__, members)
+        mask = _mask(layer)
+        trained = original(layer).requires_grad if mask is None else mask.trained
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-        layer.weight.requires_grad_(True)
+        layer.weight.requires_grad_(trained)
     return list(layers)
 
 
@@ -142,10 +147,6 @@ def kept_shares(model: nn.Module, *, exclude=()) -> dict[str, float]:
             weight = layer.weight
         shares[name] = (weight != 0).double().mean().item()
     return shares
-
-
-def _original(layer: nn.Module) -> nn.Parameter:
-    return layer.parametrizations.weight.original if parametrize.is_parametrized(layer, "weight") else layer.weight
 
 
 def _pruned(layer: nn.Module) -> bool:

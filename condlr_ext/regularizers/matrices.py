@@ -17,7 +17,8 @@ def layer_matrices(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[
     """By layer name, the matrix whose singular values are those of the layer's weight, differentiable.
 
     A low-rank layer gives its core S [r, r], which has them while U and V are orthonormal (the optimisers keep them
-    so); nn.Linear and nn.Conv give the weight flattened to [m, n], for a convolution [C_out, C_in / groups * kernel].
+    so), and their root mean square for each direction that a RankAdapter keeps room for; nn.Linear and nn.Conv give
+    the weight flattened to [m, n], for a convolution [C_out, C_in / groups * kernel].
 
     Args:
         model: any module.
@@ -28,8 +29,25 @@ def layer_matrices(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[
     """
     layers = select_layers("layer_matrices", model, (LowRankLayer, *DENSE), exclude)
     return {
-        name: layer.S if isinstance(layer, LowRankLayer) else layer.weight.flatten(1) for name, layer in layers.items()
+        name: _core(layer) if isinstance(layer, LowRankLayer) else layer.weight.flatten(1)
+        for name, layer in layers.items()
     }
+
+
+def _core(layer: LowRankLayer) -> Tensor:
+    """S; where a RankAdapter keeps room, with the root mean square of its singular values on the diagonal there.
+
+    That is neutral in penalties on their spread, in value and gradient, and below σ₁; and shapes stay as they are.
+    """
+    S = layer.S
+    with torch.no_grad():
+        used = layer.U.any(0) | layer.V.any(0) | S.any(0) | S.any(1)
+        used = used.flip(0).cumsum(0).flip(0) > 0  # up to the last one, as in nn.layer.active_rank
+        peak = S.abs().amax()
+    scaled = S.to(torch.promote_types(S.dtype, torch.float32)) / torch.where(peak > 0, peak, 1)
+    mean = scaled.square().sum() / used.sum().clamp_min(1)
+    rms = torch.where(mean > 0, mean, 1).sqrt() * (mean > 0) * peak
+    return torch.where(used[:, None] & used, S, torch.where(used, 0, rms).to(S.dtype).diag())
 
 
 def total(where: str, matrices: Matrices, penalty: Callable[[Tensor], Tensor], *, transposed: bool = True) -> Tensor:

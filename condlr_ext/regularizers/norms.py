@@ -40,7 +40,7 @@ def lipschitz(matrices: Matrices, bound: float = 1.0) -> Tensor:
         bound: > 0, what each layer may have for free.
 
     Returns:
-        A scalar; gradients at repeated σ₁ as in spectral_norm, 0 for layers within the bound.
+        A scalar; gradients at repeated σ₁ as in spectral_norm, 0 for layers below the bound.
 
     Raises:
         As spectral_norm, and ValueError: bound <= 0.

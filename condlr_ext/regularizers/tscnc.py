@@ -53,7 +53,8 @@ def tsc(
 
     Args:
         model: all its nn.Linear, nn.Conv (gated or not) and low-rank layers. Of the latter the rows of U S, whose
-            norms are those of W = U S Vᵀ while V is orthonormal; W is never formed.
+            norms are those of W = U S Vᵀ while V is orthonormal; W is never formed. Of a gated layer the weight
+            before gates and masks.
         exclude: layer names or fnmatch patterns to leave out; the released code leaves out the first convolution
             and the classifier.
         a: > 0, where the penalty bends. prior_precision: >= 0, N times the weight decay. cost: >= 0, of each weight.

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks.checks import check_batch, check_count, check_eps, check_logits, frozen
+from ..attacks.checks import check_batch, check_count, check_eps, check_logits, check_step_size, frozen
+from ..attacks.search import gradient
 from ..errors import NonFiniteError, ShapeError
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, x, y) -> x_adv like x
@@ -23,11 +24,11 @@ def adversarial_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> 
         attack: (model, x, y) -> x_adv like x; functools.partial of any function of condlr_ext.attacks with one budget.
 
     Raises:
-        ShapeError, NonFiniteError: what the attack returns.
+        ValueError: no samples. ShapeError, NonFiniteError: what the attack returns.
 
     Source: Madry et al. (arXiv 1706.06083), eq. 2.1.
     """
-    return F.cross_entropy(model(_attacked("adversarial_loss", attack, model, x, y)), y)
+    return F.cross_entropy(model(_attacked("adversarial_loss", attack, model, x, y)), y.long())
 
 
 def trades_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, beta: float = 6.0) -> Tensor:
@@ -39,7 +40,7 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, beta: fl
         beta: >= 0; the paper uses 1 to 6.
 
     Raises:
-        ValueError: beta < 0. ShapeError, NonFiniteError: what the attack returns.
+        ValueError: beta < 0, no samples. ShapeError, NonFiniteError: what the attack returns.
 
     Notes: clean and attacked inputs pass in two calls, so batch statistics do not mix.
     Source: Zhang et al. (arXiv 1901.08573), eq. 5.
@@ -48,7 +49,7 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, beta: fl
         raise ValueError(f"trades_loss: beta must be a finite number >= 0, got {beta!r}")
     attacked = _attacked("trades_loss", attack, model, x, y)
     clean = model(x)
-    return F.cross_entropy(clean, y) + beta * _divergence(clean, model(attacked)).mean()
+    return F.cross_entropy(clean, y.long()) + beta * _divergence(clean, model(attacked)).mean()
 
 
 def kl_pgd(
@@ -86,20 +87,20 @@ def kl_pgd(
         raise ShapeError(f"kl_pgd: eps must be one number, got shape {list(budget.shape)}")
     if step_size is None:
         step_size = 2.5 * budget / steps
-    elif not (math.isfinite(step_size) and step_size > 0):
-        raise ValueError(f"kl_pgd: step_size must be finite and > 0, got {step_size}")
-    x = x.detach()
-    noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    point = (x + 0.001 * noise).clamp(0, 1)
-    if x.numel() == 0:
-        return point
+    else:
+        check_step_size("kl_pgd", step_size)
     with frozen(model):
+        x, y = x.detach().clone(), y.clone()
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        point = (x + 0.001 * noise).clamp(0, 1)
+        if x.numel() == 0:
+            return point
         with torch.no_grad():
             clean = model(x)
         check_logits("kl_pgd", clean, y)
         for _ in range(steps):
             point.requires_grad_()
-            (grad,) = torch.autograd.grad(_divergence(clean, model(point)).sum(), point)
+            grad = gradient("kl_pgd", _divergence(clean, model(point)), point)
             if not torch.isfinite(grad).all():
                 raise NonFiniteError("kl_pgd: the gradient with respect to the input is not finite")
             moved = (point.detach() + step_size * grad.sign() - x).clamp(-budget, budget)
@@ -146,6 +147,8 @@ def train_epoch(
 
 
 def _attacked(function: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    if not len(x):
+        raise ValueError(f"{function}: x must hold at least one sample, got shape {list(x.shape)}")
     attacked = attack(model, x, y)
     if not isinstance(attacked, Tensor) or attacked.shape != x.shape:
         got = list(attacked.shape) if isinstance(attacked, Tensor) else type(attacked).__name__

@@ -1,6 +1,7 @@
 """What a Lipschitz bound proves about single samples, and what a bound on kappa leaves open: measured on data."""
 
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def certified_radius(model: nn.Module, x: Tensor, y: Tensor, bound: float | Lips
         bound = lipschitz(model, x)
     if isinstance(bound, LipschitzReport):
         bound = bound.bound
-    if not bound >= 0:
+    if not isinstance(bound, numbers.Real) or not bound >= 0:
         raise ValueError(f"certified_radius: bound must be >= 0, got {bound!r}")
     with frozen(model), torch.no_grad():
         logits = model(x)
@@ -78,7 +79,8 @@ def misalignment(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     handles = []
     for name, module in model.named_modules():
         if is_plain(module, (*LINEAR, *CONV)):
-            handles.append(module.register_forward_pre_hook(_hook(found.setdefault(name, []))))
+            hook = _hook(found.setdefault(name, []))
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         with frozen(model), torch.no_grad():
             model(x)
@@ -92,8 +94,9 @@ def misalignment(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def _hook(ratios: list[Tensor]):
-    def measure(module: nn.Module, args) -> None:
-        ratios.append(_ratio(module, args[0].detach().double()))
+    def measure(module: nn.Module, args, kwargs) -> None:
+        z = args[0] if args else kwargs["input"]
+        ratios.append(_ratio(module, z.detach().double()))
 
     return measure
 
@@ -113,7 +116,7 @@ def _ratio(module: nn.Module, z: Tensor) -> Tensor:
         filters = V.mT.reshape(-1, z.shape[1] // groups, *kernel)
         whole = conv(z.square(), torch.ones_like(filters[:1]).repeat(repeat), **geometry)
         seen = conv(z, filters.repeat(repeat), **geometry).square()
-    whole, seen = (t.reshape(len(t), -1).sum(1) for t in (whole, seen))
+    whole, seen = (t.flatten(1).sum(1) for t in (whole, seen))
     ratio = (whole / torch.where(seen > 0, seen, 1)).sqrt().clamp_min(1)
     return torch.where(seen > 0, ratio, torch.where(whole > 0, torch.inf, 1.0))
 
@@ -121,6 +124,6 @@ def _ratio(module: nn.Module, z: Tensor) -> Tensor:
 def _row_basis(module: nn.Module) -> Tensor:
     """[n, k] in float64: an orthonormal basis of the row space of the flattened weight, and zero columns."""
     if isinstance(module, LowRankLayer):
-        return linalg.orthonormalize(module.V.detach().double())
+        return linalg.orthonormalize(module.V.detach()[:, : module.active_rank].double())
     _, sigma, V = linalg.svd(module.weight.detach().flatten(1).double())
     return V * (sigma > sigma[0] * len(V) * torch.finfo(torch.float64).eps)

@@ -14,7 +14,10 @@ from ..attacks.losses import CLASSES_NEEDED
 from . import masking
 
 ATTACKS = ("fgsm", "pgd-ce", "pgd-dlr")
-_RESERVED = ("n", "norm", "others", "eps", "clean", "worst", "transfer", "transfer_only", "at_zero", "flags")
+_RESERVED = (
+    "n", "norm", "others", "eps", "clean", "worst", "transfer", "transfer_only", "at_zero", "flags", "saturated",
+    "zero_gradient", "tiny_gradient", "dead_gradient",
+)  # fmt: skip
 _STREAM = 1_000_003  # between the seeds of two attacks
 _ASCENTS = {  # name -> attack and loss
     "pgd-ce": (pgd, "ce"), "pgd64": (pgd, "log-odds"), "pgd-rescaled": (pgd, "ce-rescaled"), "pgd-dlr": (pgd, "dlr"),
@@ -49,7 +52,7 @@ def evaluate(
     x: Tensor,
     y: Tensor,
     eps,
-    attacks=ATTACKS,
+    attacks=None,
     *,
     norm: str = "linf",
     steps: int = 30,
@@ -74,6 +77,7 @@ def evaluate(
         attacks: names out of "fgsm", "pgd-ce", "fgsm64" and "pgd64" (the same on the log-odds in float64, which do
             not saturate), "pgd-rescaled" (cross-entropy of rescaled logits), "pgd-dlr" (needs 3 classes), "apgd-ce",
             "apgd-dlr" (3 classes), "apgd-t" (targeted DLR, 4 classes; the strongest, and the cost of nine others).
+            Default: those of ATTACKS for which there are classes enough.
         norm: "linf" or "l2" ball; "fgsm" in l2 is one step along the normalised gradient.
         steps, restarts: of the PGD and APGD attacks.
         seed: of the random starts.
@@ -101,7 +105,7 @@ def evaluate(
     budgets = check_eps("evaluate", eps, x).reshape(-1)
     if x.numel() == 0:
         raise ValueError(f"evaluate: x must hold at least one sample, got shape {list(x.shape)}")
-    names = [] if isinstance(attacks, str) else list(attacks)
+    names = [] if isinstance(attacks, str) else list(ATTACKS if attacks is None else attacks)
     if isinstance(attacks, str) or not set(names) <= set(KNOWN_ATTACKS):
         raise ValueError(
             f"evaluate: attacks must be a list of names out of {', '.join(KNOWN_ATTACKS)}, got {attacks!r}"
@@ -117,8 +121,15 @@ def evaluate(
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
     with frozen(model):
         kept, classes = _look(model, batches)
+        able = [name for name in KNOWN_ATTACKS if classes >= CLASSES_NEEDED.get(_loss_of(name), 1)]
+        if attacks is None:
+            names = [name for name in names if name in able]
+        if not set(names) <= set(able):
+            name = next(name for name in names if name not in able)
+            needed = CLASSES_NEEDED[_loss_of(name)]
+            raise ValueError(f'evaluate: attack "{name}" needs at least {needed} classes, the model has {classes}')
         if guard:
-            second = [name for name in masking.SECOND_LOOKS if name != "pgd-dlr" or classes >= CLASSES_NEEDED["dlr"]]
+            second = [name for name in masking.SECOND_LOOKS if name in able]
             names = [name for name in KNOWN_ATTACKS if name in names or name in second]
 
         def survived(tried: Tensor, **search) -> dict[str, Tensor]:
@@ -161,10 +172,16 @@ def _look(model: nn.Module, batches) -> tuple[dict[str, Tensor], int]:
     return {name: torch.cat([flags[name] for flags in seen]) for name in seen[0]}, logits.shape[1]
 
 
+def _loss_of(name: str) -> str:
+    if name.startswith("fgsm"):
+        return "log-odds" if name == "fgsm64" else "ce"
+    return _ASCENTS[name][1]
+
+
 def _attack(name: str, generator: torch.Generator, seed: int, *, norm: str, steps: int, restarts: int) -> Callable:
     """The attack of that name as attack(model, x, y, eps), with a random stream of its own."""
     if name.startswith("fgsm"):
-        return partial(fgsm, norm=norm, loss="log-odds" if name == "fgsm64" else "ce")
+        return partial(fgsm, norm=norm, loss=_loss_of(name))
     generator.manual_seed(seed + _STREAM * KNOWN_ATTACKS.index(name))
     ascent, loss = _ASCENTS[name]
     return partial(ascent, norm=norm, loss=loss, steps=steps, restarts=restarts, generator=generator)
@@ -192,13 +209,16 @@ def _survivors(name: str, run: Callable, model: nn.Module, x: Tensor, y: Tensor,
 
 
 def _check_result(name: str, attacked: Tensor, x: Tensor, eps: Tensor, norm: str) -> None:
-    if attacked.shape != (len(eps), *x.shape):
-        raise ValueError(f"evaluate: {name} must return {[len(eps), *x.shape]}, got {list(attacked.shape)}")
+    wanted, got = f"{x.dtype} {[len(eps), *x.shape]}", type(attacked).__name__
+    if isinstance(attacked, Tensor):
+        got = f"{attacked.dtype} {list(attacked.shape)}"
+    if got != wanted:
+        raise ValueError(f"evaluate: {name} must return {wanted}, got {got}")
     low, high = attacked.aminmax()
     if not (low >= 0 and high <= 1):  # NaN fails too
         raise ValueError(f"evaluate: {name} must return inputs in [0, 1], got values in [{low:.4g}, {high:.4g}]")
-    size = BALLS[norm].size((attacked - x).flatten(0, 1)).view(len(eps), -1).amax(1)
-    rounding = 4 * torch.finfo(x.dtype).eps * x[0].numel() ** 0.5
+    size = BALLS[norm].size((attacked.double() - x.double()).flatten(0, 1)).view(len(eps), -1).amax(1)
+    rounding = 4 * torch.finfo(x.dtype).eps * (x[0].numel() ** 0.5 if norm == "l2" else 1)
     if not (size <= eps + rounding).all():
         far = (size - eps).argmax()
         raise ValueError(f"evaluate: {name} at eps={eps[far]:g} goes {size[far]:.6g} from the input in {norm}")

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from .. import linalg
 from .._select import select_layers
+from ..attacks.checks import frozen
 from ..errors import NonFiniteError
 from ..functional import same_padding
 from ..nn import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLayer, LowRankLinear
@@ -56,13 +57,17 @@ def is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
 def layer_spectra(model: nn.Module) -> dict[str, LayerSpectrum]:
     """sigma_max and kappa of every nn.Linear, nn.Conv and low-rank layer, in any model, also one without a bound.
 
+    As eval mode has them, where that makes a difference (gates). Of a low-rank layer that keeps room for a larger
+    rank, the directions in use.
+
     Raises:
         TypeError, ValueError: no module, or none with such layers. NonFiniteError: NaN or Inf in a layer, by name.
     """
     layers = select_layers("layer_spectra", model, (*LINEAR, *CONV))
     for name, layer in layers.items():
         check_layer("layer_spectra", name, layer)
-    return {name: LayerSpectrum(*matrix_spectrum(layer)) for name, layer in layers.items()}
+    with frozen(model):
+        return {name: LayerSpectrum(*matrix_spectrum(layer)) for name, layer in layers.items()}
 
 
 def check_layer(where: str, name: str, module: nn.Module) -> None:
@@ -75,7 +80,8 @@ def check_layer(where: str, name: str, module: nn.Module) -> None:
 def matrix_spectrum(module: nn.Module) -> tuple[float, float]:
     """sigma_max and kappa of the flattened weight in float64, of a low-rank layer those of U S Vᵀ as stored."""
     if isinstance(module, LowRankLayer):
-        U, S, V = (x.detach().double() for x in (module.U, module.S, module.V))
+        r = module.active_rank
+        U, S, V = (x.detach().double() for x in (module.U[:, :r], module.S[:r, :r], module.V[:, :r]))
         W = linalg.qr(U).R @ S @ linalg.qr(V).R.mT  # U and V orthonormal to rounding: S to rounding
     else:
         W = module.weight.detach().flatten(1).double()

@@ -102,6 +102,7 @@ def lipschitz(model: nn.Module, x: Tensor, *, circulant: bool = True) -> Lipschi
             stacklevel=2,
         )
     x = x[:1].detach().clone()
+    _check_as_written("the model", model)
     with frozen(model), torch.no_grad():
         follower = _Follower(*_trace(model), circulant)
         output = follower.run(x.clone())
@@ -116,6 +117,13 @@ def lipschitz(model: nn.Module, x: Tensor, *, circulant: bool = True) -> Lipschi
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, LowRankLayer) or super().is_leaf_module(module, qualified_name)
+
+
+def _check_as_written(name: str, module: nn.Module) -> None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(f"lipschitz: {name} has hooks, which may change what it computes")
+    if "forward" in vars(module):
+        raise ValueError(f"lipschitz: {name} has a forward of its own, not that of {type(module).__name__}")
 
 
 def _trace(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
@@ -152,7 +160,9 @@ class _Follower(fx.Interpreter):
         return value
 
     @staticmethod
-    def _version(value) -> int | None:
+    def _version(value):
+        if isinstance(value, (tuple, list)):
+            return [_Follower._version(part) for part in value]
         return value._version if isinstance(value, Tensor) else None
 
     def _follow(self, node: fx.Node, value) -> float:
@@ -173,8 +183,7 @@ class _Follower(fx.Interpreter):
 
     def _module(self, node: fx.Node, value, moving: list[fx.Node]) -> float | None:
         module = self.fetch_attr(node.target)
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"lipschitz: {_where(node)} has hooks, which may change what it computes")
+        _check_as_written(_where(node), module)
         source = node.args[0] if node.args else None
         if moving != [source] or len(node.args) != 1 or node.kwargs:
             return None
@@ -236,6 +245,8 @@ class _Follower(fx.Interpreter):
                 return sum(spread) * size.amax().item()
             return sum(spread) / size.amin().item() if spread[0] > 0 and size.amin() > 0 else None
         if target in (torch.cat, torch.concat, torch.stack):
+            if isinstance(node.args[0], fx.Node):  # all parts of one tensor
+                return self.bounds[node.args[0]] if moving == [node.args[0]] else None
             return math.sqrt(sum(self.bounds[used] ** 2 for used in node.args[0] if isinstance(used, fx.Node)))
         source = node.args[0]
         if moving != [source] or source in _flat(node.args[1:]) or source in _flat(node.kwargs.values()):
@@ -245,8 +256,10 @@ class _Follower(fx.Interpreter):
             items = args[1] if isinstance(args[1], tuple) else (args[1],)
             plain = all(i is None or i is ... or isinstance(i, (int, slice)) for i in items)
             return before if plain else None
-        if target is F.linear and isinstance(args[1], Tensor):
-            return before * largest_singular_value(args[1].double())
+        if target is F.linear:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            matrix = isinstance(weight, Tensor) and weight.ndim == 2
+            return before * largest_singular_value(weight.double()) if matrix else None
         constant = function_constant(target, args[0], args[1:], kwargs)
         return None if constant is None else before * constant
 

@@ -18,17 +18,19 @@ from .layer_norms import overlap
 GELU, SILU, MISH = 1.13, 1.1, 1.09
 SELU = 1.0507009873554805 * 1.6732632423543772
 
-_MODULES: dict[type, Callable[[nn.Module], float] | float] = {
+_MODULES: dict[type, Callable[[nn.Module], float | None] | float] = {
     **dict.fromkeys(
         (
             nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-            nn.Flatten, nn.Unflatten, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid, nn.Softplus,
-            nn.Softshrink, nn.CELU, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
+            nn.Flatten, nn.Unflatten, nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.LogSigmoid,
+            nn.Softshrink, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
         ),
         1.0,
     ),
     nn.LeakyReLU: lambda m: max(1.0, abs(m.negative_slope)),
     nn.ELU: lambda m: max(1.0, abs(m.alpha)),
+    nn.CELU: lambda m: _celu(m.alpha),
+    nn.Softplus: lambda m: _softplus(m.beta, m.threshold),
     nn.PReLU: lambda m: max(1.0, m.weight.detach().abs().max().item()),
     nn.RReLU: lambda m: max(1.0, abs(m.lower + m.upper) / 2),
     nn.SELU: SELU, nn.GELU: GELU, nn.SiLU: SILU, nn.Mish: MISH, nn.Hardswish: 1.5,
@@ -46,7 +48,7 @@ _MAX_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 _POSITIVE_MODES = ("nearest", "nearest-exact", "linear", "bilinear", "trilinear", "area")
 
 _SAME = (
-    "relu relu_ relu6 tanh hardtanh softsign logsigmoid softplus celu abs neg positive clone contiguous flatten"
+    "relu relu_ relu6 tanh hardtanh softsign logsigmoid abs neg positive clone contiguous flatten"
     " unflatten reshape view permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze t roll flip chunk"
     " split tensor_split unbind clamp clip clamp_min clamp_max pixel_shuffle pixel_unshuffle narrow select float double"
 ).split()
@@ -56,7 +58,10 @@ _POSITIVE = (
     "mean sum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d expand"
     " repeat pad interpolate"
 ).split()
-_KNOWN = (*_SAME, *_SLOPES, *_POSITIVE, "leaky_relu", "elu", "dropout", "max_pool1d", "max_pool2d", "max_pool3d")
+_KNOWN = (
+    *_SAME, *_SLOPES, *_POSITIVE, "leaky_relu", "elu", "celu", "softplus", "dropout", "max_pool1d", "max_pool2d",
+    "max_pool3d",
+)  # fmt: skip
 _NAMES = {
     getattr(space, name): name for name in _KNOWN for space in (operator, torch, F) if hasattr(space, name)
 }  # by object: a user's own function may have any name
@@ -85,6 +90,8 @@ def function_constant(target, value: Tensor, args: tuple, kwargs: dict) -> float
     if name in ("leaky_relu", "elu"):
         slope = args[0] if args else kwargs.get("negative_slope", kwargs.get("alpha", 1.0))
         return max(1.0, abs(slope))
+    if name in ("celu", "softplus"):
+        return {"celu": _celu, "softplus": _softplus}[name](*args, **kwargs)
     if name == "dropout":
         training = args[1] if len(args) > 1 else kwargs.get("training", True)
         return None if training else 1.0
@@ -99,6 +106,14 @@ def function_constant(target, value: Tensor, args: tuple, kwargs: dict) -> float
     if name is not None and name.startswith("max_pool"):
         return _max_pool_call(int(name[-2]), *args, **kwargs)
     return None
+
+
+def _celu(alpha=1.0, inplace=False) -> float | None:
+    return 1.0 if alpha > 0 else None  # else it grows without a bound
+
+
+def _softplus(beta=1.0, threshold=20.0) -> float | None:
+    return 1.0 if beta > 0 and threshold >= 20 else None  # at the threshold it jumps by log(1 + exp(-threshold)) / beta
 
 
 def positive_map_constant(function: Callable[[Tensor], Tensor], value: Tensor) -> float:
