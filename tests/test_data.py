@@ -146,6 +146,24 @@ def test_labels_must_be_in_range(tmp_path):
         data.load("mnist", 0, folder=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "labels", [[0.5, 1.5], ["a", "b"], [None, None], [[0], [1]], 3, []], ids=["floats", "texts", "objects", "2-D", "0-D", "none"]
+)  # fmt: skip
+def test_labels_must_be_integers(tmp_path, labels):
+    write_cifar(tmp_path, 10, False)
+    path = next(tmp_path.rglob("data_batch_2"))
+    path.write_bytes(pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": labels}, protocol=2))
+    with pytest.raises(ValueError, match="data_batch_2"):
+        data.load("cifar10", 0, folder=tmp_path)
+
+
+def test_one_class_is_no_training_part(tmp_path):
+    write_mnist(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(40, np.uint8)))
+    with pytest.raises(ValueError, match="the training part of mnist in .* must have at least 2 classes, got 1"):
+        data.load("mnist", 0, folder=tmp_path)
+
+
 def test_no_mat_file(tmp_path):
     for part in ("train", "test"):
         (tmp_path / f"{part}_32x32.mat").write_bytes(b"MATLAB" * 30)

@@ -194,7 +194,7 @@ def test_seed_decides_everything_and_nothing_leaks():
         ({"x": torch.rand(0, 6), "y": torch.zeros(0, dtype=torch.int64)}, ValueError, "at least one sample"),
         ({"x": 3 * torch.ones(5, 6)}, ValueError, r"evaluate: x must lie in \[0, 1\]"),
         ({"model": Threshold(float("nan"))}, NonFiniteError, "non-finite logits"),
-        ({"model": nn.Linear(6, 2), "attacks": ["pgd-dlr"]}, ValueError, 'evaluate: attack "pgd-dlr" needs at least 3 classes, the model has 2'),
+        ({"model": nn.Linear(6, 2), "attacks": ["pgd-dlr"]}, ValueError, 'evaluate: attack "pgd-dlr" needs at least 3 classes, there are 2'),
     ],
 )  # fmt: skip
 def test_bad_arguments(change, error, message):

@@ -199,12 +199,38 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Fit, "run_epoch", pytest.fail)
     again = train(TrainConfig(**settings))
     assert again["runs"] == first["runs"] and len(first["runs"]) == 4
-    more = TrainConfig(**settings | {"lr": 0.1})
-    with pytest.raises(pytest.fail.Exception):  # other settings
-        train(more)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError, match=r"dense-seed0.json is of other settings \(lr 0.2, now 0.1\); take another out, or"
+    ):
+        train(TrainConfig(**settings | {"lr": 0.1}))
+    assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(pytest.fail.Exception):
+        train(TrainConfig(**settings | {"lr": 0.1, "overwrite": True}))
     (tmp_path / "dense-seed1.json").write_text("damaged")
     with pytest.raises(pytest.fail.Exception):
         train(TrainConfig(**settings))
+
+
+def test_other_data_under_the_same_name_is_seen(tmp_path, monkeypatch):
+    images = write_npz(tmp_path / "images.npz", n=60)
+    settings = dict(data=str(images), runs=("dense",), epochs=1, attack_steps=1, out=tmp_path / "out")
+    train(TrainConfig(**settings))
+    assert train(TrainConfig(**settings))["runs"][0]["robustness"]["n"] == 18
+    write_npz(tmp_path / "images.npz", n=100)
+    with pytest.raises(ValueError, match=r"of other settings \(data with the checksum '\w{8}', now '\w{8}'\)"):
+        train(TrainConfig(**settings))
+    assert train(TrainConfig(**settings, overwrite=True))["runs"][0]["robustness"]["n"] == 30
+
+
+def test_a_checkpoint_is_there_when_attacks_fail(tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise OSError("no space")
+
+    monkeypatch.setattr(training, "evaluate", broken)
+    with pytest.raises(OSError):
+        train(TrainConfig(runs=("dense",), epochs=1, out=tmp_path))
+    assert (tmp_path / "dense-seed0.safetensors").is_file()
 
 
 @pytest.mark.figures
@@ -287,6 +313,23 @@ def test_toml(tmp_path):
         ("runs = [{tau = 0.1}]", "a table needs method"),
         ('runs = [{method = "condlr", tau = 0.1, gamma = 1}]', "a table needs method, and may have"),
         ("test = false", "there must be a validation part"),
+        ("epochs = true", "epochs must be an integer, got True"),
+        ('lr = "0.1"', "lr must be a number, got '0.1'"),
+        ('augment = "no"', "augment must be true or false, got 'no'"),
+        ("seeds = 3", "seeds must be a list of an integer, got 3"),
+        ("seeds = [1.5]", "seeds must be a list of an integer"),
+        ("data = 3", "data must be a text, got 3"),
+        ("out = 3", "out must be a path, got 3"),
+        ("device = 5", "device must be a text, got 5"),
+        ('runs = "dense"', "runs must be a list, got 'dense'"),
+        ("runs = [3]", "run: must be a text or a table, got 3"),
+        ('runs = [{method = "dense", lr = [1]}]', r"run: lr must be a number, got \[1\]"),
+        ('runs = [{method = "condlr", tau = 0.1, rank = [1, "2"]}]', "a rank of each layer must be an integer"),
+        ('runs = ["robust-dlrt:tolerance=0.1,beta=0.1,core_steps=0"]', "core_steps must be an integer >= 1, got 0"),
+        ('runs = ["dlrt:tolerance=1"]', r"tolerance must be in \[0, 1\), got 1"),
+        ('attacks = "fgsm"', "attacks must be a list of a text, got 'fgsm'"),
+        ('attacks = ["foo"]', r"attacks must be out of fgsm, .*, got \['foo'\]"),
+        ("eps = [0.1, 0.1]", "eps must be different"),
     ],
 )
 def test_bad_toml(tmp_path, text, message):

@@ -131,6 +131,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--device", help="default cpu")
     train.add_argument("--tensorboard", action="store_true", default=None, help="log for TensorBoard too")
     train.add_argument("--out", metavar="DIR", help="folder of the results; default runs/<data>")
+    train.add_argument(
+        "--overwrite", action="store_true", default=None, help="replace results of other settings in that folder"
+    )
 
     evaluate = command("evaluate", commands.evaluate, "attack a checkpoint of train", threaded)
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT")

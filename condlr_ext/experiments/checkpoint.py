@@ -13,7 +13,7 @@ from ..linalg import svd
 from ..nn import LowRankLayer
 from ..robustness import evaluate
 from . import methods
-from .config import RunSpec
+from .config import RunSpec, check_device
 from .data import load
 from .models import TWO_FACTOR, core, matrix_shape, orthonormality_error, weight_count
 from .networks import build
@@ -71,6 +71,7 @@ def evaluate_checkpoint(
     Returns:
         dict: run, data and what robustness.evaluate returns.
     """
+    check_device("evaluate", device)
     model, metadata = load_checkpoint(path)
     data = data or metadata["data"]
     try:

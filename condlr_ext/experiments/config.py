@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
+import numbers
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
+
 from ..linalg import check_constraint
+from ..robustness import KNOWN_ATTACKS
 from .extras import require
 
 BUDGET = 0.27
@@ -82,6 +86,7 @@ class RunSpec:
     weight_decay: float | None = None
 
     def __post_init__(self):
+        _check_types("run", self, _RUN_TYPES)
         if self.method not in METHODS:
             raise ValueError(f"run: method must be one of {', '.join(METHODS)}, got {self.method!r}")
         allowed = [*METHODS[self.method], *COMMON]
@@ -95,8 +100,10 @@ class RunSpec:
         for name in NEEDED.get(self.method, ()):
             if getattr(self, name) is None:
                 raise ValueError(f'run: {self.method} needs {name}, as in "{self.method}:{name}=0.1"')
-        if isinstance(self.rank, list):  # of TOML
+        if isinstance(self.rank, (list, tuple)):  # a list is of TOML
             object.__setattr__(self, "rank", tuple(self.rank))
+            if not all(_is(r, "an integer") for r in self.rank):
+                raise ValueError(f"run: a rank of each layer must be an integer, got {list(self.rank)}")
         if self.tau is not None or self.sigma_max is not None:
             check_constraint("run", math.inf if self.tau is None else self.tau, self.band or "rms", self.sigma_max)
         for name, known in (
@@ -117,6 +124,12 @@ class RunSpec:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"run: {name} must be finite and >= 0, got {value}")
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise ValueError(f"run: tolerance must be in [0, 1), got {self.tolerance}")
+        if self.beta is not None and not 0 <= self.beta < math.inf:
+            raise ValueError(f"run: beta must be finite and >= 0, got {self.beta}")
+        if self.core_steps is not None and self.core_steps < 1:
+            raise ValueError(f"run: core_steps must be an integer >= 1, got {self.core_steps}")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError(f"run: keep must be in (0, 1], got {self.keep}")
         if self.finetune is not None and not 0 < self.finetune < 1:
@@ -156,6 +169,8 @@ class RunSpec:
             if unknown or "method" not in run:
                 raise ValueError(f"run: a table needs method, and may have {', '.join(_OPTIONS)}, got {run}")
             return cls(**run)
+        if not isinstance(run, cls):
+            raise ValueError(f"run: must be a text or a table, got {run!r}")
         return run
 
     def __str__(self) -> str:
@@ -233,9 +248,56 @@ def _check_rates(where: str, options) -> None:
             raise ValueError(f"{where}: {name} must be {rule}, got {value}")
 
 
+_TYPES = {
+    "a text": str,
+    "a number": numbers.Real,
+    "an integer": numbers.Integral,
+    "true or false": bool,
+    "a path": (str, Path),
+    "a list": (list, tuple),
+}
+
+
+def _is(value, kind: str) -> bool:
+    if isinstance(value, bool):  # an int to Python
+        return kind == "true or false"
+    kind, _, of = kind.partition(" of ")
+    return isinstance(value, _TYPES[kind]) and (not of or all(_is(part, of) for part in value))
+
+
+def _check_types(where: str, settings, kinds: dict[str, str]) -> None:
+    for field in fields(settings):
+        kind, value = kinds.get(field.name), getattr(settings, field.name)
+        if kind is None or (value is None and field.default is None):
+            continue
+        if not _is(value, kind):
+            raise ValueError(f"{where}: {field.name} must be {kind}, got {value!r}")
+
+
+def check_device(where: str, device: str) -> None:
+    """Raises ValueError where nothing can be computed on it."""
+    try:
+        torch.ones(2, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: device must be one that is here, got {device!r}: {reason}") from None
+
+
 _OPTIONS = tuple(f.name for f in fields(RunSpec) if f.name != "method")
 _PARSERS = {"rank": _rank, "core_steps": int, "full": _flag}
 _PARSERS |= dict.fromkeys(("band", "optimizer", "cap", "init"), str)
+_RUN_TYPES = dict.fromkeys(_OPTIONS, "a number") | {"method": "a text", "core_steps": "an integer"}
+_RUN_TYPES |= {"full": "true or false"} | dict.fromkeys(("band", "optimizer", "cap", "init"), "a text")
+del _RUN_TYPES["rank"]  # an integer, a number or a list
+_CONFIG_TYPES = (
+    dict.fromkeys(("data", "network", "adversarial", "device"), "a text")
+    | dict.fromkeys(("folder", "out"), "a path")
+    | dict.fromkeys(("epochs", "batch_size", "adversarial_steps", "attack_steps", "attack_restarts"), "an integer")
+    | dict.fromkeys(("lr", "momentum", "weight_decay", "lr_drop", "validation", "adversarial_eps"), "a number")
+    | dict.fromkeys(("test", "augment", "tensorboard", "overwrite"), "true or false")
+    | {"runs": "a list", "seeds": "a list of an integer", "attacks": "a list of a text"}
+    | dict.fromkeys(("eps", "drop_at"), "a list of a number")
+)
 
 DEFAULT_RUNS = (
     RunSpec("dense"),
@@ -274,6 +336,7 @@ class TrainConfig:
         device: of the training.
         tensorboard: whether the log is written for TensorBoard too, in out/tensorboard.
         out: folder of the results; default runs/<data>.
+        overwrite: whether results of other settings in that folder are replaced.
     """
 
     data: str = "digits"
@@ -301,9 +364,11 @@ class TrainConfig:
     device: str = "cpu"
     tensorboard: bool = False
     out: Path | None = None
+    overwrite: bool = False
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        _check_types("train", self, _CONFIG_TYPES)
         put("runs", tuple(RunSpec.of(run) for run in self.runs))
         for name in ("eps", "drop_at"):
             put(name, tuple(float(e) for e in getattr(self, name)))
@@ -316,13 +381,19 @@ class TrainConfig:
             raise ValueError(f"train: runs must be different and at least one, got {', '.join(names) or 'none'}")
         for name in ("epochs", "batch_size", "attack_steps", "attack_restarts", "adversarial_steps"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"train: {name} must be an integer >= 1, got {value!r}")
         _check_rates("train", self)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**32 for s in self.seeds):
             raise ValueError(f"train: seeds must be different, in 0..2^32 - 1, at least one, got {list(self.seeds)}")
         if not self.eps or not all(math.isfinite(e) and e >= 0 for e in self.eps):
             raise ValueError(f"train: eps must be finite numbers >= 0, at least one, got {list(self.eps)}")
+        if self.attacks is not None and (not self.attacks or not set(self.attacks) <= set(KNOWN_ATTACKS)):
+            known = ", ".join(KNOWN_ATTACKS)
+            raise ValueError(f"train: attacks must be out of {known}, at least one, got {list(self.attacks)}")
+        for name in ("eps", "attacks"):
+            if len(set(getattr(self, name) or ())) < len(getattr(self, name) or ()):
+                raise ValueError(f"train: {name} must be different, got {list(getattr(self, name))}")
         if not all(0 < share < 1 for share in self.drop_at) or not 0 < self.lr_drop <= 1:
             raise ValueError(f"train: drop_at and lr_drop must be in (0, 1), got {list(self.drop_at)}, {self.lr_drop}")
         if not self.test and not self.validation:

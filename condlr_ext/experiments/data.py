@@ -7,6 +7,7 @@ import math
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,15 @@ class Split:
         """Of one sample."""
         return tuple(self.x_train.shape[1:])
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum of all samples and labels, and of which part they are in."""
+        checksum = 0
+        for part in (self.x_train, self.y_train, self.x_test, self.y_test, self.x_val, self.y_val):
+            if part is not None:
+                checksum = zlib.crc32(part.contiguous().numpy().data, checksum)
+        return f"{checksum:08x}"
+
 
 def load(name: str, seed: int, *, folder: Path | str | None = None, validation: float = 0.0) -> Split:
     """A data set by name, split by seed.
@@ -65,6 +75,8 @@ def load(name: str, seed: int, *, folder: Path | str | None = None, validation: 
         if folder is None:
             raise ValueError(f"data: {name} needs the folder of its files:\n{_tree(name)}")
         split = FOLDERS[name](name, Path(folder))
+        if len(split.y_train.unique()) < 2:
+            raise ValueError(f"data: the training part of {name} in {folder} must have at least 2 classes, got 1")
     elif name == "digits" or name.endswith(".npz"):
         if name == "digits":
             bunch = require("sklearn.datasets").load_digits()

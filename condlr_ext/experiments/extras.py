@@ -5,4 +5,4 @@ from .. import _extras
 
 def require(module: str):
     """The module, or an ImportError that says how to install it."""
-    return _extras.require(module, "this command", "demo")
+    return _extras.require(module, "this command", module if module == "tensorboard" else "demo")

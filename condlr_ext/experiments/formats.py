@@ -56,12 +56,12 @@ def cifar_python(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         content = _unpickle(path)
         x = content[b"data"]
-        y = np.asarray(content[b"labels" if classes == 10 else b"fine_labels"])
+        y = _labels(np.asarray(content[b"labels" if classes == 10 else b"fine_labels"]), classes, path)
     except (KeyError, TypeError, AttributeError, IndexError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise ValueError(f"data: {path} is no CIFAR-{classes} batch: {error!r}") from None
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape != (len(y), CIFAR_PIXELS) or not len(y):
         raise ValueError(f"data: {path} must hold bytes [{len(y)}, {CIFAR_PIXELS}], got {getattr(x, 'shape', type(x))}")
-    return x.reshape(-1, 3, 32, 32), _labels(y, classes, path)
+    return x.reshape(-1, 3, 32, 32), y
 
 
 def svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -76,9 +76,9 @@ def svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"data: {path} is no SVHN file, or a damaged one: {error}") from None
     if x.dtype != np.uint8 or x.shape != (32, 32, 3, len(y)) or not len(y):
         raise ValueError(f"data: {path} must hold bytes X [32, 32, 3, {len(y)}], got {x.dtype} {list(x.shape)}")
-    if y.min() < 1 or y.max() > 10:
-        raise ValueError(f"data: {path} must hold labels in 1..10, got {y.min()}..{y.max()}")
-    return np.ascontiguousarray(x.transpose(3, 2, 0, 1)), y.astype(np.int64) % 10
+    if y.dtype.kind == "f" and (y == np.round(y)).all():  # what MATLAB saves unless told otherwise
+        y = y.astype(np.int64)
+    return np.ascontiguousarray(x.transpose(3, 2, 0, 1)), _labels(y, 10, path, first=1) % 10
 
 
 def _bytes(path: Path) -> bytes:
@@ -97,11 +97,13 @@ def _exists(path: Path) -> None:
         raise ValueError(f"data: there is no file {path}")
 
 
-def _labels(y: np.ndarray, classes: int, path: Path) -> np.ndarray:
-    y = y.astype(np.int64)
-    if y.size and not (y.min() >= 0 and y.max() < classes):
-        raise ValueError(f"data: {path} must hold labels in 0..{classes - 1}, got {y.min()}..{y.max()}")
-    return y
+def _labels(y: np.ndarray, classes: int, path: Path, first: int = 0) -> np.ndarray:
+    if y.dtype.kind not in "iu" or y.ndim != 1 or not len(y):
+        raise ValueError(f"data: {path} must hold integer labels [N], got {y.dtype} {list(y.shape)}")
+    last = first + classes - 1
+    if y.min() < first or y.max() > last:
+        raise ValueError(f"data: {path} must hold labels in {first}..{last}, got {y.min()}..{y.max()}")
+    return y.astype(np.int64)
 
 
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]

@@ -16,14 +16,14 @@ from torch import nn
 import condlr_ext
 
 from .. import checkpoint
-from ..attacks.losses import CLASSES_NEEDED
 from ..errors import CheckpointError, NonFiniteError
 from ..factorize import factorize
 from ..ops import current_backend
 from ..robustness import ATTACKS, evaluate
+from ..robustness.evaluation import check_classes, classes_needed
 from . import methods, report
 from .checkpoint import save_checkpoint
-from .config import TrainConfig
+from .config import TrainConfig, check_device
 from .data import Split, load
 from .extras import require
 from .files import make_folder, write_whole
@@ -41,8 +41,8 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
     Files, each whole or not there: for every run and seed <run>-seed<s>.safetensors, .json (its numbers) and .jsonl (a
     line per epoch), with a validation part also -best.safetensors, the epoch with the highest validation accuracy; then
     results.json (every number), summary.json, figures, table.md and table.tex, see report.write. What was trained with
-    the same settings is not trained again, and a training that was interrupted goes on, bit for bit, from its last half
-    minute.
+    the same settings on the same data is not trained again, and a training that was interrupted goes on, bit for bit,
+    from its last half minute. What was trained otherwise is not overwritten unless config.overwrite says so.
 
     A run whose loss or weights stop being finite has status "diverged", no attacks, no checkpoint; one that ends with
     the same class for every training sample, as a spike of the loss can leave it, is "collapsed".
@@ -55,14 +55,18 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
         dict: what results.json holds, with None (null) for non-finite numbers.
 
     Raises:
-        ValueError: bad settings or data; ImportError: a missing extra package; OSError: an unwritable folder.
+        ValueError: bad settings or data, or results of other ones in config.out; ImportError: a missing extra package;
+            OSError: an unwritable folder.
     """
     needed = ["safetensors", "matplotlib", "rich", *(["tensorboard"] if config.tensorboard else [])]
     for module in needed:  # before an hour of training, not after
         require(module)
+    check_device("train", config.device)
     split = _split(config, config.seeds[0])
-    _check_runs(config, _initial(config, split, config.seeds[0]))
+    _check_runs(config, split, _initial(config, split, config.seeds[0]))
     make_folder(config.out)
+    if not config.overwrite:
+        _check_records(config)
     start = time.perf_counter()
     records = []
     interval = 0.1 if sys.stderr.isatty() else 10  # seconds: a log file gets few lines
@@ -102,8 +106,10 @@ def _initial(config: TrainConfig, split: Split, seed: int) -> nn.Module:
         return build(config.network, split.shape, split.classes, mean=split.mean, std=split.std)
 
 
-def _check_runs(config: TrainConfig, initial: nn.Module) -> None:
+def _check_runs(config: TrainConfig, split: Split, initial: nn.Module) -> None:
     """What does not fit, a rank or a backend that cannot serve, fails here, before any training."""
+    for name in config.attacks or ():
+        check_classes("train", name, split.classes)
     sized = [spec for spec in config.runs if spec.sizing is not None]
     for spec in sized:
         sizing = methods.by_name(initial, spec.sizing)
@@ -119,10 +125,10 @@ def _check_runs(config: TrainConfig, initial: nn.Module) -> None:
 def _trained(config: TrainConfig, initial: nn.Module, split: Split, tick) -> dict:
     """The record of one run and seed: read if it is there, else trained and written."""
     (spec,), (seed,) = config.runs, config.seeds
-    base = config.out / f"{spec.file}-seed{seed}"
+    base = _base(config)
     path, state_path = base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.state")
-    settings = {k: v for k, v in config.plain().items() if k not in ("out", "folder", "tensorboard")}
-    if (record := _finished(path, settings)) is not None:
+    settings = _settings(config, split)
+    if (record := _stored(path)) is not None and not _differences(record["settings"], settings):
         return record
     model = copy.deepcopy(initial)
     fit = _begun(state_path, settings, model, config, split)
@@ -136,6 +142,7 @@ def _trained(config: TrainConfig, initial: nn.Module, split: Split, tick) -> dic
         fit = Fit(model, spec, config, split)
     tick(fit.epoch)
     record = {"run": str(spec), "label": spec.label, "method": spec.method, "tau": spec.tau, "seed": seed}
+    record["made_with"] = _versions() | {"backend": current_backend(), "threads": torch.get_num_threads()}
     record |= _fitted(fit, state_path, base.with_name(f"{base.name}.jsonl"), settings, tick)
     methods.finish(model, spec)
     record |= _sizes(model, initial, record["ranks"], pruned=spec.method == "tscnc") | {"settings": settings}
@@ -176,13 +183,47 @@ def _sizes(model: nn.Module, initial: nn.Module, ranks: dict[str, int], pruned: 
     }
 
 
-def _finished(path: Path, settings: dict) -> dict | None:
-    """The record of an earlier training with these settings."""
+def _base(config: TrainConfig) -> Path:
+    (spec,), (seed,) = config.runs, config.seeds
+    return config.out / f"{spec.file}-seed{seed}"
+
+
+def _settings(config: TrainConfig, split: Split) -> dict:
+    """What decides the numbers of a run."""
+    plain = {k: v for k, v in config.plain().items() if k not in ("out", "folder", "tensorboard", "overwrite")}
+    return plain | {"fingerprint": split.fingerprint}
+
+
+def _stored(path: Path) -> dict | None:
+    """The record of an earlier training."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("settings") == settings else None
+    return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
+
+
+def _differences(stored: dict, settings: dict) -> list[str]:
+    """The settings of which an earlier training had others. Of version 0.1.0 there are some without fingerprint."""
+    stored = {"fingerprint": settings["fingerprint"]} | stored
+    return [name for name in settings.keys() | stored.keys() if stored.get(name) != settings.get(name)]
+
+
+def _check_records(config: TrainConfig) -> None:
+    """What is there of other settings is not to be lost."""
+    for seed in config.seeds:
+        split = None
+        for spec in config.runs:
+            base = _base(config.only(spec, seed))
+            path = base.with_name(f"{base.name}.json")
+            if (record := _stored(path)) is None:
+                continue
+            split = split or _split(config, seed)
+            stored, settings = record["settings"], _settings(config.only(spec, seed), split)
+            if other := sorted(_differences(stored, settings)):
+                said = ", ".join(f"{name} {stored.get(name)!r}, now {settings.get(name)!r}" for name in other)
+                said = said.replace("fingerprint", "data with the checksum")
+                raise ValueError(f"train: {path} is of other settings ({said}); take another out, or overwrite")
 
 
 def _begun(path: Path, settings: dict, model: nn.Module, config: TrainConfig, split: Split) -> Fit | None:
@@ -193,7 +234,7 @@ def _begun(path: Path, settings: dict, model: nn.Module, config: TrainConfig, sp
     except CheckpointError:
         return None
     extra = stored.extra
-    if not isinstance(extra, dict) or extra.get("settings") != settings:
+    if not isinstance(extra, dict) or extra.get("settings") != settings:  # of other data too
         return None
     methods.rebuild(model, spec, config.epochs, extra["fit"]["epoch"], extra["ranks"])
     _place(model, config)
@@ -237,7 +278,6 @@ def _attack_and_save(model: nn.Module, record: dict, config: TrainConfig, split:
         "seed": record["seed"],
         "batch_size": ATTACK_BATCH,
     }
-    robustness = evaluate(model, x.to(config.device), y.to(config.device), **settings)
     path = base.with_name(f"{base.name}.safetensors")
     metadata = {
         "run": record["run"], "ranks": record["ranks"], "tau": record["tau"], "seed": record["seed"],
@@ -245,12 +285,17 @@ def _attack_and_save(model: nn.Module, record: dict, config: TrainConfig, split:
         "mean": split.mean and list(split.mean), "std": split.std and list(split.std), "data": config.data,
         "validation": config.validation, "test": config.test,
     }  # fmt: skip
-    save_checkpoint(path, model, metadata)
+    save_checkpoint(path, model, metadata)  # whatever becomes of the attacks
+    try:
+        robustness = evaluate(model, x.to(config.device), y.to(config.device), **settings)
+    except NonFiniteError:
+        path.unlink()
+        raise
     return {"robustness": robustness, "checkpoint": path.name}
 
 
 def default_attacks(classes: int) -> list[str]:
-    return [name for name in ATTACKS if classes >= CLASSES_NEEDED.get(name.removeprefix("pgd-"), 2)]
+    return [name for name in ATTACKS if classes >= classes_needed(name)]
 
 
 @contextmanager

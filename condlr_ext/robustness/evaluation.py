@@ -121,13 +121,11 @@ def evaluate(
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
     with frozen(model):
         kept, classes = _look(model, batches)
-        able = [name for name in KNOWN_ATTACKS if classes >= CLASSES_NEEDED.get(_loss_of(name), 1)]
+        able = [name for name in KNOWN_ATTACKS if classes >= classes_needed(name)]
         if attacks is None:
             names = [name for name in names if name in able]
-        if not set(names) <= set(able):
-            name = next(name for name in names if name not in able)
-            needed = CLASSES_NEEDED[_loss_of(name)]
-            raise ValueError(f'evaluate: attack "{name}" needs at least {needed} classes, the model has {classes}')
+        for name in names:
+            check_classes("evaluate", name, classes)
         if guard:
             second = [name for name in masking.SECOND_LOOKS if name in able]
             names = [name for name in KNOWN_ATTACKS if name in names or name in second]
@@ -159,6 +157,15 @@ def evaluate(
         result["at_zero"] = {name: _share(alive[0]) for name, alive in at_zero.items()}
         result["flags"] = masking.flags(result)
     return result
+
+
+def classes_needed(name: str) -> int:
+    return CLASSES_NEEDED.get(_loss_of(name), 1)
+
+
+def check_classes(where: str, name: str, classes: int) -> None:
+    if classes < classes_needed(name):
+        raise ValueError(f'{where}: attack "{name}" needs at least {classes_needed(name)} classes, there are {classes}')
 
 
 def _look(model: nn.Module, batches) -> tuple[dict[str, Tensor], int]:
