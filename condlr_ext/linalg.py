@@ -124,8 +124,8 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float | N
         tau: slack >= 0; kappa of the result is at most 1 + tau to rounding. Inf: no band, only the cap.
         band: where the band lies. "rms" (CondLR): around s = ‖sigma‖ / √k, half-width tau s / (2 + tau); "mean":
             around the mean; "optimal": the nearest matrix with kappa <= 1 + tau in the Frobenius norm. "rms" and
-            "mean" shrink the scale a little each time they act, and applied after every training step that is
-            worth about as much robustness as the bound on kappa itself; "optimal" does not.
+            "mean" shrink the scale a little each time they act, which regularises where they are applied after every
+            training step; "optimal" does not.
         sigma_max: if given, a band whose upper edge exceeds it is scaled down to end there.
 
     Returns:

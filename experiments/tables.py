@@ -7,6 +7,7 @@ worst case at the largest eps with a column per size. Which rows and columns: th
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 from condlr_ext.experiments.config import RunSpec
@@ -49,7 +50,8 @@ def sizes(name: str, titles: list[str], labels: list[str]) -> str:
         size = f"rank {spec.rank}" if spec.rank is not None else f"budget {spec.keep or spec.budget}"
         label = dataclasses.replace(spec, budget=None, rank=None, keep=None).label
         attacked = [r["robustness"]["worst"][-1] for r in records if r.get("robustness")]
-        left = "" if len(attacked) == len(records) else f" ({len(attacked)} of {len(records)})"
+        failed = Counter(r["status"] for r in records if r["status"] != "trained")
+        left = "".join(f" ({count} of {len(records)} {status})" for status, count in failed.items())
         worst[label, size] = percent(attacked) + left
     return markdown(titles, [[label, *(worst.get((label, t), NOT_APPLICABLE) for t in titles[1:])] for label in labels])
 
