@@ -220,7 +220,14 @@ def test_other_data_under_the_same_name_is_seen(tmp_path, monkeypatch):
     write_npz(tmp_path / "images.npz", n=100)
     with pytest.raises(ValueError, match=r"of other settings \(data with the checksum '\w{8}', now '\w{8}'\)"):
         train(TrainConfig(**settings))
+    checkpoint = tmp_path / "out" / "dense-seed0.safetensors"
+    with pytest.raises(
+        ValueError, match=r"was trained on .*images.npz with the checksum \w{8}, which now has \w{8}; to"
+    ):
+        evaluate_checkpoint(checkpoint)
+    assert evaluate_checkpoint(checkpoint, data=str(images))["n"] == 30
     assert train(TrainConfig(**settings, overwrite=True))["runs"][0]["robustness"]["n"] == 30
+    assert evaluate_checkpoint(checkpoint)["n"] == 30
 
 
 def test_a_checkpoint_is_there_when_attacks_fail(tmp_path, monkeypatch):

@@ -24,8 +24,8 @@ KEYS = (
 
 
 def save_checkpoint(path: Path, model: nn.Module, metadata: dict) -> None:
-    """Write the model with the metadata KEYS; "attack" holds the arguments of robustness.evaluate."""
-    checkpoint.save(model, path, tau=metadata["tau"], extra={key: metadata[key] for key in KEYS})
+    """Write the model with KEYS and the data's "fingerprint"; "attack" holds the arguments of robustness.evaluate."""
+    checkpoint.save(model, path, tau=metadata["tau"], extra=metadata)
 
 
 def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
@@ -73,11 +73,9 @@ def evaluate_checkpoint(
     """
     check_device("evaluate", device)
     model, metadata = load_checkpoint(path)
-    data = data or metadata["data"]
+    other, data = data, data or metadata["data"]
     try:
-        split = load(
-            data, metadata["seed"], folder=folder, validation=0 if metadata["test"] else metadata["validation"]
-        )
+        split = load(data, metadata["seed"], folder=folder, validation=metadata["validation"])
     except ValueError as error:
         raise ValueError(f"{error} (the data of {path}; another is given with --data)") from None
     expected, got = ((list(shape), classes) for shape, classes in (
@@ -87,6 +85,11 @@ def evaluate_checkpoint(
         raise ValueError(
             f"checkpoint: {path} needs samples {expected[0]} and {expected[1]} classes,"
             f" {data} has {got[0]} and {got[1]}"
+        )
+    if other is None and metadata.get("fingerprint", split.fingerprint) != split.fingerprint:
+        raise ValueError(
+            f"checkpoint: {path} was trained on {data} with the checksum {metadata['fingerprint']}, which now has"
+            f" {split.fingerprint}; to evaluate on that, name it as data"
         )
     x, y = (split.x_test, split.y_test) if metadata["test"] else (split.x_val, split.y_val)
     model.to(device, memory_format=torch.channels_last)  # as in training: other roundings else

@@ -283,7 +283,7 @@ def _attack_and_save(model: nn.Module, record: dict, config: TrainConfig, split:
         "run": record["run"], "ranks": record["ranks"], "tau": record["tau"], "seed": record["seed"],
         "attack": settings, "network": config.network, "shape": list(split.shape), "classes": split.classes,
         "mean": split.mean and list(split.mean), "std": split.std and list(split.std), "data": config.data,
-        "validation": config.validation, "test": config.test,
+        "validation": config.validation, "test": config.test, "fingerprint": split.fingerprint,
     }  # fmt: skip
     save_checkpoint(path, model, metadata)  # whatever becomes of the attacks
     try:
