@@ -201,7 +201,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert again["runs"] == first["runs"] and len(first["runs"]) == 4
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(
-        ValueError, match=r"dense-seed0.json is of other settings \(lr 0.2, now 0.1\); take another out, or"
+        ValueError, match=r"dense-seed0.json is of other settings \(lr 0.2, now 0.1\); choose another folder"
     ):
         train(TrainConfig(**settings | {"lr": 0.1}))
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
