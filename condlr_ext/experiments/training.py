@@ -223,7 +223,9 @@ def _check_records(config: TrainConfig) -> None:
             if other := sorted(_differences(stored, settings)):
                 said = ", ".join(f"{name} {stored.get(name)!r}, now {settings.get(name)!r}" for name in other)
                 said = said.replace("fingerprint", "data with the checksum")
-                raise ValueError(f"train: {path} is of other settings ({said}); choose another folder (out) or replace it (overwrite)")
+                raise ValueError(
+                    f"train: {path} is of other settings ({said}); choose another folder (out) or replace it (overwrite)"
+                )
 
 
 def _begun(path: Path, settings: dict, model: nn.Module, config: TrainConfig, split: Split) -> Fit | None:
