@@ -224,7 +224,7 @@ def _check_records(config: TrainConfig) -> None:
                 said = ", ".join(f"{name} {stored.get(name)!r}, now {settings.get(name)!r}" for name in other)
                 said = said.replace("fingerprint", "data with the checksum")
                 raise ValueError(
-                    f"train: {path} is of other settings ({said}); choose another folder (out) or replace it (overwrite)"
+                    f"train: {path} is of other settings ({said}); choose another folder (out) or replace (overwrite)"
                 )
 
 
