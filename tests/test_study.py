@@ -308,6 +308,7 @@ def test_toml(tmp_path):
     assert config == TrainConfig(
         network="cnn", seeds=(0, 1), lr=0.1, runs=("dense", "condlr:tau=0.1,rank=0.2"), epochs=3
     )
+    assert TrainConfig(seeds=range(3)).seeds == (0, 1, 2)
     assert TrainConfig(**config.plain()) == config == TrainConfig(**json.loads(json.dumps(config.plain())))
 
 
@@ -323,8 +324,8 @@ def test_toml(tmp_path):
         ("epochs = true", "epochs must be an integer, got True"),
         ('lr = "0.1"', "lr must be a number, got '0.1'"),
         ('augment = "no"', "augment must be true or false, got 'no'"),
-        ("seeds = 3", "seeds must be a list of an integer, got 3"),
-        ("seeds = [1.5]", "seeds must be a list of an integer"),
+        ("seeds = 3", "seeds must be a list of integers, got 3"),
+        ("seeds = [1.5]", "seeds must be a list of integers"),
         ("data = 3", "data must be a text, got 3"),
         ("out = 3", "out must be a path, got 3"),
         ("device = 5", "device must be a text, got 5"),
@@ -334,7 +335,7 @@ def test_toml(tmp_path):
         ('runs = [{method = "condlr", tau = 0.1, rank = [1, "2"]}]', "a rank of each layer must be an integer"),
         ('runs = ["robust-dlrt:tolerance=0.1,beta=0.1,core_steps=0"]', "core_steps must be an integer >= 1, got 0"),
         ('runs = ["dlrt:tolerance=1"]', r"tolerance must be in \[0, 1\), got 1"),
-        ('attacks = "fgsm"', "attacks must be a list of a text, got 'fgsm'"),
+        ('attacks = "fgsm"', "attacks must be a list of texts, got 'fgsm'"),
         ('attacks = ["foo"]', r"attacks must be out of fgsm, .*, got \['foo'\]"),
         ("eps = [0.1, 0.1]", "eps must be different"),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -254,15 +255,18 @@ _TYPES = {
     "an integer": numbers.Integral,
     "true or false": bool,
     "a path": (str, Path),
-    "a list": (list, tuple),
+    "a list": Sequence,
 }
+_PARTS = {"integers": "an integer", "numbers": "a number", "texts": "a text"}
 
 
 def _is(value, kind: str) -> bool:
     if isinstance(value, bool):  # an int to Python
         return kind == "true or false"
     kind, _, of = kind.partition(" of ")
-    return isinstance(value, _TYPES[kind]) and (not of or all(_is(part, of) for part in value))
+    if not isinstance(value, _TYPES[kind]) or (kind == "a list" and isinstance(value, str)):
+        return False
+    return not of or all(_is(part, _PARTS[of]) for part in value)
 
 
 def _check_types(where: str, settings, kinds: dict[str, str]) -> None:
@@ -295,8 +299,8 @@ _CONFIG_TYPES = (
     | dict.fromkeys(("epochs", "batch_size", "adversarial_steps", "attack_steps", "attack_restarts"), "an integer")
     | dict.fromkeys(("lr", "momentum", "weight_decay", "lr_drop", "validation", "adversarial_eps"), "a number")
     | dict.fromkeys(("test", "augment", "tensorboard", "overwrite"), "true or false")
-    | {"runs": "a list", "seeds": "a list of an integer", "attacks": "a list of a text"}
-    | dict.fromkeys(("eps", "drop_at"), "a list of a number")
+    | {"runs": "a list", "seeds": "a list of integers", "attacks": "a list of texts"}
+    | dict.fromkeys(("eps", "drop_at"), "a list of numbers")
 )
 
 DEFAULT_RUNS = (

@@ -146,11 +146,7 @@ _OPTIMIZERS = {
     "projected": _stiefel(baselines.ProjectedSGD),
     "dlrt": lambda model, spec, rates: baselines.DLRT(model, **rates, tolerance=spec.tolerance),
     "robust-dlrt": lambda model, spec, rates: baselines.RobustDLRT(
-        model,
-        **rates,
-        tolerance=spec.tolerance,
-        beta=spec.beta,
-        core_steps=10 if spec.core_steps is None else spec.core_steps,
+        model, **rates, tolerance=spec.tolerance, beta=spec.beta, core_steps=spec.core_steps or 10
     ),
 }
 
