@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from condlr_ext.experiments import (
     training,
 )
 from condlr_ext.experiments.checkpoint import load_checkpoint
-from condlr_ext.experiments.files import write_whole
+from condlr_ext.experiments.files import make_folder, write_whole
 from condlr_ext.experiments.fit import Fit
 from condlr_ext.experiments.methods import compress
 from condlr_ext.experiments.models import core, orthonormality_error
@@ -480,6 +481,12 @@ def test_an_unusable_folder_is_found_out_before_training(tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/self")):
         with pytest.raises(ValueError, match=f"must be one that can be written, got {out}"):
             train(TrainConfig(runs=("dense",), epochs=10**6, out=out))
+
+
+def test_runs_started_together_can_share_a_folder(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: make_folder(tmp_path / "out"), range(400)))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_own_data_with_two_classes(tmp_path):

@@ -1,5 +1,6 @@
 """The folder of the results, and files in it that are either whole or not there."""
 
+import tempfile
 from pathlib import Path
 
 from ..checkpoint import write_whole
@@ -15,7 +16,7 @@ def make_folder(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / "probe", b"")
-        (path / "probe").unlink()
+        with tempfile.TemporaryFile(dir=path):  # a name of its own: other runs may share the folder
+            pass
     except OSError as error:
         raise ValueError(f"the folder for the results must be one that can be written, got {path}: {error}") from None
