@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._extras import require
+from ._unwrap import unwrapped
 from ._version import __version__
 from .errors import CheckpointError, NonFiniteError, RankError
 from .factorize import factorize
@@ -69,7 +70,7 @@ def save(
         tensor on the meta device, a tau that contradicts the optimiser's. OSError: the file cannot be written.
     """
     safetensors = require("safetensors.torch", "condlr_ext.save", "safetensors")
-    model = _unwrapped(model)
+    model = unwrapped(model)
     writer = _Writer()
     state = {"model": {}, "optimizer": None, "extra": writer.encode(extra, ".extra")}
     for name, value in model.state_dict().items():
@@ -169,7 +170,7 @@ def restore(
         new_biases: whether a layer that is factorised here gets the bias that the checkpoint has for it, when the
             dense one has none.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     source = checkpoint.source
     if any(t.is_meta for t in model.state_dict().values() if isinstance(t, Tensor)):
         raise CheckpointError(f"{source}: the model is on the meta device; call model.to_empty(device=...) first")
@@ -312,16 +313,6 @@ def _decode(value, tensors: dict[str, Tensor]):
 
 
 # --------------------------------------------------------------------------------------------------- models
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _layers(model: nn.Module) -> dict[str, LowRankLayer]:

@@ -11,6 +11,9 @@ from .errors import BackendError, RankError, ShapeError
 
 __all__ = ["low_rank_conv1d", "low_rank_conv2d", "low_rank_conv3d", "low_rank_linear"]
 
+for _name in __all__:
+    torch.fx.wrap(_name)  # one node of a symbolic trace, which knows no shapes to check or to choose by
+
 
 def low_rank_linear(
     input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None, *, route: str = "auto"
@@ -162,7 +165,15 @@ def check_route(name: str, route: str) -> str:
 
 def _in_plain_products() -> bool:
     """Whether torch's own products are to serve: where something transforms them, or exports them to run elsewhere."""
-    return torch.compiler.is_exporting() or transformed()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed() or _counted()
+
+
+def _counted() -> bool:
+    """Whether torch's FlopCounterMode is at work, which knows torch's own products alone."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
 
 
 def transformed() -> bool:

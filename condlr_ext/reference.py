@@ -6,6 +6,7 @@ Functions here take finite tensors; the ops above flag NaN and Inf.
 """
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ def sizes(t: Tensor) -> tuple[int, ...]:
     """
     if not _traced(t):
         return t.shape
+    if torch.jit.is_tracing():
+        with warnings.catch_warnings():  # that what follows is made for these sizes, which is so for decisions alone
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return tuple(map(int, t.shape))
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return tuple(s if has_static_value(s) else MANY for s in t.shape)

@@ -427,3 +427,20 @@ model = make_model()
 def test_bad_input(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_factors_in_any_memory_layout_take_the_same_steps(amsgrad):
+    """LAPACK's factors come column by column."""
+    layers = [LowRankLinear(8, 6, rank=3, dtype=torch.float64) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for name in "USV":
+        p = getattr(layers[1], name)
+        setattr(layers[1], name, nn.Parameter(p.detach().mT.contiguous().mT))
+    assert not layers[1].U.is_contiguous()
+    for layer in layers:
+        optimizer = CondLRAdamW(layer, 0.1, tau=0.5, amsgrad=amsgrad)
+        for seed in range(3):
+            random_gradients(layer, seed)
+            optimizer.step()
+    torch.testing.assert_close(list(layers[1].parameters()), list(layers[0].parameters()))

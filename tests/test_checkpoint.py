@@ -442,3 +442,28 @@ def test_without_safetensors(tmp_path, monkeypatch):
 def test_the_package_imports_no_optional_package():
     code = "import sys, condlr_ext; assert not {'safetensors', 'sklearn', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(condlr_ext.__file__).parents[1], check=True)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_wrapped_model_goes_on_unwrapped_and_back(kind, tmp_path):
+    """As from many processes to one: the state names parameters as the model does."""
+    path = tmp_path / "model.safetensors"
+    for first, second in ((_compiled, _plain), (_plain, _compiled), (nn.DataParallel, _compiled)):
+        model, other = first(mlp()), second(mlp())
+        optimizer, resumed = make_optimizer(kind, model), make_optimizer(kind, other)
+        inputs = torch.randn(6, 10, 12)
+        steps(model, optimizer, inputs[:3])
+        condlr_ext.save(model, path, optimizer)
+        condlr_ext.load(other, path, resumed)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for m, o in ((model, optimizer), (other, resumed)):
+            steps(m, o, inputs[3:])
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def _compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def _plain(model):
+    return model

@@ -116,3 +116,25 @@ def test_onnx(name, tmp_path):
         x = example_input(name, batch)
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*:torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_torch_jit_trace(tmp_path):
+    for layer, x in (
+        (LowRankLinear(20, 30, rank=5), torch.randn(64, 20)),
+        (LowRankConv2d(3, 8, 3, rank=4), torch.randn(2, 3, 8, 8)),
+    ):
+        torch.jit.save(torch.jit.trace(layer, x), tmp_path / "layer.pt")
+        x = torch.randn(5, *x.shape[1:])
+        torch.testing.assert_close(torch.jit.load(tmp_path / "layer.pt")(x), layer(x))
+
+
+def test_symbolic_trace():
+    model = torch.nn.Sequential(
+        LowRankConv2d(2, 8, 3, padding="same", rank=3),
+        LowRankConv2d(8, 4, 3, padding=2, padding_mode="reflect", rank=3),
+        torch.nn.Flatten(),
+        LowRankLinear(4 * 100, 6, rank=4),
+    )
+    x = torch.randn(2, 2, 8, 8)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))

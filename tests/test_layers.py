@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from matrices import backward_error, kappa, non_orthonormality
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import condlr_ext
 from condlr_ext import LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear, functional
@@ -524,3 +525,60 @@ def test_memory_format_is_that_of_the_dense_twin(channels, d):
         assert layer.to_dense().weight.stride() == dense.weight.stride()
     if d == 2:  # torch has no way back from channels_last_3d that a module could take
         assert before.to(memory_format=torch.contiguous_format)(x).is_contiguous()
+
+
+@ROUTES
+@pytest.mark.parametrize("shape", [(20,), (7, 20), (0, 20), (2, 64, 20), (3, 4, 5, 20)], ids=str)
+def test_outputs_of_linear_layers_may_be_changed_in_place(backend, shape, route):
+    layer = LowRankLinear(20, 30, rank=5, dtype=torch.float64)
+    layer.route = route
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = torch.autograd.grad(F.relu(layer(x)).square().sum(), list(layer.parameters()))
+    got = torch.autograd.grad(layer(x).relu_().square().sum(), list(layer.parameters()))
+    torch.testing.assert_close(got, expected)
+
+
+@ROUTES
+def test_outputs_of_convolutions_may_be_changed_in_place(backend, route):
+    layer = LowRankConv2d(3, 8, 3, rank=4)
+    layer.route = route
+    for x in (
+        torch.randn(2, 3, 8, 8),
+        torch.randn(3, 8, 8),
+        torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last),
+    ):
+        layer(x).relu_().sum().backward()
+
+
+def test_a_large_head_with_an_activation_in_place():
+    """Of sizes that products serve, not the one compiled call."""
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Linear(512, 10))
+    condlr_ext.factorize(model, budget=0.3)
+    model(torch.randn(128, 512)).sum().backward()
+
+
+def test_parameters_can_be_swapped():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer = LowRankLinear(6, 5, rank=2)
+        U = layer.U
+        layer.double().load_state_dict(LowRankLinear(6, 5, rank=2).state_dict())
+        assert layer.U is U and U.dtype == torch.float64
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_flops_are_counted():
+    layer, x = LowRankLinear(20, 30, rank=5, bias=False), torch.randn(64, 20)
+    for route, forward in (("factorised", 2 * 64 * 5 * (20 + 30) + 2 * 30 * 5 * 5), ("merged", 2 * 64 * 20 * 30)):
+        layer.route = route
+        merging = 2 * 5 * 20 * (5 + 30) if route == "merged" else 0  # S Vᵀ, then U (S Vᵀ)
+        with FlopCounterMode(display=False) as counter:
+            y = layer(x)
+            assert counter.get_total_flops() == forward + merging
+            y.sum().backward()
+            assert counter.get_total_flops() > 2 * (forward + merging)
+    convolution = LowRankConv2d(3, 8, 3, rank=4)
+    with FlopCounterMode(display=False) as counter:
+        convolution(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert counter.get_total_flops() > 2 * 2 * 36 * 4 * (27 + 8)

@@ -1,6 +1,7 @@
 """CondLRSGD as a torch optimiser: groups, schedulers, resume, start, precision, errors; and that it learns."""
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 import condlr_ext
 from condlr_ext import LowRankConv2d, LowRankLinear
 from condlr_ext.errors import NonFiniteError
-from condlr_ext.optim import CondLRSGD, param_groups
+from condlr_ext.optim import CondLRAdamW, CondLRSGD, param_groups
 
 
 def make_model(seed=0, dtype=None):
@@ -425,17 +426,34 @@ def test_two_models_need_different_names():
     assert_constraint(b, 0.1)
 
 
-@pytest.mark.parametrize("pick", ["reversed", "one", "two groups", "deep copy", "roles without names"])
+def from_meta():
+    layer = LowRankLinear(5, 4, rank=2, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    return layer
+
+
+def assigned():
+    layer = LowRankLinear(5, 4, rank=2)
+    layer.load_state_dict({name: torch.ones_like(p) for name, p in layer.state_dict().items()}, assign=True)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "pick", ["reversed", "one", "two groups", "deep copy", "off the meta device", "assigned", "roles without names"]
+)
 def test_bare_factors_are_refused(pick):
     layer = copy.deepcopy(LowRankLinear(5, 4, rank=2))
     with torch.no_grad():
         layer.U.add_(0.1)  # trained by something else: no longer orthonormal
     U, S, V, _ = layer.parameters()
+    others = [copy.deepcopy(layer), from_meta(), assigned()]
     groups = {
         "reversed": [V, S, U],
         "one": [V],
         "two groups": [{"params": [U, V]}, {"params": [S]}],
-        "deep copy": list(copy.deepcopy(layer).parameters()),
+        "deep copy": others[0].parameters(),
+        "off the meta device": others[1].parameters(),
+        "assigned": others[2].parameters(),
         "roles without names": [{"params": [nn.Parameter(torch.ones(2, 2))], "roles": ["S"]}],
     }[pick]
     with pytest.raises(ValueError, match="need their names"):
@@ -506,6 +524,32 @@ def test_masters_and_momentum_are_restored_in_float32():
     assert optimizer.state[model[0].U]["momentum_buffer"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cls", [CondLRSGD, CondLRAdamW])
+def test_low_precision_resumes_bit_for_bit_in_any_order(cls, dtype):
+    """What an optimiser made on the rounded model changes of it must not be taken for an edit by the user."""
+    options = {"momentum": 0.5} if cls is CondLRSGD else {"eps": 1e-4}
+    data = list(batches(6, dtype))
+    model = make_model(dtype=dtype)
+    optimizer = cls(model, 0.01, tau=0.1, **options)
+    train(model, optimizer, data[:3])
+    weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, data[3:])
+    for order in itertools.permutations(["optimizer", "weights", "state"]):
+        if order.index("optimizer") > order.index("state"):
+            continue
+        again = make_model(seed=3, dtype=dtype)
+        for what in order:
+            if what == "optimizer":
+                resumed = cls(again, 0.01, tau=0.1, **options)
+            elif what == "weights":
+                again.load_state_dict(weights)
+            else:
+                resumed.load_state_dict(copy.deepcopy(state))  # torch takes tensors over as they are
+        train(again, resumed, data[3:])
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True)), order
+
+
 def test_float32_momentum_goes_with_a_model_made_double():
     model = make_model()
     optimizer = CondLRSGD(model, 0.1, 0.5, tau=0.1)
@@ -525,6 +569,33 @@ def test_singular_core_loaded_after_construction_trains_again(backend):
     optimizer.step()
     assert optimizer.skipped == 0
     assert_constraint(model, 0.1)
+
+
+def test_a_zero_core_is_named():
+    model = nn.Sequential(LowRankLinear(6, 5, rank=3))
+    with torch.no_grad():
+        model[0].S.zero_()
+    with pytest.warns(UserWarning, match="CondLRSGD: the core of layer '0' is zero"):
+        CondLRSGD(model, 0.1, tau=0.1)
+
+
+def test_frozen_factors_keep_their_values():
+    layer = LowRankLinear(6, 5, rank=3)
+    layer.S.requires_grad_(False)
+    before = layer.S.clone()
+    optimizer = CondLRSGD(layer, 0.1, tau=0.1)
+    layer(torch.randn(4, 6)).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.S, before) and non_orthonormality(layer.U) < 2e-6
+    with torch.no_grad():
+        layer.S.copy_(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="S of layer '' is frozen and the layer not on the constraint set"):
+        CondLRSGD(layer, 0.1, tau=0.1)
+    assert all(torch.equal(before[name], p) for name, p in layer.state_dict().items())
+    CondLRSGD(layer, 0.1, tau=2.0)
+    layer.bfloat16()
+    CondLRSGD(layer, 0.1, tau=2.0)  # what rounding takes off the set is no reason
 
 
 def test_a_layer_unfrozen_later_starts_on_the_constraint_set():
@@ -670,3 +741,16 @@ def test_state_of_another_model_is_refused():
         match="group 0 holds parameter '5.weight' in the state where the optimizer has '5.0.weight'",
     ):
         b.load_state_dict(a.state_dict())
+
+
+@pytest.mark.parametrize("cls", [CondLRSGD, CondLRAdamW])
+def test_state_of_another_rank_is_refused(cls):
+    a, b = (LowRankLinear(20, 30, rank=rank) for rank in (5, 6))
+    options = {"momentum": 0.9} if cls is CondLRSGD else {}
+    optimizer, other = (cls(layer, 0.1, tau=0.1, **options) for layer in (a, b))
+    a(torch.randn(4, 20)).sum().backward()
+    optimizer.step()
+    text = rf"{cls.__name__}.load_state_dict: .* of U must be \[30, 6\] as the parameter is, got \[30, 5\]"
+    with pytest.raises(ValueError, match=text):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state_dict()["state"]

@@ -11,13 +11,17 @@ from ..errors import NonFiniteError, ShapeError
 from .losses import CLASSES_NEEDED
 
 
+def _kind(value) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
 def check_batch(function: str, x: Tensor, y: Tensor) -> None:
     """x [B, ...] floating in [0, 1], y [B] integer on the same device."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{function}: x must be a floating-point tensor, got {getattr(x, 'dtype', type(x))}")
+        raise TypeError(f"{function}: x must be a floating-point tensor, got {_kind(x)}")
     integer = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
     if not integer:
-        raise TypeError(f"{function}: y must be an integer tensor of labels, got {getattr(y, 'dtype', type(y))}")
+        raise TypeError(f"{function}: y must be an integer tensor of labels, got {_kind(y)}")
     if x.ndim == 0 or y.shape != x.shape[:1]:
         raise ShapeError(f"{function}: x [B, ...] needs y [B], got x {list(x.shape)} and y {list(y.shape)}")
     if x.device != y.device:

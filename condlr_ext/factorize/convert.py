@@ -295,7 +295,7 @@ def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[
     for t in target.twins:
         twin = t.cls.shell(t.module, rank).like(t.module)
         for name in "USV":
-            twin.set_factor(name, getattr(layer, name))
+            setattr(twin, name, getattr(layer, name))
         twin.bias = t.module.bias
         layers.append((t, twin))
     return layers

@@ -131,7 +131,8 @@ class _LowRankConv(LowRankLayer):
         return first, self._dense(maps, self.out_channels, 1, groups=self.groups, bias=self.bias is not None, **like)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._functional(*self._padded(input), kernel_size=self.kernel_size, route=self._route)
+        low_rank_conv = getattr(functional, self._functional)  # looked up now: torch.fx puts a node of its graph there
+        return low_rank_conv(*self._padded(input), kernel_size=self.kernel_size, route=self._route)
 
     def _arguments(self, input: Tensor) -> tuple:
         return functional.conv_arguments(
@@ -172,14 +173,14 @@ def as_channels_last(input: Tensor, memory_format: torch.memory_format) -> Tenso
 
 class LowRankConv1d(_LowRankConv):
     __doc__ = _LowRankConv.__doc__
-    _d, _last, _dense, _functional = 1, None, nn.Conv1d, staticmethod(functional.low_rank_conv1d)
+    _d, _last, _dense, _functional = 1, None, nn.Conv1d, "low_rank_conv1d"
 
 
 class LowRankConv2d(_LowRankConv):
     __doc__ = _LowRankConv.__doc__
-    _d, _last, _dense, _functional = 2, torch.channels_last, nn.Conv2d, staticmethod(functional.low_rank_conv2d)
+    _d, _last, _dense, _functional = 2, torch.channels_last, nn.Conv2d, "low_rank_conv2d"
 
 
 class LowRankConv3d(_LowRankConv):
     __doc__ = _LowRankConv.__doc__
-    _d, _last, _dense, _functional = 3, torch.channels_last_3d, nn.Conv3d, staticmethod(functional.low_rank_conv3d)
+    _d, _last, _dense, _functional = 3, torch.channels_last_3d, nn.Conv3d, "low_rank_conv3d"

@@ -1,24 +1,22 @@
 """What every low-rank layer has: the factors U, S, V, their initialisation, the weight they stand for."""
 
 import math
+import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import functional, linalg, ops
 from ..errors import NonFiniteError, ShapeError
 from .rank import resolve_rank
 from .truncated import truncated_svd
 
-# Which parameters are factors, for error texts only: layers are found by their names, which this cannot replace
-# (a parameter swapped for another is not here).
-_FACTORS = WeakIdKeyDictionary()
+_LAYERS = weakref.WeakSet()  # all there are; not of their parameters, which torch swaps and replaces
 
 
 def is_factor(p: Tensor) -> bool:
-    """Whether p was made as the U, S or V of a layer in this process."""
-    return p in _FACTORS
+    """Whether p is the U, S or V of a layer in this process."""
+    return any(p is factor for layer in _LAYERS for factor in layer._factors())
 
 
 def active_rank(U: Tensor, S: Tensor, V: Tensor) -> int:
@@ -49,6 +47,11 @@ class LowRankLayer(nn.Module):
     weight_shape: tuple[int, ...]
     _route = "auto"
 
+    def __new__(cls, *args, **kwargs):
+        layer = super().__new__(cls)  # copies and unpickled ones are made here too
+        _LAYERS.add(layer)
+        return layer
+
     @property
     def route(self) -> str:
         return self._route
@@ -72,17 +75,15 @@ class LowRankLayer(nn.Module):
         m, n = self.matrix_shape
         self.rank = resolve_rank(rank, m, n, type(self).__name__)
         for name, shape in {"U": (m, self.rank), "S": (self.rank, self.rank), "V": (n, self.rank)}.items():
-            self.set_factor(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         if bias:
             self.bias = nn.Parameter(torch.empty(m, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
 
-    def set_factor(self, name: str, p: nn.Parameter) -> None:
-        """Makes p this layer's U, S or V."""
-        setattr(self, name, p)
-        _FACTORS[p] = name
+    def _factors(self) -> list[Tensor]:
+        return [p for name in "USV" if (p := self._parameters.get(name)) is not None]
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -110,11 +111,6 @@ class LowRankLayer(nn.Module):
         self.S.copy_(math.sqrt(m / (3 * self.rank)) * torch.eye(self.rank, device=self.S.device))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(n), 1 / math.sqrt(n))
-
-    def __setstate__(self, state) -> None:
-        super().__setstate__(state)
-        for name in ("U", "S", "V"):
-            _FACTORS[getattr(self, name)] = name
 
     @property
     def weight(self) -> Tensor:
@@ -181,7 +177,7 @@ class LowRankLayer(nn.Module):
                 U, sigma, V = truncated_svd(A @ row_space, layer.rank)
                 V = row_space @ V
         for name, X in zip("USV", (U, torch.diag(sigma), V), strict=True):
-            layer.set_factor(name, nn.Parameter(X.to(W.dtype).contiguous()))
+            setattr(layer, name, nn.Parameter(X.to(W.dtype).contiguous()))
         if layer.bias is not None:
             layer.bias = nn.Parameter(module.bias.detach().clone())
         return layer.like(module)

@@ -89,9 +89,9 @@ class Op:
         self.name = schema.split("(")[0]
         self._cpu, self.cpu_is, self._slower = cpu, cpu_is, slower
         self.has_triton, self._triton_not = triton is not None, triton_not
-        self._implementations = {"reference": _without_autocast(reference)}
+        self._implementations = {"reference": _as_op(reference)}
         if triton is not None:
-            self._implementations["triton"] = _without_autocast(_on_first_call(triton))
+            self._implementations["triton"] = _as_op(_on_first_call(triton))
         self._overloads = {}
         for backend_name in ("dispatched", *self._implementations):
             name = self.name if backend_name == "dispatched" else f"_{backend_name}_{self.name}"
@@ -179,15 +179,25 @@ def no_autocast(device_type: str):
     return contextlib.nullcontext()
 
 
-def _without_autocast(fn: Callable) -> Callable:
-    """The arithmetic runs in the dtype it was handed, also inside an autocast region."""
+def _as_op(fn: Callable) -> Callable:
+    """The arithmetic runs in the dtype it was handed, also inside an autocast region, and no output is a view.
+
+    A view that an autograd Function returns may not be changed in place, and a layer's output may be: by
+    ReLU(inplace=True), say.
+    """
 
     def run(*args):
         first = args[0][0] if isinstance(args[0], (list, tuple)) and args[0] else args[0]
         with no_autocast(first.device.type if isinstance(first, torch.Tensor) else "cpu"):
-            return fn(*args)
+            out = fn(*args)
+        return tuple(map(_no_view, out)) if isinstance(out, tuple) else _no_view(out)
 
     return run
+
+
+def _no_view(t):
+    """The same memory, which autograd does not know to be that of another tensor."""
+    return torch.ops.aten._unsafe_view(t, t.shape) if isinstance(t, torch.Tensor) and t._is_view() else t
 
 
 def reasons_not_compiled(tensors, dtypes=(torch.float32, torch.float64)) -> list[str]:

@@ -53,8 +53,9 @@ class Plan(NamedTuple):
 
 
 def choose(plan: Callable[..., Plan], input: Tensor, *args) -> str:
-    """The route that plan, linear or conv, names for these arguments; "factorised" where Triton is named."""
-    if current_backend() == "triton":
+    """The route that plan, linear or conv, names for these arguments; "factorised" where Triton is named, and in
+    torch.jit.trace, where sizes are tensors."""
+    if current_backend() == "triton" or torch.jit.is_tracing():
         return "factorised"
     return plan(input, *args).route if input.is_cpu or input.is_cuda else "factorised"
 

@@ -30,7 +30,7 @@ class AdamCall(StepCall):
     def add(self, slot: Slot, kept: dict[str, Tensor]) -> None:
         super().add(slot, kept)
         self.moments.append({key: self.in_use(slot, tensor) for key, tensor in kept.items()})
-        self.moves.append(self.empty(slot.target.dtype) if slot.at is None else torch.empty_like(slot.target))
+        self.moves.append(self.empty(slot.target.dtype) if slot.at is None else _contiguous_like(slot.target))
 
     @functools.cached_property
     def _moving(self) -> list[int]:
@@ -217,7 +217,7 @@ class CondLRAdamW(ConstrainedOptimizer):
         for slot in (U, identity, V, bias, replace(U, at=None), S, replace(V, at=None), nothing):
             moving = slot.at is not None
             amsgrad = self.param_groups[slot.place[0]]["amsgrad"]
-            call.add(slot, self._moments(slot.p, slot.whole, amsgrad) if moving else {})
+            call.add(slot, self._moments(slot.p, _contiguous_like(slot.whole), amsgrad) if moving else {})
 
     def _step_dense(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
         moments = [self._moments(p, p, group["amsgrad"]) for p in params]
@@ -241,3 +241,8 @@ class CondLRAdamW(ConstrainedOptimizer):
         for p, state in self.state.items():
             if "step" in state:  # torch keeps some on the CPU, and some are numbers
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
+
+
+def _contiguous_like(t: Tensor) -> Tensor:
+    """Room for what torch's fused rule works on, which walks raw memory, beside gradients that are contiguous."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)

@@ -11,8 +11,9 @@ from ..errors import NonFiniteError
 from ..nn.layer import active_rank
 from ..reference import BANDS, HYPER, ROLES
 from .call import Slot, StepCall
-from .groups import assign_roles, link_layers, module_group
+from .groups import Layer, assign_roles, link_layers, module_group
 
+_LOW = (torch.float16, torch.bfloat16)  # layers of these have float32 masters
 _ORTHONORMAL = 1e-4  # factors that are off by more are replaced by their Q at the start
 
 
@@ -129,6 +130,7 @@ class ConstrainedOptimizer(Optimizer):
             for role, p in zip(ROLES, map(self._place, layer.places), strict=True):
                 if p is not None and not p.is_meta and not torch.isfinite(p).all():
                     raise NonFiniteError(f"{self._name}: {role} of layer {layer.name!r} must be finite, got NaN or Inf")
+            self._check_frozen(layer)
         for layer in layers:
             params = [self._place(place) for place in layer.places]
             if params[0].is_meta:
@@ -137,17 +139,35 @@ class ConstrainedOptimizer(Optimizer):
                 self._waiting.add(layer.name)
                 continue
             self._waiting.discard(layer.name)
-            group = self.param_groups[layer.places[1][0]]
             masters = [self._master(p) for p in params]
-            tau, sigma_max = (v if v is None else float(v) for v in (group["tau"], group["sigma_max"]))
-            start_on_constraint_set(*in_use(*masters[:3]), tau, group["band"], sigma_max)
+            start_on_constraint_set(*in_use(*masters[:3]), *self._constraint(layer))
             for p, master in zip(params, masters, strict=True):
                 if p is not master:
                     p.copy_(master)
 
+    def _constraint(self, layer: Layer) -> tuple[float, str, float | None]:
+        """tau, band and sigma_max of a layer."""
+        group = self.param_groups[layer.places[1][0]]
+        tau, sigma_max = (v if v is None else float(v) for v in (group["tau"], group["sigma_max"]))
+        return tau, group["band"], sigma_max
+
+    def _check_frozen(self, layer: Layer) -> None:
+        """Raises ValueError where some factors are frozen and the start would change one by more than its rounding."""
+        params = [self._place(place) for place in layer.places[:3]]
+        if params[0].is_meta or len({p.requires_grad for p in params}) == 1:
+            return
+        started = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in params]
+        start_on_constraint_set(*in_use(*started), *self._constraint(layer))
+        for role, p, X in zip(ROLES, params, started, strict=False):
+            if not p.requires_grad and (X - p).norm() > 8 * torch.finfo(p.dtype).eps * p.norm():
+                raise ValueError(
+                    f"{self._name}: {role} of layer {layer.name!r} is frozen and the layer not on the constraint set;"
+                    " put it there first (linalg.orthonormalize, linalg.clip_spectrum) or let all of U, S, V be trained"
+                )
+
     def _master(self, p: Tensor | None) -> Tensor | None:
         """The tensor that is stepped: the parameter, or its float32 copy in the state."""
-        if p is None or p.dtype not in (torch.float16, torch.bfloat16):
+        if p is None or p.dtype not in _LOW:
             return p
         state = self.state[p]
         if "master" not in state:
@@ -365,8 +385,10 @@ class ConstrainedOptimizer(Optimizer):
     def load_state_dict(self, state_dict) -> None:
         """As torch's. Options the state does not have (it may be that of torch's own optimiser) stay as they are here.
 
+        float16 and bfloat16 layers take the values of the masters in the state.
+
         Raises:
-            ValueError: the parameter names differ, an option is out of range; nothing has changed then.
+            ValueError: the parameter names or shapes differ, an option is out of range; nothing has changed then.
         """
         saved_groups = [dict(group) for group in state_dict["param_groups"]]
         for g, (mine, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
@@ -381,6 +403,7 @@ class ConstrainedOptimizer(Optimizer):
                 if key != "params":
                     saved.setdefault(key, value)
             self._check_options(saved)
+            self._check_shapes(g, saved["params"], state_dict["state"])
         state_dict = {**state_dict, "param_groups": saved_groups}
         super().load_state_dict(state_dict)
         saved_ids = [i for group in saved_groups for i in group["params"]]
@@ -390,6 +413,22 @@ class ConstrainedOptimizer(Optimizer):
             for key in ("master", *self._buffers):
                 if "master" in saved and key in saved:  # torch has cast it to the parameter's dtype
                     self.state[p][key] = saved[key].detach().to(p.device, torch.float32, copy=True)
+            if (
+                "master" in saved and p.dtype in _LOW
+            ):  # from which this optimiser may have moved p to the constraint set when it was made
+                with torch.no_grad():
+                    p.copy_(self.state[p]["master"])
+
+    def _check_shapes(self, g: int, ids: list, state: dict) -> None:
+        """Raises ValueError for the state of another shape than that of its parameter in group g."""
+        for i, (key, p) in enumerate(zip(ids, self.param_groups[g]["params"], strict=False)):
+            for name in ("master", *self._buffers):
+                value = state.get(key, {}).get(name)
+                if isinstance(value, Tensor) and value.shape != p.shape:
+                    raise ValueError(
+                        f"{self._name}.load_state_dict: {name} of {_name_of(self.param_groups[g], i)} must be"
+                        f" {list(p.shape)} as the parameter is, got {list(value.shape)}; the ranks differ?"
+                    )
 
 
 def where_in_use(role: str, r: int) -> tuple[slice, slice]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .._unwrap import unwrapped
 from ..nn.layer import LowRankLayer, is_factor
 from ..reference import ROLES
 
@@ -38,10 +39,13 @@ def param_groups(model: nn.Module, *, factors=None, cores=None, other=None) -> l
 def module_group(model: nn.Module) -> dict:
     """One group of all parameters of a model, with the roles its low-rank layers give them.
 
+    Their names are those of the model itself, also in DistributedDataParallel and torch.compile, so that a state can
+    be loaded where the model is wrapped otherwise.
+
     Raises:
         ValueError: a layer whose factors are no parameters of it, with its name.
     """
-    role_of = {}
+    model, role_of = unwrapped(model), {}
     for prefix, module in model.named_modules():
         if isinstance(module, LowRankLayer):
             role_of |= {_join(prefix, role): role for role in "USV"}

@@ -645,7 +645,7 @@ def _resize(layer: LowRankLayer, rank: int, optimizer: Optimizer | None) -> None
         p = getattr(layer, role)
         pads = (0, more, 0, more) if role == "S" else (0, more)
         new = nn.Parameter(F.pad(p.detach(), pads).contiguous(), p.requires_grad)
-        layer.set_factor(role, new)  # new data in p would not do: graphs that are still alive know its shape
+        setattr(layer, role, new)  # new data in p would not do: graphs that are still alive know its shape
         if optimizer is None:
             continue
         for group in optimizer.param_groups:

@@ -1,5 +1,7 @@
 """CondLRSGD: SGD whose step keeps every low-rank layer on the constraint set."""
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
@@ -93,6 +95,17 @@ class CondLRSGD(ConstrainedOptimizer):
 
     def _kind(self, group: dict) -> bool:
         return bool(group["momentum"])
+
+    def _start(self, layers) -> None:
+        super()._start(layers)
+        for layer in layers:
+            S = self._place(layer.places[1])
+            if not S.is_meta and not S.any():
+                warnings.warn(
+                    f"CondLRSGD: the core of layer {layer.name!r} is zero, which its preconditioner (S Sᵀ)⁻¹ cannot"
+                    " move: the layer will be left as it is; start it elsewhere (reset_parameters), or use CondLRAdamW",
+                    stacklevel=4,
+                )
 
     def _add_layer(self, call: StepCall, slots: list[Slot]) -> None:
         for slot in slots:

@@ -88,7 +88,8 @@ def lipschitz(model: nn.Module, x: Tensor, *, circulant: bool = True) -> Lipschi
     if not isinstance(model, nn.Module):
         raise TypeError(f"lipschitz: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"lipschitz: x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"lipschitz: x must be a floating-point tensor, got {got}")
     if x.ndim < 2 or not len(x):
         raise ShapeError(f"lipschitz: x must be [B, ...] with B >= 1, got {list(x.shape)}")
     norms = {name: module for name, module in model.named_modules() if isinstance(module, BATCH_NORM)}
