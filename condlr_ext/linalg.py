@@ -150,7 +150,8 @@ def cond(A: Tensor) -> Tensor:
     Raises:
         NonFiniteError: NaN or Inf in A. ShapeError: a matrix without rows or columns.
     """
-    sigma = svd(A).sigma
+    low = isinstance(A, Tensor) and A.dtype in (torch.float16, torch.bfloat16)
+    sigma = svd(A.float() if low else A).sigma  # rounded to float16 the largest may be Inf
     if sigma.shape[-1] == 0:
         raise ShapeError(f"linalg.cond: A must have rows and columns, got shape {list(A.shape)}")
     return reference.cond_from_sigma(sigma)

@@ -424,3 +424,69 @@ def test_checkpoints_of_adapted_models(tmp_path):
     assert torch.equal(other(x), model(x))
     with pytest.raises(CheckpointError, match="conv1.delta"):
         condlr_ext.load(plain, tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_shared_weight_changes_in_the_adapter_alone(dtype):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.head, self.twin = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False), nn.Linear(8, 20)
+            self.head.weight = self.twin.weight = self.embedding.weight
+
+        def forward(self, i):
+            x = self.embedding(i)
+            return self.head(x) + self.twin(x)
+
+    model, i = Tied().eval(), torch.arange(20)
+    adapt(model, 3, scale=0.5)
+    for seed, adapter in enumerate(adapters(model).values()):
+        spread(adapter, seed)
+    weight, expected = model.embedding.weight, model.double()(i)
+    before = weight.clone()
+    for adapter in adapters(model).values():
+        adapter.merge()
+    torch.testing.assert_close(model(i), expected)
+    assert torch.equal(weight, before) and model.embedding.weight is weight
+    copied = copy.deepcopy(model)
+    model.to(dtype)
+    for m in (model, copied):
+        for adapter in adapters(m).values():
+            adapter.unmerge()
+        assert m.head.layer.weight is m.twin.layer.weight is m.embedding.weight  # tied again
+        assert torch.equal(m.embedding.weight, before.to(m.embedding.weight.dtype))
+    torch.testing.assert_close(merge_adapters(copied)(i), expected)
+    assert isinstance(copied.head, nn.Linear) and torch.equal(copied.embedding.weight, before)
+
+
+def test_a_merged_adapter_moves_with_what_is_kept_aside():
+    adapter = spread(LowRankAdapter(nn.Linear(6, 5), 2))
+    before = adapter.layer.weight.clone()
+    adapter.merge().double()
+    state = adapter.state_dict()["layer.weight"]
+    assert state.dtype == torch.float64 and torch.equal(state, before.double())
+    assert adapter.unmerge().layer.weight.dtype == torch.float64 and torch.equal(adapter.layer.weight, before.double())
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_computed_weights_are_refused(wrap):
+    model = nn.Sequential(wrap(nn.Linear(6, 5)), nn.Linear(5, 4))
+    with pytest.raises(ValueError, match="adapt: layer 0: .* must be a parameter, got one that is computed"):
+        adapt(model, 2)
+    assert not adapters(model) and model[1].weight.requires_grad
+    adapt(model, 2, include="1")
+    wrap(model[1].layer)
+    with pytest.raises(ValueError, match="LowRankAdapter.merge: .* must be a parameter"):
+        merge_adapters(model)
+
+
+def test_factorize_and_to_dense_leave_adapters_alone():
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 10))
+    adapt(model, 2, include="0")
+    spread(model[0])
+    report = condlr_ext.factorize(model, rank=10)
+    assert "LowRankAdapter" in report.skipped["0.layer"] and type(model[0].layer) is nn.Linear
+    x = torch.randn(4, 12)
+    expected = model(x)
+    assert condlr_ext.to_dense(model)[0].delta.S is not None and type(model[2]) is nn.Linear
+    torch.testing.assert_close(merge_adapters(model)(x), expected)

@@ -326,3 +326,10 @@ def test_bad_input(call, error, text):
 
 def test_orthonormal_helper():
     assert non_orthonormality(orthonormal(9, 4)) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cond_of_low_precision_is_that_of_the_same_numbers(dtype):
+    """Their largest singular value may be more than float16 holds."""
+    A = (3000 * torch.randn(200, 200)).to(dtype)
+    torch.testing.assert_close(linalg.cond(A), linalg.cond(A.float()), rtol=0, atol=0)

@@ -119,8 +119,9 @@ def factorize(
 def to_dense(model: nn.Module) -> nn.Module:
     """Replaces every low-rank layer inside `model`, in place, by a module of its original class; returns the model.
 
-    The function is the same to rounding. Weights that were tied, or whose factors are, are one parameter again, biases
-    stay the same parameters and hooks move along. A model that is a low-rank layer is returned as its dense twin.
+    A LowRankAdapter stays, see merge_adapters. The function is the same to rounding. Weights that were tied, or whose
+    factors are, are one parameter again, biases stay the same parameters and hooks move along. A model that is a
+    low-rank layer is returned as its dense twin.
 
     Raises:
         ValueError: a layer that is more than U S Vᵀ (a forward of its own, factors that hooks compute) or is compiled
@@ -153,17 +154,17 @@ def fold(model: nn.Module, *, dense=()) -> nn.Module:
     for module in model.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             read.update(module.children())
-        elif isinstance(module, LowRankAdapter):
-            layers.pop(module.delta, None)
     tied = {_factors(layer) for layer in layers if layer in read}  # a tie holds between weights of one shape
     return _plain(model, {layer: layer.to_dense() if _factors(layer) in tied else layer.folded() for layer in layers})
 
 
 def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
-    """The low-rank layers and their names, checked: each computes U S Vᵀ x + b and can be replaced."""
+    """The low-rank layers and their names, without the changes of adapters, checked: each computes U S Vᵀ x + b and can
+    be replaced."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = {module: name for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+    changes = {module.delta for module in model.modules() if isinstance(module, LowRankAdapter)}
+    layers = {m: name for name, m in model.named_modules() if isinstance(m, LowRankLayer) and m not in changes}
     for layer, name in layers.items():
         reason = COMPILED if is_compiled(name) else None
         if not forwards_as_its_base(layer):

@@ -9,6 +9,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from ..nn import (
+    LowRankAdapter,
     LowRankConv1d,
     LowRankConv2d,
     LowRankConv3d,
@@ -105,8 +106,11 @@ def select(model: nn.Module, include, exclude, names=None) -> tuple[list[Target]
 def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, str]]:
     found = []  # (name, module, target, the reason against it or None)
     attentions = {}  # of an out_proj: the name and the module of the attention that it is part of
+    adapted = {id(module.layer) for module in model.modules() if isinstance(module, LowRankAdapter)}
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if id(module) in adapted:
+            found.append((name, module, None, "it is the frozen layer of a LowRankAdapter: merge_adapters first"))
+        elif isinstance(module, nn.MultiheadAttention):
             found += _look_at_attention(name, module)
             attentions[id(module.out_proj)] = name, module
         else:

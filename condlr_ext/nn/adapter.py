@@ -33,7 +33,8 @@ class LowRankAdapter(nn.Module):
         change is in the frozen layer's weight.
 
     Raises:
-        TypeError: another layer. RankError: the rank does not fit. ValueError: scale zero or not finite.
+        TypeError: another layer. RankError: the rank does not fit. ValueError: scale zero or not finite, a weight that
+            is computed (parametrised, pruned, normalised).
 
     Source: U S Vᵀ adapters with orthonormal U, V as in Lion et al., PoLAR (NeurIPS 2025) and Li et al., StelLA
         (NeurIPS 2025); the bound on kappa(S) as in Savostianova et al. (NeurIPS 2023).
@@ -45,10 +46,13 @@ class LowRankAdapter(nn.Module):
             raise ValueError(f"LowRankAdapter: scale must be a finite number other than 0, got {scale!r}")
         self.scale = float(scale)
         delta = _delta(layer, rank)
+        _own_weight("LowRankAdapter", layer)
         self.layer, self.delta = layer, delta
         for p in layer.parameters():
             p.requires_grad_(False)
-        self.register_buffer("_frozen", None, persistent=False)  # the layer's own weight while it is merged
+        # The layer's own weight while it is merged: the very parameter, which other modules may have too. In a tuple,
+        # where nn.Module does not take it for one of the adapter's.
+        self._own: tuple[nn.Parameter] | None = None
         self.register_state_dict_post_hook(_keep_unmerged)
         self.register_load_state_dict_pre_hook(_unmerge_first)
         self.reset_parameters()
@@ -70,7 +74,7 @@ class LowRankAdapter(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return self._frozen is not None
+        return self._own is not None
 
     @property
     def weight(self) -> Tensor:
@@ -94,32 +98,41 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> "LowRankAdapter":
-        """Adds the change to the frozen layer's weight, so that forward costs what the layer costs.
+        """Gives the frozen layer a weight with the change added, so that forward costs what the layer costs.
 
-        The sum is formed in float32 at least and rounded once. The layer's own weight is kept aside: unmerge gives it
-        back bit for bit, and the state_dict has it, never the sum. Returns the adapter; merging twice changes nothing.
+        The sum is formed in float32 at least and rounded once. The layer's own weight is kept aside, unchanged, also
+        for modules that share it: unmerge gives it back, and the state_dict has it, never the sum. Returns the adapter;
+        merging twice changes nothing.
 
         Raises:
-            NonFiniteError: NaN or Inf in the sum; nothing has changed then.
+            NonFiniteError: NaN or Inf in the sum. ValueError: the layer's weight has been parametrised. Nothing has
+                changed then.
         """
         if self.merged:
             return self
-        W = self.layer.weight
+        W = _own_weight("LowRankAdapter.merge", self.layer)
         dtype = torch.promote_types(W.dtype, torch.float32)
         U, S, V = (p.to(dtype) for p in (self.delta.U, self.delta.S, self.delta.V))
         merged = (W.to(dtype) + self.scale * (U @ S @ V.mT).reshape(W.shape)).to(W.dtype)
         if not torch.isfinite(merged).all():
             raise NonFiniteError("LowRankAdapter.merge: the merged weight must be finite, got NaN or Inf")
-        self._frozen = W.clone()
-        W.copy_(merged)
+        self._own = (W,)
+        self.layer.weight = nn.Parameter(merged, requires_grad=False)
         return self
 
     @torch.no_grad()
     def unmerge(self) -> "LowRankAdapter":
         """Gives the frozen layer its own weight back; returns the adapter."""
         if self.merged:
-            self.layer.weight.copy_(self._frozen)
-            self._frozen = None
+            (self.layer.weight,) = self._own
+            self._own = None
+        return self
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.merged:  # the weight that is kept aside moves along
+            (own,) = self._own
+            own.data = fn(own.data)
         return self
 
     def extra_repr(self) -> str:
@@ -152,9 +165,20 @@ def _delta(layer: nn.Module, rank) -> nn.Module:
     raise TypeError(f"LowRankAdapter: layer must be nn.Linear or nn.Conv1d/2d/3d, got {type(layer).__name__}")
 
 
+def _own_weight(where: str, layer: nn.Module) -> nn.Parameter:
+    """The layer's weight, if it is a parameter: what is computed at each access cannot be added to."""
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"{where}: the layer's weight must be a parameter, got one that is computed (parametrised, pruned or"
+            " normalised by a hook); make it permanent first"
+        )
+    return weight
+
+
 def _keep_unmerged(adapter: LowRankAdapter, state: dict, prefix: str, metadata) -> None:
     if adapter.merged:
-        state[prefix + "layer.weight"] = adapter._frozen
+        state[prefix + "layer.weight"] = adapter._own[0].detach()
 
 
 def _unmerge_first(adapter: LowRankAdapter, *_) -> None:
