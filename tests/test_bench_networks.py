@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import condlr_ext
-from condlr_ext.bench import alone, inference, networks, profiling, runner, steps, subjects, training
+from condlr_ext.bench import alone, baselines, inference, networks, profiling, runner, steps, subjects, training
 from condlr_ext.bench.baselines import FastPyTorch
 from condlr_ext.bench.floors import LayerCost, network_cost
 from condlr_ext.bench.machine import Cpu
@@ -349,3 +349,21 @@ def test_a_restored_start_is_no_new_model_to_the_optimiser():
         start.restore()
         assert call.holds(list(model.parameters()), optimizer.state)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_small_layers_of_one_shape_are_stepped_as_a_batch(monkeypatch):
+    """To where they get one by one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(3)), nn.Linear(20, 16))
+    condlr_ext.factorize(model, rank=4)
+    models = [copy.deepcopy(model) for _ in range(2)]
+    for stacked, m in zip((baselines.STACKED, 0), models, strict=True):
+        monkeypatch.setattr(baselines, "STACKED", stacked)
+        optimizer = FastPyTorch(m, {"factors": 0.01, "cores": 0.01, "other": 0.01}, momentum=0.5, tau=0.1)
+        assert [len(batch) for batch in optimizer.batches] == ([3, 1] if stacked else [1] * 4)
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            for p in m.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+    torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()))

@@ -53,9 +53,13 @@ def plain_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-class FastPyTorch:
-    """The package's step in plain PyTorch: B - U(UᵀB), Cholesky-QR, torch.linalg.svd and a vectorised clamp.
+STACKED = 1 << 14  # numbers of a layer up to which those of one shape go through the step as one batch
 
+
+class FastPyTorch:
+    """The package's step in plain PyTorch: B - U(UᵀB), Cholesky-QR, torch.linalg.eigh and a vectorised clamp.
+
+    Small layers of one shape take it as a batch: for them the calls cost more than the copies.
     lr: {"factors", "cores", "other"}: learning rates of U and V, of S, and of everything else.
     """
 
@@ -68,6 +72,11 @@ class FastPyTorch:
         self.params = [p for layer in self.layers for p in layer] + self.others
         self.lr, self.momentum, self.tau = lr, momentum, tau
         self.buffers = []
+        alike = {}
+        for i, layer in enumerate(self.layers):
+            small = sum(p.numel() for p in layer) <= STACKED
+            alike.setdefault(tuple(p.shape for p in layer) if small else i, []).append(i)
+        self.batches = list(alike.values())
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -81,8 +90,16 @@ class FastPyTorch:
             torch._foreach_add_(self.buffers, grads)
         else:
             self.buffers = [g.clone() for g in grads]
-        for i, layer in enumerate(self.layers):
-            self.layer_step(*layer, *self.buffers[3 * i : 3 * i + 3])
+        buffers = [self.buffers[3 * i : 3 * i + 3] for i in range(len(self.layers))]
+        for batch in self.batches:
+            if len(batch) == 1:
+                self.layer_step(*self.layers[batch[0]], *buffers[batch[0]])
+                continue
+            parameters = list(zip(*(self.layers[i] for i in batch), strict=True))
+            stacked = [torch.stack(ps) for ps in parameters]
+            self.layer_step(*stacked, *map(torch.stack, zip(*(buffers[i] for i in batch), strict=True)))
+            for ps, new in zip(parameters, stacked, strict=True):
+                torch._foreach_copy_(ps, new.unbind())
         torch._foreach_add_(self.others, self.buffers[3 * len(self.layers) :], alpha=-self.lr["other"])
 
     def layer_step(self, U, S, V, BU, BS, BV) -> None:
@@ -91,7 +108,7 @@ class FastPyTorch:
             Y = X - self.lr["factors"] * (B - X @ (X.mT @ B)) @ inverse
             L = torch.linalg.cholesky(Y.mT @ Y)
             X.copy_(torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False))
-        S.copy_(clamp_by_svd(S - self.lr["cores"] * BS, self.tau))
+        S.copy_(clamp_by_eigh(S - self.lr["cores"] * BS, self.tau))
 
 
 class ReleasedByFormula(ReleasedCondLR):
@@ -113,5 +130,16 @@ def svd(A: Tensor):
 def clamp_by_svd(A: Tensor, tau: float) -> Tensor:
     """Singular values clamped to the band around their root mean square; A may be a batch."""
     P, sigma, Qh = svd(A)
+    return (P * clamped(sigma, tau).unsqueeze(-2)) @ Qh
+
+
+def clamp_by_eigh(A: Tensor, tau: float) -> Tensor:
+    """The same by the eigenvectors of AᵀA: faster, and as right where A is far from singular, as after a step."""
+    squares, V = torch.linalg.eigh(A.mT @ A)
+    sigma = squares.sqrt()
+    return A @ (V * (clamped(sigma, tau) / sigma).unsqueeze(-2)) @ V.mT
+
+
+def clamped(sigma: Tensor, tau: float) -> Tensor:
     lo = 2 / (2 + tau) * torch.linalg.vector_norm(sigma, dim=-1, keepdim=True) / sigma.shape[-1] ** 0.5
-    return (P * torch.clamp(sigma, lo, (1 + tau) * lo).unsqueeze(-2)) @ Qh
+    return torch.clamp(sigma, lo, (1 + tau) * lo)

@@ -75,6 +75,7 @@ class InferenceProblem:
         model = copy.deepcopy(self._model)
         for p in model.parameters():
             p.requires_grad_(False)
+        model.to(torch.promote_types(DTYPES[self._dtype], torch.float32))  # products of weights are rounded once
         model = transform(model).to(self._device.device, DTYPES[self._dtype], memory_format=torch.channels_last)
         return Provider({"call": Call(partial(run, model, self._x), self._errors)}, self._limits, role, work)
 

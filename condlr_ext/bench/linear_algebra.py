@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend, linalg, ops, reference
-from .baselines import clamp_by_svd
+from .baselines import clamp_by_eigh, clamp_by_svd
 from .cores import TAU, core_after_step
 from .machine import DTYPES
 from .registry import CONTEXT, OURS, SAME, Call, Operation, Provider, Work
@@ -45,7 +45,7 @@ class Kind:
 
     errors: of (A, results, exact), all float64, by name the largest of the batch. flops: of one matrix. exact: of A in
     float64 on the CPU. op: whose backends are compared, called with A and these arguments.
-    others: by name, from the module that has to be there, imported.
+    others: by name, from the module that has to be there, imported. numbers: read and written of one matrix.
     """
 
     op: ops._dispatch.Op
@@ -57,6 +57,7 @@ class Kind:
     matrix: Callable[[int, int], Tensor] = torch.randn
     exact: Callable[[Tensor], Tensor | None] = lambda A: None
     others: dict[str, tuple[str, Callable]] | None = None
+    numbers: Callable[[int, int], int] = lambda m, n: 2 * m * n
     compiles: bool = False  # torch's form is made of several ops
     context: Callable[[Tensor], dict[str, Callable[[], tuple[Callable, Callable]]]] | None = None
 
@@ -67,9 +68,8 @@ class MatrixProblem:
     def __init__(self, kind: Kind, shape: Batch, dtype: str, device):
         self._kind, self._shape, self._dtype, self._device = kind, shape, dtype, device
         self._sets = [self._matrices() for _ in range(SETS)]
-        self.work = {
-            "call": [Work(shape.count * kind.flops(shape.m, shape.n), 2 * self._A.element_size() * self._A.numel())]
-        }
+        flops, numbers = kind.flops(shape.m, shape.n), kind.numbers(shape.m, shape.n)
+        self.work = {"call": [Work(shape.count * flops, shape.count * numbers * self._A.element_size())]}
         kernels = {"cpu": "cpu", "cuda": "triton"}[device.kind]
         chosen = kind.op.automatic(self._A, *kind.arguments)
         self.providers = {"ours": partial(self._provider, kind.ours, OURS)}
@@ -81,7 +81,7 @@ class MatrixProblem:
         if kind.compiles:
             self.providers["compiled"] = partial(self._compiled, kind.torch)
         for name, (module, function) in (kind.others or {}).items():
-            if (module == "cupy") == (device.kind == "cuda"):
+            if module == "torch" or (module == "cupy") == (device.kind == "cuda"):
                 self.providers[name] = partial(self._other, module, function)
         for name, make in (kind.context(self._A) if kind.context else {}).items():
             self.providers[name] = partial(self._context, make)
@@ -333,19 +333,22 @@ CLIP = Kind(
     ops.linalg.clip_spectrum, single(partial(linalg.clip_spectrum, tau=TAU)), single(partial(clamp_by_svd, tau=TAU)),
     clip_errors, correction, arguments=linalg.check_constraint("bench", TAU, "rms", None), compiles=True,
     matrix=lambda m, n: core_after_step(n), exact=lambda A: reference.clip_spectrum(A, TAU),
+    others={"torch.linalg, eigh": ("torch", lambda torch, A: (clamp_by_eigh(A, TAU),))},
 )  # fmt: skip
 WILD = Kind(**(vars(CLIP) | {"matrix": torch.randn}))
 SVD = Kind(
-    ops.linalg.svd, linalg.svd, torch_svd, svd_errors, cube,
+    ops.linalg.svd, linalg.svd, torch_svd, svd_errors, cube, numbers=lambda m, n: m * n + (m + n + 1) * min(m, n),
     others={"NumPy": ("numpy", numpy_svd), "SciPy": ("scipy.linalg", one_by_one(scipy_svd)),
             "CuPy": ("cupy", cupy_svd)},
 )  # fmt: skip
 QR = Kind(
     ops.linalg.qr, linalg.qr, torch.linalg.qr, qr_errors, householder,
+    numbers=lambda m, n: m * n + (m + n) * min(m, n),
     others={"NumPy": ("numpy", numpy_qr), "SciPy": ("scipy.linalg", one_by_one(scipy_qr)), "CuPy": ("cupy", cupy_qr)},
 )  # fmt: skip
 POLAR = Kind(
-    ops.linalg.polar, linalg.polar, torch_polar, polar_errors, cube, compiles=True,
+    ops.linalg.polar, linalg.polar, torch_polar, polar_errors, cube, numbers=lambda m, n: 2 * m * n + n * n,
+    compiles=True,
     others={"SciPy": ("scipy.linalg", one_by_one(scipy_polar))},
 )  # fmt: skip
 BASIS = Kind(

@@ -85,8 +85,9 @@ class Cpu:
         self._cold.sum()  # read, not written: dirty lines would be written back at the expense of the call
 
     def ceilings(self, dtypes: Iterable[str], quick: bool = False) -> dict:
-        """What this machine reaches, the best of a few: {"copy": [[bytes, byte/s], ...]} of copies within each cache
-        and beyond, read and written bytes, and flop/s per arithmetic: a matrix product, in float32 also a convolution.
+        """What this machine reaches, the best of a few: {"copy": [[bytes, byte/s], ...]} of copies and sums in place,
+        which need not fetch what they overwrite, within each cache and beyond, read and written bytes, and flop/s per
+        arithmetic: a matrix product, in float32 also a convolution.
         """
 
         def best(run: Callable, number: int = 1) -> float:
@@ -96,7 +97,9 @@ class Cpu:
         for size in [cache // 2 for cache in self.caches] + [beyond // 4 if quick else beyond]:
             a, b = (torch.ones(size // 8) for _ in range(2))
             number = max(1, (1 << 26) // size)
-            copies.append([size, size / best(lambda a=a, b=b: a.copy_(b), number)])
+            copied = size / best(lambda a=a, b=b: a.copy_(b), number)
+            added = 1.5 * size / best(lambda a=a, b=b: a.add_(b), number)
+            copies.append([size, max(copied, added)])
         found = {"copy": copies, "threads": torch.get_num_threads()}
         n, channels = (512, 64) if quick else (1024, 256)
         for name in dtypes:

@@ -119,6 +119,9 @@ class Selection:
             dtypes = [d for d in self.dtypes or operation.dtypes(device) if d in operation.supported]
             rows += [Row(operation, shape, d) for shape in operation.shapes(self.size, device) for d in dtypes]
         rows = [row for row in rows if not self.only or fnmatch.fnmatch(str(row), f"*{self.only}*")]
+        served = dict.fromkeys(d for operation in chosen for d in operation.supported)
+        if self.dtypes and not set(self.dtypes) & set(served):
+            raise ValueError(f"condlr bench: these operations have {', '.join(served)}, not {', '.join(self.dtypes)}")
         if not rows:
             raise ValueError(f"condlr bench: no row matches {self.only!r} (--list shows all)")
         return rows

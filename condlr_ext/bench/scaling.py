@@ -73,7 +73,7 @@ def problem(point: Point, dtype: str, device) -> Restricted:
         return Restricted(layer, "both", ("ours", "eager folded", "dense"))
     if point.subject == "clip":
         cores = MatrixProblem(CLIP, Batch(point.layers, point.rank, point.rank), dtype, device)
-        return Restricted(cores, "call", ("ours", "torch.linalg"))
+        return Restricted(cores, "call", ("ours", "torch.linalg", "torch.linalg, eigh"))
     name = f"{point.layers} layers of width {point.width}, batch {point.batch}"
     NETWORKS[name] = Network(partial(Sum, point.layers, point.width), (point.batch, point.width))
     shape = NetworkRank(name, point.rank)
