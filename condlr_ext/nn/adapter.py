@@ -117,7 +117,7 @@ class LowRankAdapter(nn.Module):
         if not torch.isfinite(merged).all():
             raise NonFiniteError("LowRankAdapter.merge: the merged weight must be finite, got NaN or Inf")
         self._own = (W,)
-        self.layer.weight = nn.Parameter(merged, requires_grad=False)
+        self.layer.weight = nn.Parameter(torch.empty_like(W).copy_(merged), requires_grad=False)  # W's memory format
         return self
 
     @torch.no_grad()

@@ -83,7 +83,8 @@ class LowRankLayer(nn.Module):
         self.reset_parameters()
 
     def _factors(self) -> list[Tensor]:
-        return [p for name in "USV" if (p := self._parameters.get(name)) is not None]
+        parameters = vars(self).get("_parameters", {})  # not there while a layer is being unpickled
+        return [p for name in "USV" if (p := parameters.get(name)) is not None]
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
