@@ -3,8 +3,10 @@
 import numbers
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import autograd, ops, reference
 from .errors import BackendError, RankError, ShapeError
@@ -172,8 +174,7 @@ def _counted() -> bool:
     """Whether torch's FlopCounterMode is at work, which knows torch's own products alone."""
     if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
-    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
+    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in _get_current_dispatch_mode_stack())
 
 
 def transformed() -> bool:

@@ -142,7 +142,7 @@ class ConstrainedOptimizer(Optimizer):
             masters = [self._master(p) for p in params]
             start_on_constraint_set(*in_use(*masters[:3]), *self._constraint(layer))
             for p, master in zip(params, masters, strict=True):
-                if p is not master:
+                if p is not master and p.requires_grad:
                     p.copy_(master)
 
     def _constraint(self, layer: Layer) -> tuple[float, str, float | None]:
