@@ -16,22 +16,22 @@ test: $(VENV)/.installed
 	$(MAKE) --no-print-directory -j 2 test-interpreter test-plain test-aot-defaults
 
 test-interpreter:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/test_triton_*.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/kernels
 
 test-plain:
 	$(BIN)/python -m pytest -m "not interpreter and not aot and not aot_all and not slow"
 
 test-aot-defaults:
-	$(BIN)/python -m pytest -m aot tests/test_triton_aot.py
+	$(BIN)/python -m pytest -m aot tests/kernels/test_aot.py
 
 # every example, and the larger matrices in the interpreter
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow and not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and slow" tests/test_triton_*.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and slow" tests/kernels
 
 # every configuration of the Triton kernels for every architecture
 test-aot: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "aot or aot_all" tests/test_triton_aot.py
+	$(BIN)/python -m pytest -m "aot or aot_all" tests/kernels/test_aot.py
 
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q ruff
@@ -48,14 +48,14 @@ $(VENV)/.installed: $(SOURCES)
 wheel: $(VENV)/.installed
 	rm -rf dist
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	TORCH="$(TORCH)" $(BIN)/python tests/wheel/check.py dist/condlr_ext-*.whl
+	TORCH="$(TORCH)" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl
 
 # by hand: the same wheel on the oldest and on the newest torch (several GB each, removed afterwards)
 compat: $(VENV)/.installed
 	rm -rf dist
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	TORCH="torch==2.10.0" $(BIN)/python tests/wheel/check.py dist/condlr_ext-*.whl
-	TORCH="torch" $(BIN)/python tests/wheel/check.py dist/condlr_ext-*.whl
+	TORCH="torch==2.10.0" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl
+	TORCH="torch" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info condlr_ext/*.so

@@ -1,9 +1,9 @@
 """GPU benchmark: python bench/gpu.py [--part build,test,...] [--seconds 540] [--size default] [--json FILE | --save]
 
-Every benchmark of `condlr bench` in parts, and what has to be known before: the build, the tests marked gpu, the
+Every benchmark of `python -m bench` in parts, and what has to be known before: the build, the tests marked gpu, the
 ceilings of the device. Runs from the source tree on a machine with a CUDA device, torch >= 2.10, Triton >= 3.6, NumPy
 and pytest; needs no network. Everything it finds is in a results file after every row, so a run that is cut off keeps
-what it had; `condlr bench --compare` and `--plot` read these files.
+what it had; `python -m bench --compare` and `--plot` read these files.
 """
 
 import argparse
@@ -62,7 +62,7 @@ PARTS = {
         ("clip 16 x 64x64 fp32", "clip 16 x 128x128 fp32"),
     ),
     "step": Part(
-        "the optimiser step of whole networks", 2.5, ("step", "step still"),
+        "the optimizer step of whole networks", 2.5, ("step", "step still"),
         ("step VGG16 20% fp32", "step VGG16 50% fp32"),
     ),
     "train": Part("training and inference of whole networks", 5, ("train", "inference")),
@@ -76,10 +76,10 @@ class Run:
     """One run: device, options, time left, and the file every record goes to at once."""
 
     def __init__(self, device, options: argparse.Namespace, stop: float):
-        from condlr_ext.bench import machine, operations, records
+        from bench import cases, machine, records
 
         self.device, self.options, self.stop = device, options, stop
-        self.operations = {operation.name: operation for operation in operations.OPERATIONS}
+        self.operations = {operation.name: operation for operation in cases.OPERATIONS}
         self.file = options.json or default_file(options, device.slug)
         self.write = records.Writer(self.file)
         self.write(machine.header(device, sys.argv[1:]))
@@ -102,13 +102,13 @@ class Run:
                 flush=True,
             )
             try:
-                self.device.synchronise()  # raises where the device was lost
+                self.device.synchronize()  # raises where the device was lost
                 {"test": test, "ceilings": ceilings, "tune": choices, "table": choices}.get(name, rows)(self)
             except Exception as error:  # the other parts may still tell something
                 traceback.print_exc()
                 self.fail(f"{name} raised {type(error).__name__}", error=line(error))
                 try:
-                    self.device.synchronise()
+                    self.device.synchronize()
                 except Exception:
                     self.lost = True
         self.write({"kind": "part", "part": name, "seconds": time.monotonic() - start} | self.found)
@@ -130,7 +130,7 @@ class Run:
 
     def measure_ceilings(self) -> None:
         """Once in a run; if that fails, the parts after it do without."""
-        from condlr_ext.bench.machine import DTYPES
+        from bench.machine import DTYPES
 
         if not self._ceilings:
             self._ceilings = True
@@ -159,7 +159,7 @@ def rows(run: Run) -> None:
     """Measures what the project has targets for first, the other rows shuffled, so that what is left out for lack of
     time is spread over all sizes.
     """
-    from condlr_ext.bench import runner
+    from bench import runner
 
     part, options = PARTS[run.name], run.options
     limits = runner.Options(**LIMITS, compile=options.compile, extra=False)  # which would take minutes a row
@@ -175,7 +175,7 @@ def rows(run: Run) -> None:
         except Exception as error:
             run.fail(f"{row}: {line(error)}", errors=[*run.found.get("errors", ()), f"{row}: {line(error)}"])
             try:
-                run.device.synchronise()
+                run.device.synchronize()
             except Exception:  # it is lost, and with it the part
                 run.leave(chosen[i + 1 :])
                 raise
@@ -187,7 +187,7 @@ def rows(run: Run) -> None:
 
 
 def selected(run: Run, part: Part) -> list:
-    from condlr_ext.bench.registry import Selection
+    from bench.registry import Selection
 
     found = []
     for name in part.operations:
@@ -306,8 +306,8 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    from condlr_ext.bench import cuda, tables
-    from condlr_ext.bench.records import Results
+    from bench import cuda, tables
+    from bench.records import Results
 
     torch.manual_seed(0)
     run = Run(cuda.Cuda(), options, stop)

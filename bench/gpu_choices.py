@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 import triton
 
-from condlr_ext.bench.layers import Conv, LayerProblem, Linear
-from condlr_ext.bench.machine import arithmetic, commit
-from condlr_ext.bench.registry import OURS, Call, Provider
-from condlr_ext.bench.runner import attempt, judge, replayed
-from condlr_ext.bench.timing import interleave, quantiles
-from condlr_ext.kernels.triton import architecture, configs, layers, tuning
+from bench.cases.layers import Conv, LayerProblem, Linear
+from bench.machine import arithmetic, commit
+from bench.registry import OURS, Provider, TimedCall
+from bench.runner import attempt, judge, replayed
+from bench.timing import interleave, quantiles
+from condlr_ext.kernels.triton import architecture
+from condlr_ext.kernels.triton.linear import configs, tuning
+from condlr_ext.kernels.triton.linear import launch as layers
 
 MEASURED = Path(__file__).resolve().parents[1] / "condlr_ext" / "ops" / "measured.json"
 KERNELS = ("chain", "sums", "combine")
@@ -67,7 +69,7 @@ def tuned(device, shape: Linear, name: str, kernel: str) -> dict:
         rank, rounding = triton.next_power_of_2(max(shape.r, 16)), layers.precision(G.dtype)
         found, replays = [], {}
         for i, config in enumerate(configs.of(kernel, architecture(G.device), G.dtype, rank, rounding)):
-            call = Call(partial(run_with, kernel, config, compute), partial(problem.factors.errors, names))
+            call = TimedCall(partial(run_with, kernel, config, compute), partial(problem.factors.errors, names))
             provider = Provider({"call": call}, problem.limits, OURS)
             found.append({"config": str(config)} | judge(device, provider, call))
             if "reason" in found[i]:
@@ -77,7 +79,7 @@ def tuned(device, shape: Linear, name: str, kernel: str) -> dict:
             if captured:
                 found[i] |= judge(device, provider, call, partial(replayed, *captured))
                 if "reason" not in found[i]:
-                    replays[i] = Call(captured[0], call.errors)
+                    replays[i] = TimedCall(captured[0], call.errors)
         for i, seconds in timed(device, replays).items():
             found[i]["seconds"] = seconds
     return {"kind": "tune", "row": str(shape), "dtype": name, "kernel": kernel, "configs": found}

@@ -1,8 +1,8 @@
-"""Factorised or merged: the choice of the cost model against the clock: python bench/routes.py [--json FILE]
+"""Factorized or merged: the choice of the cost model against the clock: python bench/routes.py [--json FILE]
 
 Forward and backward of single layers by both routes and by the dense layer, each verified, then timed in turn, warm,
-channels_last; medians. "predicted" is what ops.routes says, "regret" how much slower the choice is than the faster
-route; the gains are dense time / time.
+channels_last; medians. "predicted" is what ops.cost_model_cpu says, "regret" how much slower the choice is than the
+faster route; the gains are dense time / time.
 """
 
 import argparse
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from condlr_ext.bench.layers import CONVS, LINEARS, Conv, LayerProblem, Linear, plan_record, rank
-from condlr_ext.bench.machine import Cpu, header
-from condlr_ext.bench.records import Writer
-from condlr_ext.bench.registry import Operation, Row, Selection
-from condlr_ext.bench.runner import Options, run
+from bench.cases.layers import CONVS, LINEARS, Conv, LayerProblem, Linear, plan_record, rank
+from bench.machine import Cpu, header
+from bench.records import Writer
+from bench.registry import Operation, Row, Selection
+from bench.runner import Options, run
 
-PROVIDERS = {"factorised": "ours: cpu", "merged": "ours: merged", "dense": "dense"}
+PROVIDERS = {"factorized": "ours: cpu", "merged": "ours: merged", "dense": "dense"}
 RANKS = (0.05, 0.2, 0.5, 1.0)
 
 
@@ -80,7 +80,7 @@ def compared(records: list[dict]) -> list[dict]:
     for plan in (r for r in records if r["kind"] == "plan"):
         t = {route: times.get(plan["row"], {}).get(name) for route, name in PROVIDERS.items()}
         if all(t.values()):
-            best, mine = min(t["factorised"], t["merged"]), t[plan["route"]]
+            best, mine = min(t["factorized"], t["merged"]), t[plan["route"]]
             rows.append(plan | {"seconds": t, "regret": mine / best - 1, "measured gain": t["dense"] / mine})
     return rows
 
@@ -113,7 +113,7 @@ def main() -> None:
 
 
 def show(rows: list[dict]) -> None:
-    print(f"{'layer':<48} {'factorised':>11} {'merged':>11} {'dense':>11} {'predicted':>11} regret   gain")
+    print(f"{'layer':<48} {'factorized':>11} {'merged':>11} {'dense':>11} {'predicted':>11} regret   gain")
     for row in rows:
         times = " ".join(f"{1e3 * row['seconds'][name]:>8.3f} ms" for name in PROVIDERS)
         gain = f"{row['measured gain']:.2f} ({row['gain']:.2f})"

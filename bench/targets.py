@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from condlr_ext.bench.records import Results
+from bench.records import Results
 
 DENSE_STEP = ("dense SGD", "dense SGD fused")
 DENSE = ("dense", "dense compiled")

@@ -1,23 +1,12 @@
 """Robust low-rank training for PyTorch: layers W = U S Vᵀ with orthonormal U, V and a bounded condition number."""
 
-from . import (
-    attacks,
-    baselines,
-    errors,
-    functional,
-    importers,
-    linalg,
-    nn,
-    optim,
-    pruning,
-    regularizers,
-    robustness,
-)
+from . import attacks, baselines, errors, functional, linalg, nn, optim, pruning, regularizers, robustness
 from ._version import __version__ as __version__
-from .adapters import adapt, merge_adapters
-from .checkpoint import load, save
+from .adapters import add_adapters, merge_adapters
 from .factorize import condition_numbers, factorize, fold, to_dense
-from .lora import load_lora, save_lora
+from .io import importers
+from .io.checkpoint import load, save
+from .io.lora import load_lora, save_lora
 from .nn import Energy, LowRankAdapter, LowRankConv1d, LowRankConv2d, LowRankConv3d, LowRankLinear
 from .ops import backend
 from .optim import compact
@@ -29,7 +18,7 @@ __all__ = [
     "LowRankConv2d",
     "LowRankConv3d",
     "LowRankLinear",
-    "adapt",
+    "add_adapters",
     "attacks",
     "backend",
     "baselines",

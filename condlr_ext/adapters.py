@@ -5,15 +5,15 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._select import DENSE
-from .checkpoint import undone_on_error
-from .factorize.selection import matcher
+from ._modules import DENSE, matcher, replace_modules, undone_on_error
 from .nn import LowRankAdapter
 
-__all__ = ["adapt", "adapters", "merge_adapters"]
+__all__ = ["add_adapters", "adapters", "merge_adapters"]
 
 
-def adapt(model: nn.Module, rank, *, include=None, exclude=None, scale: float = 1.0) -> dict[str, LowRankAdapter]:
+def add_adapters(
+    model: nn.Module, rank, *, include=None, exclude=None, scale: float = 1.0
+) -> dict[str, LowRankAdapter]:
     """Freezes a model and puts a LowRankAdapter on its linear and convolutional layers, in place.
 
     Parameters that are to be trained besides, a new classifier say, are unfrozen afterwards.
@@ -33,10 +33,12 @@ def adapt(model: nn.Module, rank, *, include=None, exclude=None, scale: float = 
             model's modules are unchanged then.
     """
     if isinstance(model, DENSE):
-        raise ValueError(f"adapt: model must contain the layers, got a bare {type(model).__name__}; use LowRankAdapter")
+        raise ValueError(
+            f"add_adapters: model must contain the layers, got a bare {type(model).__name__}; use LowRankAdapter"
+        )
     names = [name for name, _ in model.named_modules()]
-    wanted = matcher("adapt", "include", include, names) if include is not None else lambda *_: True
-    unwanted = matcher("adapt", "exclude", exclude, names) if exclude is not None else lambda *_: False
+    wanted = matcher("add_adapters", "include", include, names) if include is not None else lambda *_: True
+    unwanted = matcher("add_adapters", "exclude", exclude, names) if exclude is not None else lambda *_: False
     inside = {id(part) for a in adapters(model).values() for part in a.modules()}
     layers = {
         name: module
@@ -47,13 +49,13 @@ def adapt(model: nn.Module, rank, *, include=None, exclude=None, scale: float = 
         and not unwanted(name, module)
     }
     if not layers:
-        raise ValueError(f"adapt: no nn.Linear or nn.Conv1d/2d/3d with include={include!r}, exclude={exclude!r}")
+        raise ValueError(f"add_adapters: no nn.Linear or nn.Conv1d/2d/3d with include={include!r}, exclude={exclude!r}")
     parameters = list(model.parameters())
     with undone_on_error(model):
         made = {name: _make(name, layer, rank, scale) for name, layer in layers.items()}
     for p in parameters:
         p.requires_grad_(False)
-    _replace(model, {layers[name]: adapter for name, adapter in made.items()})
+    replace_modules(model, {layers[name]: adapter for name, adapter in made.items()})
     return made
 
 
@@ -73,7 +75,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         adapter.merge()
     if isinstance(model, LowRankAdapter):
         return model.layer
-    _replace(model, {adapter: adapter.layer for adapter in found.values()})
+    replace_modules(model, {adapter: adapter.layer for adapter in found.values()})
     return model
 
 
@@ -115,18 +117,11 @@ def put_on(model: nn.Module, changes: dict[str, tuple[Tensor, Tensor, Tensor, fl
                 for p, value in zip((adapter.delta.U, adapter.delta.S, adapter.delta.V), (U, S, V), strict=True):
                     p.copy_(value)
         replacement[module] = adapter
-    _replace(model, replacement)
+    replace_modules(model, replacement)
 
 
 def _make(name: str, layer: nn.Module, rank, scale: float) -> LowRankAdapter:
     try:
         return LowRankAdapter(layer, rank, scale=scale)
     except ValueError as error:
-        raise type(error)(f"adapt: layer {name}: {error}") from None
-
-
-def _replace(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -> None:
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():  # named_children would pass over a module used twice
-            if child in replacement:
-                parent._modules[key] = replacement[child]
+        raise type(error)(f"add_adapters: layer {name}: {error}") from None

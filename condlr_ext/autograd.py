@@ -15,31 +15,31 @@ from .ops import layers, linalg
 # call, which costs as much as a small layer. torch.func does not need it: functional sends it to plain products.
 
 
-class LowRankLinear(Function):
+class LowRankLinearFunction(Function):
     """Y of reference.low_rank_linear."""
 
     @staticmethod
     def forward(ctx, backend, *args):
-        return _factorised(ctx, layers.low_rank_linear, backend, args)
+        return _factorized(ctx, layers.low_rank_linear, backend, args)
 
     @staticmethod
     def backward(ctx, grad):
-        return _factorised_backward(ctx, layers.low_rank_linear_backward, reference.low_rank_linear_backward, grad)
+        return _factorized_backward(ctx, layers.low_rank_linear_backward, reference.low_rank_linear_backward, grad)
 
 
-class LowRankConv(Function):
+class LowRankConvFunction(Function):
     """Y of reference.low_rank_conv."""
 
     @staticmethod
     def forward(ctx, backend, *args):
-        return _factorised(ctx, layers.low_rank_conv, backend, args)
+        return _factorized(ctx, layers.low_rank_conv, backend, args)
 
     @staticmethod
     def backward(ctx, grad):
-        return _factorised_backward(ctx, layers.low_rank_conv_backward, reference.low_rank_conv_backward, grad)
+        return _factorized_backward(ctx, layers.low_rank_conv_backward, reference.low_rank_conv_backward, grad)
 
 
-class MergedLinear(Function):
+class MergedLinearFunction(Function):
     """Y of reference.merged_linear."""
 
     @staticmethod
@@ -51,7 +51,7 @@ class MergedLinear(Function):
         return _merged_backward(ctx, layers.merged_linear_backward, reference.merged_linear_backward, grad)
 
 
-class MergedConv(Function):
+class MergedConvFunction(Function):
     """Y of reference.merged_conv."""
 
     @staticmethod
@@ -63,7 +63,7 @@ class MergedConv(Function):
         return _merged_backward(ctx, layers.merged_conv_backward, reference.merged_conv_backward, grad)
 
 
-def _factorised(ctx, op, backend, args):
+def _factorized(ctx, op, backend, args):
     """Y; keeps the factors, P for dU and dS, X for dV and for P as a function of it in a second backward.
 
     A convolution needs X for dX too, as torch's does: its size does not follow from that of Y.
@@ -77,7 +77,7 @@ def _factorised(ctx, op, backend, args):
     return Y
 
 
-def _factorised_backward(ctx, op, in_plain_products, grad):
+def _factorized_backward(ctx, op, in_plain_products, grad):
     input, P, U, S, V = ctx.saved_tensors
     if torch.is_grad_enabled() and input is not None:
         P = None  # a function of X and V again
@@ -85,7 +85,7 @@ def _factorised_backward(ctx, op, in_plain_products, grad):
 
 
 def _merged(ctx, op, backend, args):
-    """Y; keeps the factors, from which W is formed again, and X for their gradients (see _factorised)."""
+    """Y; keeps the factors, from which W is formed again, and X for their gradients (see _factorized)."""
     input, U, S, V, _, *ctx.geometry = args
     _, by_X, *by_factors, _ = ctx.needs_input_grad[:6]
     ctx.backend = backend
@@ -118,7 +118,7 @@ def _full_precision(backward):
     return run
 
 
-class SVD(Function):
+class SVDFunction(Function):
     """(U, sigma, V, info). Gradients through U or V need distinct singular values."""
 
     generate_vmap_rule = True
@@ -176,7 +176,7 @@ def _refuse_undefined(sigma: Tensor, alone: bool) -> None:
         )
 
 
-class QR(Function):
+class QRFunction(Function):
     """(Q, R, info), A of full column rank (m < n: its first m columns independent)."""
 
     generate_vmap_rule = True
@@ -212,7 +212,7 @@ class QR(Function):
         return None, torch.cat((head, tail), dim=-1)
 
 
-class Polar(Function):
+class PolarFunction(Function):
     """(Q, info) of A = Q H, A of full rank."""
 
     generate_vmap_rule = True
@@ -233,11 +233,11 @@ class Polar(Function):
     def backward(ctx, dQ, _):
         if dQ is None:
             return None, None
-        U, sigma, V, _ = SVD.apply(ctx.backend, *ctx.saved_tensors)
+        U, sigma, V, _ = SVDFunction.apply(ctx.backend, *ctx.saved_tensors)
         return None, _spectral_gradient(dQ, U, sigma, V, torch.ones_like(sigma), torch.zeros_like(sigma))
 
 
-class ClipSpectrum(Function):
+class ClipSpectrumFunction(Function):
     """(out, info) of clip_spectrum; the band's edges are constants, so the gradient along a clipped sigma is 0."""
 
     generate_vmap_rule = True
@@ -259,7 +259,7 @@ class ClipSpectrum(Function):
         if grad is None:
             return (None,) * 5
         tau, band, sigma_max = ctx.constraint
-        U, sigma, V, _ = SVD.apply(ctx.backend, *ctx.saved_tensors)
+        U, sigma, V, _ = SVDFunction.apply(ctx.backend, *ctx.saved_tensors)
         lo, hi = (e.unsqueeze(-1) for e in reference.clip_edges(sigma.detach(), tau, reference.BANDS[band], sigma_max))
         # the edges belong to the band, to the rounding of sigma; a band narrower than that (tau = 0) has no inside
         slack = 16 * torch.finfo(sigma.dtype).eps * sigma.detach()[..., :1]

@@ -22,4 +22,4 @@ class BackendError(NotImplementedError):
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read, or does not fit the model or optimiser it is loaded into."""
+    """A file that cannot be read, or does not fit the model or optimizer it is loaded into."""

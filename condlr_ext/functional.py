@@ -25,11 +25,11 @@ def low_rank_linear(
     Args:
         input: X [*, n].
         U: [m, r]. S: [r, r]. V: [n, r], r <= min(m, n). bias: [m] or None. All of one dtype and device.
-        route: "factorised" (thin products; W is never formed), "merged" (W is formed once, then the dense product)
-            or "auto", what the cost model of ops.routes says is the cheaper for these sizes.
+        route: "factorized" (thin products; W is never formed), "merged" (W is formed once, then the dense product)
+            or "auto", what the cost model of ops.cost_model_cpu says is the cheaper for these sizes.
 
     Returns:
-        [*, m]. Factorised, for B rows, 2 B r (m + n) + min(B, m) 2 r² flops, and X, P = X V and the factors are saved
+        [*, m]. Factorized, for B rows, 2 B r (m + n) + min(B, m) 2 r² flops, and X, P = X V and the factors are saved
         for backward; merged, 2 B m n + 2 m n r, and X and the factors are.
 
     Raises:
@@ -39,20 +39,20 @@ def low_rank_linear(
     """
     args = linear_arguments(input, U, S, V, bias)
     if check_route("low_rank_linear", route) == "auto":
-        route = ops.routes.choose(ops.routes.linear, *args)
+        route = ops.cost_model_cpu.choose(ops.cost_model_cpu.linear, *args)
     if route == "merged":
-        if _in_plain_products():
+        if _use_aten():
             return reference.merged_linear(*args)
-        return autograd.MergedLinear.apply(ops.layers.merged_linear.choose(*args), *args)
-    if _in_plain_products():
+        return autograd.MergedLinearFunction.apply(ops.layers.merged_linear.choose(*args), *args)
+    if _use_aten():
         return reference.low_rank_linear(*args)[0]
-    return autograd.LowRankLinear.apply(ops.layers.low_rank_linear.choose(*args), *args)
+    return autograd.LowRankLinearFunction.apply(ops.layers.low_rank_linear.choose(*args), *args)
 
 
 def linear_arguments(input, U, S, V, bias) -> tuple:
     """The tensors as the ops take them: checked, in autocast's dtype where that is on."""
-    if not _fit(input, U, S, V, bias):
-        input, U, S, V, bias = _prepare("low_rank_linear", input, U, S, V, bias)
+    if not _fast_path_ok(input, U, S, V, bias):
+        input, U, S, V, bias = _check_and_cast("low_rank_linear", input, U, S, V, bias)
     if input.dim() == 0 or input.shape[-1] != V.shape[0]:
         raise ShapeError(
             f"low_rank_linear: input must be [*, {V.shape[0]}] to fit V {list(V.shape)}, got {list(input.shape)}"
@@ -80,7 +80,7 @@ def low_rank_conv2d(
         bias: [C_out] or None.
         stride, padding, dilation, groups: as torch.nn.functional.conv2d; padding may be "valid" or "same".
         kernel_size: int or one int per space dimension.
-        route: "auto", "factorised" or "merged", as in low_rank_linear.
+        route: "auto", "factorized" or "merged", as in low_rank_linear.
 
     Returns:
         [B, C_out, H', W'] (or without B).
@@ -110,8 +110,8 @@ def same_padding(kernel_size, dilation) -> list[int]:
 
 def conv_arguments(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size) -> tuple:
     """What the ops take: the tensors as in linear_arguments, the input with a batch dimension, lists of d ints."""
-    if not _fit(input, U, S, V, bias):
-        input, U, S, V, bias = _prepare(name, input, U, S, V, bias)
+    if not _fast_path_ok(input, U, S, V, bias):
+        input, U, S, V, bias = _check_and_cast(name, input, U, S, V, bias)
     kernel_size = as_ints(name, "kernel_size", kernel_size, d, 1)
     stride = as_ints(name, "stride", stride, d, 1)
     dilation = as_ints(name, "dilation", dilation, d, 1)
@@ -145,27 +145,27 @@ def _conv(d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_siz
     name = f"low_rank_conv{d}d"
     args = conv_arguments(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size)
     if check_route(name, route) == "auto":
-        route = ops.routes.choose(ops.routes.conv, *args)
+        route = ops.cost_model_cpu.choose(ops.cost_model_cpu.conv, *args)
     if route == "merged":
-        if _in_plain_products():
+        if _use_aten():
             output = reference.merged_conv(*args)
         else:
-            output = autograd.MergedConv.apply(ops.layers.merged_conv.choose(*args), *args)
-    elif _in_plain_products():
+            output = autograd.MergedConvFunction.apply(ops.layers.merged_conv.choose(*args), *args)
+    elif _use_aten():
         output, _ = reference.low_rank_conv(*args)
     else:
-        output = autograd.LowRankConv.apply(ops.layers.low_rank_conv.choose(*args), *args)
+        output = autograd.LowRankConvFunction.apply(ops.layers.low_rank_conv.choose(*args), *args)
     return output if input.dim() == d + 2 else output.squeeze(0)
 
 
 def check_route(name: str, route: str) -> str:
-    """The route, one of ops.routes.ROUTES. Raises ValueError for another."""
-    if route not in ops.routes.ROUTES:
-        raise ValueError(f"{name}: route must be one of {', '.join(ops.routes.ROUTES)}, got {route!r}")
+    """The route, one of ops.cost_model_cpu.ROUTES. Raises ValueError for another."""
+    if route not in ops.cost_model_cpu.ROUTES:
+        raise ValueError(f"{name}: route must be one of {', '.join(ops.cost_model_cpu.ROUTES)}, got {route!r}")
     return route
 
 
-def _in_plain_products() -> bool:
+def _use_aten() -> bool:
     """Whether torch's own products are to serve: where something transforms them, or exports them to run elsewhere."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed() or _counted()
 
@@ -213,8 +213,8 @@ def as_ints(name: str, what: str, value, d: int, least: int) -> list[int]:
     return [int(v) for v in values]
 
 
-def _fit(input, U, S, V, bias) -> bool:
-    """Whether there is nothing for _prepare to say or to cast, by one condition that costs little at every call."""
+def _fast_path_ok(input, U, S, V, bias) -> bool:
+    """True if _check_and_cast would change and refuse nothing; one condition, cheap enough for every call."""
     try:
         (m, r), (n, columns), dtype, device = U.shape, V.shape, U.dtype, U.device
         return (
@@ -232,7 +232,7 @@ def _fit(input, U, S, V, bias) -> bool:
         return False
 
 
-def _prepare(name: str, input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None):
+def _check_and_cast(name: str, input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None):
     """The tensors in autocast's dtype where that is on, checked to fit together."""
     tensors = {"input": input, "U": U, "S": S, "V": V, "bias": bias}
     tensors = {k: t for k, t in tensors.items() if t is not None or k != "bias"}

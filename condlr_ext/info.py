@@ -69,7 +69,7 @@ def _version(name: str) -> str | None:
 
 def _serving(op: ops.Op, device: str) -> dict:
     args = _sample(op.name, device)
-    reasons = {name: op.reasons_not(name, *args) for name in ops.BACKENDS if name != "auto"}
+    reasons = {name: op.unsupported_reasons(name, *args) for name in ops.BACKENDS if name != "auto"}
     served_by = op.automatic(*args)
     what = {"cpu": op.cpu_is, "triton": "Triton kernel"}.get(served_by, "plain PyTorch")
     return {"served_by": served_by, "what": what, "not": {name: why for name, why in reasons.items() if why}}

@@ -62,7 +62,7 @@ def svd(A: Tensor) -> SVDResult:
         8.6.3; gradient J. Townsend, Differentiating the singular value decomposition (2016).
     """
     op = ops.linalg.svd
-    U, sigma, V = _apply("svd", op, autograd.SVD, A)
+    U, sigma, V = _apply("svd", op, autograd.SVDFunction, A)
     return SVDResult(U, sigma, V)
 
 
@@ -81,7 +81,7 @@ def qr(A: Tensor) -> QRResult:
 
     Source: Householder; the gradient needs full rank (J. Roberts and L. Roberts, arXiv 2009.10071, eq. 14).
     """
-    Q, R = _apply("qr", ops.linalg.qr, autograd.QR, A)
+    Q, R = _apply("qr", ops.linalg.qr, autograd.QRFunction, A)
     return QRResult(Q, R)
 
 
@@ -110,7 +110,7 @@ def polar(A: Tensor) -> PolarResult:
         singular values.
     """
     _check_matrix("polar", A)
-    (Q,) = _apply("polar", ops.linalg.polar, autograd.Polar, A)
+    (Q,) = _apply("polar", ops.linalg.polar, autograd.PolarFunction, A)
     with ops.no_autocast(A.device.type):
         H = Q.mT @ A
     return PolarResult(Q, (H + H.mT) / 2)
@@ -124,7 +124,7 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float | N
         tau: slack >= 0; kappa of the result is at most 1 + tau to rounding. Inf: no band, only the cap.
         band: where the band lies. "rms" (CondLR): around s = ‖sigma‖ / √k, half-width tau s / (2 + tau); "mean":
             around the mean; "optimal": the nearest matrix with kappa <= 1 + tau in the Frobenius norm. "rms" and
-            "mean" shrink the scale a little each time they act, which regularises where they are applied after every
+            "mean" shrink the scale a little each time they act, which regularizes where they are applied after every
             training step; "optimal" does not.
         sigma_max: if given, a band whose upper edge exceeds it is scaled down to end there.
 
@@ -140,7 +140,7 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float | N
         "optimal": the Euclidean projection of sigma, exact by sorting. In backward the edges are constants.
     """
     constraint = check_constraint("linalg.clip_spectrum", tau, band, sigma_max)
-    (out,) = _apply("clip_spectrum", ops.linalg.clip_spectrum, autograd.ClipSpectrum, A, *constraint)
+    (out,) = _apply("clip_spectrum", ops.linalg.clip_spectrum, autograd.ClipSpectrumFunction, A, *constraint)
     return out
 
 

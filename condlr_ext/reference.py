@@ -180,6 +180,11 @@ def _sum_of_channels(grad: Tensor) -> Tensor:
     return grad.sum([i for i in range(grad.dim()) if i != 1])
 
 
+def is_pointwise(kernel_size, stride, padding) -> bool:
+    """Whether a convolution is one product of its channels."""
+    return all(k == s == 1 for k, s in zip(kernel_size, stride, strict=True)) and not any(padding)
+
+
 def _unit(kernel_size) -> tuple[list[int], list[int]]:
     """Ones and zeros, one per space dimension: a pointwise kernel's size, stride and dilation, and its padding."""
     return [1] * len(kernel_size), [0] * len(kernel_size)

@@ -79,7 +79,7 @@ T* write(const Tensor& t) {
   return t.numel() > 0 ? static_cast<T*>(t.mutable_data_ptr()) : nullptr;
 }
 
-// Uninitialised, in the shape of t with another last dimension.
+// Uninitialized, in the shape of t with another last dimension.
 Tensor empty_rows(const Tensor& t, int64_t last) {
   std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
   sizes.back() = last;

@@ -36,7 +36,7 @@ fit(base, torch.optim.SGD(base.parameters(), lr=0.2, momentum=0.9), x, 10)
 print(f"base network: {accuracy(base, x)} upright, {accuracy(base, turned)} turned by 90 degrees")
 
 model = copy.deepcopy(base)
-condlr_ext.adapt(model, rank=8, scale=1.0)  # delta W = U S Vᵀ on every layer; the rest is frozen
+condlr_ext.add_adapters(model, rank=8, scale=1.0)  # delta W = U S Vᵀ on every layer; the rest is frozen
 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 print(
     f"adapters: {trained} of {sum(p.numel() for p in base.parameters())} parameters, same function at the start:",

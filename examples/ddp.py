@@ -1,5 +1,5 @@
 """DistributedDataParallel on two processes of this machine: both hold the same parameters, bit for bit, after every
-step. Build the optimiser after DDP, which gives all processes the parameters of the first.
+step. Build the optimizer after DDP, which gives all processes the parameters of the first.
 """
 
 import tempfile

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import condlr_ext
-from condlr_ext import importers
+from condlr_ext.io import importers
 
 torch.manual_seed(0)
 m, n, r = 32, 48, 6

@@ -1,4 +1,4 @@
-"""The constraint under optimisers that know nothing of it: SGD, AdamW, and Muon with AdamW, by one Projector."""
+"""The constraint under optimizers that know nothing of it: SGD, AdamW, and Muon with AdamW, by one Projector."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: seeds, poisoned uninitialised memory, backends, matrices of every kind."""
+"""Fixtures of all tests: seeds, poisoned uninitialized memory, backends, matrices of every kind."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ with warnings.catch_warnings():
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import interpreted  # noqa: F401
+    from helpers import interpreted  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,6 +77,6 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("interpreter"):
-            assert item.path.name.startswith("test_triton_"), "make test looks for these only there"
+            assert item.path.parent.name == "kernels", "make test looks for these only there"
         if item.get_closest_marker("interpreter") and not interpreting:
             item.add_marker(pytest.mark.skip(reason="needs a process started with TRITON_INTERPRET=1"))

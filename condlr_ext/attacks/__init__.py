@@ -1,7 +1,7 @@
 """Adversarial attacks on classifiers of inputs in [0, 1]."""
 
-from .adapters import autoattack, from_foolbox, from_torchattacks
 from .apgd import apgd
+from .external import autoattack, from_foolbox, from_torchattacks
 from .gradient import fgsm, pgd
 from .low_rank import low_rank_pgd, perturbation_report
 

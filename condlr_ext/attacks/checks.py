@@ -31,7 +31,7 @@ def check_batch(function: str, x: Tensor, y: Tensor) -> None:
         if not (low >= 0 and high <= 1):  # NaN fails too
             raise ValueError(
                 f"{function}: x must lie in [0, 1], got values in [{low:.4g}, {high:.4g}]; attack plain "
-                "inputs and put any normalisation into the model"
+                "inputs and put any normalization into the model"
             )
 
 

@@ -18,7 +18,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps, *, norm: str = "linf", los
         x (Tensor): inputs in [0, 1], [B, ...], floating point.
         y (Tensor): labels [B], integer.
         eps (float or 1-D sequence): budgets >= 0, in the units of x.
-        norm: "linf" (direction: the sign) or "l2" (direction: the normalised gradient).
+        norm: "linf" (direction: the sign) or "l2" (direction: the normalized gradient).
         loss: "ce"; "log-odds": its direction without rounding at saturated logits; "ce-rescaled"; "dlr".
 
     Returns:
@@ -64,7 +64,7 @@ def pgd(
         x (Tensor): inputs in [0, 1], [B, ...], floating point.
         y (Tensor): labels [B], integer.
         eps (float or 1-D sequence): radii >= 0 of the ball, in the units of x.
-        norm: "linf" (direction: the sign) or "l2" (direction: the normalised gradient).
+        norm: "linf" (direction: the sign) or "l2" (direction: the normalized gradient).
         steps, restarts: counts >= 1; more than one restart needs random_start.
         step_size: > 0; default 2.5 eps / steps.
         random_start: start anywhere in the ball: uniformly in the "linf" one, in a uniform direction at a uniform

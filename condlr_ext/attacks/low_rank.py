@@ -39,7 +39,7 @@ def low_rank_pgd(
     """Ascent in the factors of clip(x + eps D / |D|, 0, 1), D = U Vᵀ of the given rank in every channel, best kept.
 
     The last two dimensions of x are the matrix, those between them and the batch are channels with factors of their
-    own. Each step adds step_size times the normalised gradient to U [B, C, H, rank] and to V [B, C, W, rank]; as both
+    own. Each step adds step_size times the normalized gradient to U [B, C, H, rank] and to V [B, C, W, rank]; as both
     grow, later steps turn D less. Of all points visited, the clean input included, each sample keeps a misclassified
     one if there is any, and among those (else among all) the one of highest loss.
 

@@ -1,4 +1,4 @@
-"""SGD with momentum, one parameter at a time: what the optimisers on U S Vᵀ in this folder share."""
+"""SGD with momentum, one parameter at a time: what the optimizers on U S Vᵀ in this folder share."""
 
 import functools
 import math
@@ -168,7 +168,7 @@ def check_options(where: str, options: dict) -> None:
 
 
 def check_factor(where: str, what: str, X: Tensor) -> None:
-    """Raises unless X is a finite float32 or float64 matrix: the step factorises it in its own dtype."""
+    """Raises unless X is a finite float32 or float64 matrix: the step factorizes it in its own dtype."""
     if X.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{where}: {what} must be float32 or float64, got {X.dtype}")
     if X.is_meta:

@@ -25,7 +25,7 @@ def svd_prune(
 ) -> FactorizeReport:
     """Prunes the singular values of a dense network's weights, in place; what is left are low-rank layers.
 
-    Fine-tuning, with any optimiser, is the caller's.
+    Fine-tuning, with any optimizer, is the caller's.
 
     Args:
         model: changed in place.

@@ -12,7 +12,7 @@ from .layerwise import check_factor, check_gradients, check_options
 
 
 class TrainedLayer:
-    """A low-rank layer in an optimiser that replaces its factors; modules that share the factors count as one."""
+    """A low-rank layer in an optimizer that replaces its factors; modules that share the factors count as one."""
 
     def __init__(self, name: str, module: LowRankLayer):
         self.name, self.modules = name, [module]

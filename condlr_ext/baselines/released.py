@@ -1,4 +1,4 @@
-"""ReleasedCondLR: the optimiser of the code released with the CondLR paper, quirk by quirk."""
+"""ReleasedCondLR: the optimizer of the code released with the CondLR paper, quirk by quirk."""
 
 import math
 import numbers

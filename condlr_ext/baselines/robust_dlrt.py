@@ -17,7 +17,7 @@ class RobustDLRT(RankAdaptiveSGD):
     a penalty: kappa is pulled down, not bounded, and S is made smaller at the same time, since R(c S) = c² R(S); a
     beta that is too large lets the weights vanish.
 
-    An ordinary optimiser, one forward and backward pass per step; the steps go in cycles of 1 + core_steps:
+    An ordinary optimizer, one forward and backward pass per step; the steps go in cycles of 1 + core_steps:
 
     1. the first step takes the gradients of U and V into the bases, U1 = orth(U, grad_U), V1 = orth(V, grad_V), of
        rank min(2 r, m, n), S1 = U1ᵀ U S Vᵀ V1; the function stays, and no parameter is trained;
@@ -42,7 +42,7 @@ class RobustDLRT(RankAdaptiveSGD):
         ValueError: options out of range, no trained low-rank layer, layers of which some factors are frozen or shared.
         NonFiniteError: NaN or Inf in a factor. TypeError: model is no module.
 
-    The weight of a convolution is the flattened one, C_out x (C_in / groups * prod(kernel_size)); the paper factorises
+    The weight of a convolution is the flattened one, C_out x (C_in / groups * prod(kernel_size)); the paper factorizes
     it by Tucker in the two channel modes.
 
     Source: Schotthöfer, Yang and Schnake, RobustDLRT, NeurIPS 2025 (arXiv 2505.08022).

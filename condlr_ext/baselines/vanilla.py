@@ -1,4 +1,4 @@
-"""Plain low-rank layers W = A B, two unconstrained factors for any optimiser."""
+"""Plain low-rank layers W = A B, two unconstrained factors for any optimizer."""
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def vanilla_low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
 
     Raises:
         ValueError: a name that is no nn.Linear or nn.Conv1d/2d/3d of the model, or one whose weight is tied or
-        parametrised. RankError: a rank out of range. The model is unchanged then.
+        parametrized. RankError: a rank out of range. The model is unchanged then.
     """
     layers = {name: module for name, module in model.named_modules() if name and type(module) in _TWO_FACTOR}
     for name in ranks:

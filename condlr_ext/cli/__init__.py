@@ -9,8 +9,6 @@ import torch
 
 import condlr_ext
 
-from ..bench.command import TEXT as BENCH
-from ..bench.command import arguments as bench_arguments
 from . import commands
 
 
@@ -23,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; argv without the program's name, default sys.argv[1:].
 
     Returns:
-        Exit code: 0; 1 when bench --compare found a regression; 2 after a user's error (one line on stderr); 130 when
+        Exit code: 0; 2 after a user's error (one line on stderr); 130 when
         interrupted.
     """
     argv = [_dashes(a) for a in (sys.argv[1:] if argv is None else argv)]
@@ -152,8 +150,6 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("checkpoint", metavar="CHECKPOINT")
     inspect.add_argument("--batch-size", type=int, default=32, metavar="N", help="for route and gain; default 32")
     inspect.add_argument("--json", action="store_true", help="print every number as JSON")
-
-    bench_arguments(command("bench", commands.bench, BENCH))
 
     info = command("info", commands.info, "show versions, what is compiled and which backend serves which op")
     info.add_argument("--json", action="store_true", help="print it as JSON")

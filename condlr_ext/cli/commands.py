@@ -67,12 +67,6 @@ def inspect(arguments: Namespace) -> None:
     )
 
 
-def bench(arguments: Namespace) -> int:
-    from ..bench.command import run
-
-    return run(arguments)
-
-
 def info(arguments: Namespace) -> None:
     from .. import info as information
 

@@ -2,6 +2,6 @@
 
 from .checkpoint import evaluate_checkpoint, inspect_checkpoint
 from .config import RunSpec, TrainConfig
-from .training import train
+from .study import train
 
 __all__ = ["RunSpec", "TrainConfig", "evaluate_checkpoint", "inspect_checkpoint", "train"]

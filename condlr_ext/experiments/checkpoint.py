@@ -6,16 +6,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint
-from .._select import DENSE
+from .._modules import DENSE
 from ..errors import CheckpointError, NonFiniteError
+from ..io import checkpoint
 from ..linalg import svd
 from ..nn import LowRankLayer
 from ..robustness import evaluate
 from . import methods
 from .config import RunSpec, check_device
 from .data import load
-from .models import TWO_FACTOR, core, matrix_shape, orthonormality_error, weight_count
+from .inspect_layers import TWO_FACTOR, core, matrix_shape, orthonormality_error, weight_count
 from .networks import build
 
 KEYS = (

@@ -215,7 +215,7 @@ class RunSpec:
 
     @property
     def sizing(self) -> dict | None:
-        """The arguments of factorize that choose the ranks; None: nothing is factorised."""
+        """The arguments of factorize that choose the ranks; None: nothing is factorized."""
         if self.rank is not None:
             return {"rank": self.rank}
         return None if self.budget is None else {"budget": self.budget}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import formats
+from . import dataset_files as formats
 from .extras import require
 
 TEST_SHARE = 0.3

@@ -3,7 +3,7 @@
 import tempfile
 from pathlib import Path
 
-from ..checkpoint import write_whole
+from .._files import write_whole
 
 __all__ = ["make_folder", "write_whole"]
 

@@ -1,4 +1,4 @@
-"""What each method of a RunSpec does to a network, and with which optimiser it trains."""
+"""What each method of a RunSpec does to a network, and with which optimizer it trains."""
 
 import copy
 import math
@@ -12,7 +12,7 @@ from .. import baselines, linalg, pruning, regularizers
 from ..factorize import factorize, to_dense
 from ..optim import CondLRAdamW, CondLRSGD
 from .config import RunSpec, TrainConfig
-from .models import TWO_FACTOR, dense_layers, low_rank_layers
+from .inspect_layers import TWO_FACTOR, dense_layers, low_rank_layers
 from .networks import HEAD
 
 EXCLUDED = f"*{HEAD}"  # the classifier stays dense in every run
@@ -55,7 +55,7 @@ def _ranks(report) -> dict[str, int]:
 
 
 def phases(spec: RunSpec, epochs: int) -> dict[int, Callable[[nn.Module], object]]:
-    """{epoch: what is done to the network when so many are over}; the optimiser starts anew then."""
+    """{epoch: what is done to the network when so many are over}; the optimizer starts anew then."""
     if spec.method == "svd-prune":
         at = max(0, epochs - max(1, round((spec.finetune or 0.2) * epochs)))
         return {at: lambda model: compress(model, spec.method, spec.sizing)}
@@ -111,7 +111,7 @@ def starts_dense(spec: RunSpec) -> bool:
 
 
 def optimizer(model: nn.Module, spec: RunSpec, config: TrainConfig) -> Optimizer:
-    """The optimiser of the method for the model as it is now."""
+    """The optimizer of the method for the model as it is now."""
     rates = {name: getattr(spec, name) for name in ("lr", "momentum", "weight_decay")}
     rates = {name: getattr(config, name) if value is None else value for name, value in rates.items()}
     return _OPTIMIZERS.get(spec.method, _sgd)(model, spec, rates)

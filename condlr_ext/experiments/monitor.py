@@ -7,7 +7,7 @@ from torch import nn
 
 from ..linalg import cond
 from ..nn import LowRankLayer
-from .models import core, dense_layers, low_rank_layers, orthonormality_error
+from .inspect_layers import core, dense_layers, low_rank_layers, orthonormality_error
 
 
 class Monitor:

@@ -1,7 +1,7 @@
 """The dense networks of the experiments and benchmarks, by name. The classifier is called "head".
 
 Each is built for the shape [C, H, W] of its images, or of any sample for "mlp", and a number of classes. Inputs in
-[0, 1]: the normalisation of a data set is the network's first layer, so that attacks see what the sensor sees.
+[0, 1]: the normalization of a data set is the network's first layer, so that attacks see what the sensor sees.
 
 Sources: LeNet5, VGG16 and WRN16-4 as in the experiments of CondLR (NeurIPS 2023), with the residual additions that
 its released code leaves out; "cnn" is LeNet5 for 8 x 8 digits.
@@ -169,13 +169,13 @@ _MULTIPLES = {"vit": 8}
 
 
 def build(name: str, shape: Sequence[int], classes: int, *, mean: Sequence[float] | None = None, std=None) -> nn.Module:
-    """A dense network with torch's initialisation.
+    """A dense network with torch's initialization.
 
     Args:
         name: one of NETWORKS.
         shape: of one sample, [C, H, W]; "mlp" takes any.
         classes: of the head.
-        mean, std: by channel; inputs are normalised by them first.
+        mean, std: by channel; inputs are normalized by them first.
 
     Raises:
         ValueError: an unknown name, or a shape that the network does not take.

@@ -9,7 +9,7 @@ from pathlib import Path
 from .extras import require
 from .files import write_whole
 
-# Okabe and Ito's palette (yellow darkened): told apart with any colour vision, and by marker without colour
+# Okabe and Ito's palette (yellow darkened): told apart with any color vision, and by marker without color
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C00")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")

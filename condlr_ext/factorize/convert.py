@@ -4,15 +4,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .._modules import matcher, replace_modules
 from ..errors import NonFiniteError
 from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention
 from ..nn.attention import factorize_projection, to_dense_projections
 from ..nn.rank import resolve_rank
 from .budget import allocate_ranks, parameter_cost
-from .costs import Call, Clock, dense_flops, flops_cost, low_rank_flops, predict, record_calls
+from .costs import Clock, LayerCall, dense_flops, flops_cost, low_rank_flops, predict, record_calls
 from .principal import leading_directions, second_moments
 from .report import FactorizeReport, LayerReport
-from .selection import COMPILED, Target, forwards_as_its_base, is_compiled, low_rank_class, matcher, select
+from .selection import COMPILED, Target, forwards_as_its_base, is_compiled, low_rank_class, select
 
 _MEASURES = ("parameters", "flops", "time")
 _HOOKS = (
@@ -43,14 +44,14 @@ def factorize(
 
     These are nn.Linear, nn.Conv1d/2d/3d, the projections of nn.MultiheadAttention (queries, keys and values packed as
     `in_proj`, else `q_proj`, `k_proj`, `v_proj`; and `out_proj`) and HF's Conv1D. Layers that share a weight will
-    share its factors. Biases stay the same parameters and hooks move along. What cannot be factorised is left as it
-    is and named in the report with the reason: subclasses, parametrised layers, low-rank ones, weights that something
+    share its factors. Biases stay the same parameters and hooks move along. What cannot be factorized is left as it
+    is and named in the report with the reason: subclasses, parametrized layers, low-rank ones, weights that something
     else has too, as an embedding.
 
     Args:
         model: changed in place.
-        budget: share of the factorised layers' cost to keep, in (0, inf), spent evenly over the layers: of their
-            parameters, counted as stored r (m + n) + r² (biases excluded), equal spend maximises the product of the
+        budget: share of the factorized layers' cost to keep, in (0, inf), spent evenly over the layers: of their
+            parameters, counted as stored r (m + n) + r² (biases excluded), equal spend maximizes the product of the
             ranks. The default, 0.3, if rank is not given either.
         rank: the same int for all, a fraction in (0, 1] of min(m, n), an Energy (by the spectrum of the present
             weight), or {name: one of these} for just those.
@@ -69,7 +70,7 @@ def factorize(
             inputs on example_input, which should be a few hundred samples of the data. A bound on kappa says nothing
             of inputs outside of the row space (robustness.misalignment), and all directions of V have about equal
             weight under it: these see the largest share of the inputs' squares. The model runs in eval mode, where a
-            batch norm without statistics of the data normalises nothing. Layers that are not called and attentions'
+            batch norm without statistics of the data normalizes nothing. Layers that are not called and attentions'
             output projections start as with "svd".
         dry_run: only report; the model is left as it is.
 
@@ -77,7 +78,7 @@ def factorize(
         FactorizeReport; printing it shows a table.
 
     Raises:
-        ValueError: both budget and rank, nothing to factorise, an unknown name, budget <= 0, unknown init or measure,
+        ValueError: both budget and rank, nothing to factorize, an unknown name, budget <= 0, unknown init or measure,
             an example_input that is missing or that the model fails on.
         RankError: a rank that does not fit. NonFiniteError: NaN or Inf in a weight. In every case the model is
             unchanged.
@@ -88,11 +89,11 @@ def factorize(
     costs = {}
     if rank is None:
         budget = 0.3 if budget is None else budget
-        costs = _costs(model, targets, calls, measure, skipped)
+        costs = _cost_model(model, targets, calls, measure, skipped)
         targets = [t for t in targets if t.name in costs]
     if not targets:
         raise ValueError(
-            f"factorize: no layer to factorise with include={include!r}, exclude={exclude!r}, rank={rank!r}"
+            f"factorize: no layer to factorize with include={include!r}, exclude={exclude!r}, rank={rank!r}"
             + "".join(f"; {name}: {reason}" for name, reason in skipped.items())
         )
     ranks = allocate_ranks(costs, budget) if rank is None else _given_ranks(targets, rank)
@@ -178,7 +179,7 @@ def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
 
 
 def _factors(layer: LowRankLayer) -> tuple[int, ...]:
-    """Which parameters make the weight; a parametrised layer makes its factors anew each time and shares none."""
+    """Which parameters make the weight; a parametrized layer makes its factors anew each time and shares none."""
     factors = [layer._parameters.get(name) for name in "USV"]
     return (id(layer),) if any(p is None for p in factors) else tuple(map(id, factors))
 
@@ -197,7 +198,7 @@ def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, LowRankMultiheadAttention):
             to_dense_projections(module, twins)
-    _replace(model, twins)
+    replace_modules(model, twins)
     return twins.get(model, model)
 
 
@@ -236,7 +237,7 @@ def _check_options(model, budget, rank, measure, example_input, init) -> None:
         raise ValueError(f"factorize: model must contain the layers, got a bare {kind}; use {cls.__name__}.from_dense")
 
 
-def _costs(model, targets, calls, measure, skipped) -> dict:
+def _cost_model(model, targets, calls, measure, skipped) -> dict:
     """The cost of each target; those that example_input does not reach or no rank makes cheaper go to `skipped`."""
     if measure == "parameters":
         return {t.name: parameter_cost(*t.shape) for t in targets}
@@ -276,7 +277,9 @@ def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[
     """The low-rank layers of the target and its twins, with the biases of the dense ones; moment: of its inputs."""
     module, cls, weight = target.module, target.cls, target.weight
     if init == "random" and not weight.is_meta:
-        layer = cls(*cls._dense_arguments(module), device=weight.device, dtype=weight.dtype, rank=rank).like(module)
+        layer = cls(*cls._dense_arguments(module), device=weight.device, dtype=weight.dtype, rank=rank).copy_flags_from(
+            module
+        )
         norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32))
         if not torch.isfinite(norm):
             raise NonFiniteError(f"factorize: layer {target.name}: the weight must be finite, got NaN or Inf")
@@ -294,7 +297,7 @@ def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[
     layer.bias = module.bias
     layers = [(target, layer)]
     for t in target.twins:
-        twin = t.cls.shell(t.module, rank).like(t.module)
+        twin = t.cls.empty_from_dense(t.module, rank).copy_flags_from(t.module)
         for name in "USV":
             setattr(twin, name, getattr(layer, name))
         twin.bias = t.module.bias
@@ -303,7 +306,7 @@ def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[
 
 
 def _layer_report(
-    model: nn.Module, t: Target, layer: LowRankLayer, tied_to: str | None, calls: list[Call] | None, seconds: dict
+    model: nn.Module, t: Target, layer: LowRankLayer, tied_to: str | None, calls: list[LayerCall] | None, seconds: dict
 ) -> LayerReport:
     sigma = layer.S.detach().diagonal().abs()  # both starts have a diagonal core
     kappa = float("nan") if sigma.is_meta else (sigma.max() / sigma.min()).item() if sigma.max() > 0 else float("inf")
@@ -324,17 +327,10 @@ def _install(model: nn.Module, targets: list[Target], layers: dict[str, LowRankL
             factorize_projection(t.attention, t.name.rpartition(".")[2], layers[t.name])
         else:
             replacement[t.module] = layers[t.name]
-    _replace(model, replacement)
+    replace_modules(model, replacement)
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     """The dictionaries themselves, so that the handles of the hooks still remove them."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))
-
-
-def _replace(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -> None:
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():  # named_children would pass over a module used twice
-            if child in replacement:
-                parent._modules[key] = replacement[child]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from ..nn import LowRankLayer
-from ..ops.routes import Plan
+from ..ops.cost_model_cpu import Plan
 from .budget import Cost
 from .example import run_example
 from .selection import Target
@@ -18,7 +18,7 @@ TIMED = 0.05  # seconds that one layer at one rank is timed for, up to ten times
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One use of a layer.
 
     Attributes:
@@ -34,16 +34,16 @@ class Call:
     memory_format: torch.memory_format = torch.contiguous_format
 
 
-def record_calls(model: nn.Module, targets: list[Target], example_input) -> dict[str, list[Call]]:
+def record_calls(model: nn.Module, targets: list[Target], example_input) -> dict[str, list[LayerCall]]:
     """How the model uses each target, and each of its twins, in one forward on the example, see run_example."""
-    calls: dict[str, list[Call]] = {t.name: [] for target in targets for t in (target, *target.twins)}
+    calls: dict[str, list[LayerCall]] = {t.name: [] for target in targets for t in (target, *target.twins)}
 
     def on_layer(target: Target, x: Tensor, output: Tensor) -> None:
         last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
         if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
             last = torch.contiguous_format
         rows = output.numel() // target.shape[0]
-        calls[target.name].append(Call(tuple(x.shape), x.requires_grad, rows, memory_format=last))
+        calls[target.name].append(LayerCall(tuple(x.shape), x.requires_grad, rows, memory_format=last))
 
     def on_attention(projections: dict[str, Target], attention: nn.MultiheadAttention, inputs) -> None:
         for child, record in _attention_calls(attention, *inputs).items():
@@ -55,16 +55,16 @@ def record_calls(model: nn.Module, targets: list[Target], example_input) -> dict
     return calls
 
 
-def _attention_calls(attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[Call]]:
+def _attention_calls(attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[LayerCall]]:
     """What its projections are applied to."""
 
-    def call(x: Tensor, part: float = 1.0) -> Call:
+    def call(x: Tensor, part: float = 1.0) -> LayerCall:
         rows = x.numel() // x.shape[-1]
-        return Call((rows, x.shape[-1]), x.requires_grad, rows, part)
+        return LayerCall((rows, x.shape[-1]), x.requires_grad, rows, part)
 
     rows = q.numel() // q.shape[-1]
     uses = {"q_proj": [call(q)], "k_proj": [call(k)], "v_proj": [call(v)]}
-    uses["out_proj"] = [Call((rows, attention.embed_dim), True, rows)]
+    uses["out_proj"] = [LayerCall((rows, attention.embed_dim), True, rows)]
     if q is k and k is v:
         uses["in_proj"] = [call(q)]
     elif k is v:
@@ -74,14 +74,14 @@ def _attention_calls(attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: 
     return uses
 
 
-def dense_flops(target: Target, calls: list[Call]) -> int:
+def dense_flops(target: Target, calls: list[LayerCall]) -> int:
     """Of one forward."""
     m, n = target.shape
     return sum(2 * c.rows * n * round(c.part * m) for c in calls)
 
 
-def low_rank_flops(target: Target, calls: list[Call], rank: int) -> int:
-    """Of one forward, factorised."""
+def low_rank_flops(target: Target, calls: list[LayerCall], rank: int) -> int:
+    """Of one forward, factorized."""
     (m, n), total = target.shape, 0
     groups = getattr(target.module, "groups", 1)
     for c in calls:
@@ -90,7 +90,7 @@ def low_rank_flops(target: Target, calls: list[Call], rank: int) -> int:
     return total
 
 
-def flops_cost(target: Target, calls: dict[str, list[Call]]) -> Cost:
+def flops_cost(target: Target, calls: dict[str, list[LayerCall]]) -> Cost:
     """Of the target and its twins together."""
     uses = [(t, calls[t.name]) for t in (target, *target.twins)]
     return Cost(
@@ -107,7 +107,7 @@ class Clock:
         self._training = training
         self._known: dict[tuple, float] = {}
 
-    def cost(self, target: Target, calls: dict[str, list[Call]]) -> Cost:
+    def cost(self, target: Target, calls: dict[str, list[LayerCall]]) -> Cost:
         """Of the target and its twins together, in seconds; between the ranks that are timed, linear."""
         full = min(target.shape)
         ranks = sorted({max(1, full * k // 16) for k in (1, 2, 4, 8, 12, 16)} | {1})
@@ -116,7 +116,7 @@ class Clock:
         times = [max(times[: i + 1]) for i in range(len(times))]  # noise may let a higher rank look faster
         return Cost(sum(self.seconds(t, c) for t, c in uses), _interpolate(ranks, times), full)
 
-    def seconds(self, target: Target, call: Call, rank: int | None = None) -> float:
+    def seconds(self, target: Target, call: LayerCall, rank: int | None = None) -> float:
         """Of one call, at this rank; None for the dense layer. A part of W takes that part of the time."""
         W = target.weight
         arguments = target.cls._dense_arguments(target.module)
@@ -125,11 +125,13 @@ class Clock:
             with torch.random.fork_rng([W.device] if W.is_cuda else []):
                 layer = target.module
                 if rank is not None:
-                    layer = target.cls(*arguments, device=W.device, dtype=W.dtype, rank=rank).like(target.module)
+                    layer = target.cls(*arguments, device=W.device, dtype=W.dtype, rank=rank).copy_flags_from(
+                        target.module
+                    )
                 self._known[key] = call.part * self._time(layer, call, W)
         return self._known[key]
 
-    def _time(self, layer: nn.Module, call: Call, W: Tensor) -> float:
+    def _time(self, layer: nn.Module, call: LayerCall, W: Tensor) -> float:
         x = torch.randn(call.shape, dtype=W.dtype, device=W.device)
         x = x.contiguous(memory_format=call.memory_format).requires_grad_(call.requires_grad)
         inputs = [p for p in (x, *layer.parameters()) if p.requires_grad]
@@ -159,7 +161,7 @@ def _interpolate(ranks: list[int], times: list[float]) -> Callable[[int], float]
     return at
 
 
-def predict(layer: LowRankLayer, calls: list[Call], training: bool) -> Plan | None:
+def predict(layer: LowRankLayer, calls: list[LayerCall], training: bool) -> Plan | None:
     """What the cost model says of the layer's calls together; None where it is never called."""
     total = [0.0, 0.0, 0.0]
     for call in calls:

@@ -1,4 +1,4 @@
-"""One forward of a model on an example input, the layers that are to be factorised watched."""
+"""One forward of a model on an example input, the layers that are to be factorized watched."""
 
 from collections.abc import Callable
 

@@ -9,14 +9,14 @@ _UNITS = {"parameters": "weights", "flops": "FLOPs", "time": "time"}
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One factorised layer.
+    """One factorized layer.
 
     Attributes:
         name, m, n, rank: the weight as an m x n matrix, and the rank it got.
         weight_shape: of the dense weight.
-        kappa: condition number of the core before an optimiser puts it in the band.
+        kappa: condition number of the core before an optimizer puts it in the band.
         tied_to: the layer whose factors it shares, which counts the parameters; else None.
-        dense_flops, flops: of all its calls in one forward on the example input, in the factorised form, also where
+        dense_flops, flops: of all its calls in one forward on the example input, in the factorized form, also where
             the merged form is taken because it is faster; None without example.
         route, gain: what the layer runs on the example input, and the cost model's estimate of the dense layer's time
             over its own; None without example or if it is not called.
@@ -66,12 +66,12 @@ class FactorizeReport:
 
     @property
     def kept(self) -> float:
-        """Share of the factorised layers' weights that is kept."""
+        """Share of the factorized layers' weights that is kept."""
         return _share([(x.dense_parameters, x.parameters) for x in self.layers])
 
     @property
     def spent(self) -> float:
-        """Share of the factorised layers' cost in `measure` that is kept: what a budget is compared with."""
+        """Share of the factorized layers' cost in `measure` that is kept: what a budget is compared with."""
         if self.measure == "parameters":
             return self.kept
         if self.measure == "flops":
@@ -99,7 +99,7 @@ class FactorizeReport:
             right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             lines.append("  ".join([name.ljust(widths[0]), *right]))
         would = "would keep" if self.dry_run else "kept"
-        lines.append(f"{would} {self.kept:.1%} of the factorised layers' weights")
+        lines.append(f"{would} {self.kept:.1%} of the factorized layers' weights")
         if self.measure != "parameters":
             lines[-1] += f", {self.spent:.1%} of their {_UNITS[self.measure]}"
         if self.budget is not None and self.spent > self.budget:

@@ -1,13 +1,12 @@
 """Which weights of a model can become low-rank, which are wanted, and why the others cannot."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
+from .._modules import matcher
 from ..nn import (
     LowRankAdapter,
     LowRankConv1d,
@@ -40,7 +39,7 @@ _STATE_HOOKS = (
 
 @dataclass(eq=False)
 class Target:
-    """A weight to factorise.
+    """A weight to factorize.
 
     Attributes:
         name: of the low-rank layer in the model.
@@ -79,7 +78,7 @@ def is_compiled(name: str) -> bool:
 
 
 def forwards_as_its_base(layer: LowRankLayer) -> bool:
-    """Whether it computes what this package's class does, whatever a subclass or torch's parametrisation has added."""
+    """Whether it computes what this package's class does, whatever a subclass or torch's parametrization has added."""
     known = next((cls for cls in type(layer).__mro__ if cls in _KNOWN), None)
     return known is not None and type(layer).forward is known.forward and "forward" not in vars(layer)
 
@@ -158,7 +157,7 @@ def _look_at_attention(name: str, attention: nn.MultiheadAttention):
 def _subclass_reason(module: nn.Module) -> str:
     if parametrize.is_parametrized(module):
         what = " and ".join(module.parametrizations)
-        return f"its {what} is parametrised (torch.nn.utils.parametrize)"
+        return f"its {what} is parametrized (torch.nn.utils.parametrize)"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "its size is not known before its first forward"
     return f"a {type(module).__name__} may do more than its base class"
@@ -166,7 +165,7 @@ def _subclass_reason(module: nn.Module) -> str:
 
 def _reason_against(module: nn.Module, weight: Tensor | None) -> str | None:
     if weight is None:
-        return "its weight is not a plain parameter (pruned, or normalised by a hook)"
+        return "its weight is not a plain parameter (pruned, or normalized by a hook)"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     if weight.numel() == 0:
@@ -200,34 +199,3 @@ def _tie(model: nn.Module, candidates: dict[str, Target], skipped: dict[str, str
             others = [name for name in owners[key] if name != target.name]
             skipped[target.name] = f"its weight is tied to that of {', '.join(others)}"
     return targets
-
-
-def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..., bool]:
-    """Whether a layer is meant by patterns: names, types, predicates or a list of these. `function` is for errors."""
-    if isinstance(patterns, (str, type)) or callable(patterns):
-        patterns = [patterns]
-    if not isinstance(patterns, Iterable):
-        raise TypeError(f"{function}: {what} must be a name, a type, a predicate or a list of these, got {patterns!r}")
-    patterns = list(patterns)
-    for p in patterns:
-        if isinstance(p, str):
-            if not any(fnmatchcase(name, p) for name in names):
-                raise ValueError(f"{function}: {what} {p!r} matches no module of the model")
-        elif not callable(p):
-            raise TypeError(f"{function}: {what} entries must be names, types or predicates, got {p!r}")
-
-    def matches(name: str, module: nn.Module, parent: tuple[str, nn.Module] | None = None) -> bool:
-        """By name and type also of the attention it belongs to; a predicate is asked about layers alone."""
-        identities = [(name, module)] + ([parent] if parent else [])
-        for p in patterns:
-            if isinstance(p, str):
-                hit = any(fnmatchcase(n, p) for n, _ in identities)
-            elif isinstance(p, type):
-                hit = any(isinstance(m, p) for _, m in identities)
-            else:
-                hit = p(name, module)
-            if hit:
-                return True
-        return False
-
-    return matches

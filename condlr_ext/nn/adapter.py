@@ -1,4 +1,4 @@
-"""LowRankAdapter: a frozen layer plus a low-rank change whose condition number the optimisers bound."""
+"""LowRankAdapter: a frozen layer plus a low-rank change whose condition number the optimizers bound."""
 
 import math
 import numbers
@@ -17,10 +17,10 @@ class LowRankAdapter(nn.Module):
     """y = layer(x) + scale (U S Vᵀ) x: a frozen layer with a trainable change of its weight, delta W = scale U S Vᵀ.
 
     The change is a low-rank layer of its own, `delta`, with the geometry of the frozen one and without bias: the
-    optimisers of this package find it and keep its U and V orthonormal and kappa(S) <= 1 + tau.
+    optimizers of this package find it and keep its U and V orthonormal and kappa(S) <= 1 + tau.
 
     A core with a bounded condition number cannot be zero, so the change starts at the size of rounding: S = s I with
-    s such that ‖delta W‖_F = eps ‖W‖_F, eps that of the weight's dtype. The first steps of an optimiser take it from
+    s such that ‖delta W‖_F = eps ‖W‖_F, eps that of the weight's dtype. The first steps of an optimizer take it from
     there; nothing is subtracted from the frozen weight, so delta W is all there is to export (see save_lora).
 
     Args:
@@ -34,7 +34,7 @@ class LowRankAdapter(nn.Module):
 
     Raises:
         TypeError: another layer. RankError: the rank does not fit. ValueError: scale zero or not finite, a weight that
-            is computed (parametrised, pruned, normalised).
+            is computed (parametrized, pruned, normalized).
 
     Source: U S Vᵀ adapters with orthonormal U, V as in Lion et al., PoLAR (NeurIPS 2025) and Li et al., StelLA
         (NeurIPS 2025); the bound on kappa(S) as in Savostianova et al. (NeurIPS 2023).
@@ -105,7 +105,7 @@ class LowRankAdapter(nn.Module):
         merging twice changes nothing.
 
         Raises:
-            NonFiniteError: NaN or Inf in the sum. ValueError: the layer's weight has been parametrised. Nothing has
+            NonFiniteError: NaN or Inf in the sum. ValueError: the layer's weight has been parametrized. Nothing has
                 changed then.
         """
         if self.merged:
@@ -170,8 +170,8 @@ def _own_weight(where: str, layer: nn.Module) -> nn.Parameter:
     weight = layer._parameters.get("weight")
     if weight is None:
         raise ValueError(
-            f"{where}: the layer's weight must be a parameter, got one that is computed (parametrised, pruned or"
-            " normalised by a hook); make it permanent first"
+            f"{where}: the layer's weight must be a parameter, got one that is computed (parametrized, pruned or"
+            " normalized by a hook); make it permanent first"
         )
     return weight
 

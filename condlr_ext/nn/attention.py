@@ -66,7 +66,7 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention.forward; every projection runs factorised or merged, as its layer's route says.
+        """As nn.MultiheadAttention.forward; every projection runs factorized or merged, as its layer's route says.
 
         Raises:
             ShapeError: inputs or masks that do not fit. ValueError: is_causal without attn_mask.

@@ -27,7 +27,7 @@ class _LowRankConv(LowRankLayer):
     layers, to(memory_format=torch.channels_last) makes the outputs channels_last, which is the fast format on CPUs.
     """
 
-    _costs = staticmethod(ops.routes.conv)
+    _cost_model = staticmethod(ops.cost_model_cpu.conv)
 
     def __init__(
         self,
@@ -109,9 +109,9 @@ class _LowRankConv(LowRankLayer):
         )
         return t.stride() == last != plain  # strides tell where a dimension of 1 leaves both formats contiguous
 
-    def like(self, module: nn.Module) -> "LowRankLayer":
+    def copy_flags_from(self, module: nn.Module) -> "LowRankLayer":
         self.channels_last = self._is_channels_last(module.weight)
-        return super().like(module)
+        return super().copy_flags_from(module)
 
     def to_dense(self) -> nn.Module:
         return self._in_format(super().to_dense())

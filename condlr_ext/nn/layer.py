@@ -1,4 +1,4 @@
-"""What every low-rank layer has: the factors U, S, V, their initialisation, the weight they stand for."""
+"""What every low-rank layer has: the factors U, S, V, their initialization, the weight they stand for."""
 
 import math
 import weakref
@@ -39,9 +39,9 @@ class LowRankLayer(nn.Module):
         U [m, r], S [r, r], V [n, r]: parameters, m = weight_shape[0], n the product of the rest.
         bias [m] or None.
         rank, active_rank: the r of these shapes, and how many of the r directions are in use: all, unless a
-            RankAdapter keeps room.
-        route: which products the layer runs, "factorised", "merged" or "auto" (default: at every call what the cost
-            model of ops.routes says is cheaper); may be set at any time, is no part of the state_dict.
+            RankController keeps room.
+        route: which products the layer runs, "factorized", "merged" or "auto" (default: at every call what the cost
+            model of ops.cost_model_cpu says is cheaper); may be set at any time, is no part of the state_dict.
     """
 
     weight_shape: tuple[int, ...]
@@ -60,13 +60,13 @@ class LowRankLayer(nn.Module):
     def route(self, route: str) -> None:
         self._route = functional.check_route(f"{type(self).__name__}.route", route)
 
-    def plan(self, input: Tensor) -> ops.routes.Plan:
+    def plan(self, input: Tensor) -> ops.cost_model_cpu.Plan:
         """Why "auto" takes the route it takes for this input: the estimated costs, which one wins and by how much.
 
         Args:
             input: as for forward; only its shape, its requires_grad and whether gradients are on matter.
         """
-        return self._costs(*self._arguments(input))
+        return self._cost_model(*self._arguments(input))
 
     def _route_repr(self) -> str:
         return "" if self._route == "auto" else f", route={self._route}"
@@ -93,7 +93,7 @@ class LowRankLayer(nn.Module):
 
     @staticmethod
     def as_matrix(weight: Tensor) -> Tensor:
-        """The dense twin's weight as the matrix [m, n] that is factorised."""
+        """The dense twin's weight as the matrix [m, n] that is factorized."""
         return weight.flatten(1)
 
     @torch.no_grad()
@@ -131,13 +131,13 @@ class LowRankLayer(nn.Module):
 
     @property
     def active_rank(self) -> int:
-        """The leading directions in use, <= rank; see optim.RankAdapter. Waits for the device."""
+        """The leading directions in use, <= rank; see optim.RankController. Waits for the device."""
         return active_rank(self.U, self.S, self.V)
 
     def condition_number(self) -> float:
         """kappa(S), the condition number of the weight while U and V are orthonormal; Inf for a singular core.
 
-        Of the directions in use, where a RankAdapter keeps room for more.
+        Of the directions in use, where a RankController keeps room for more.
         """
         r = self.active_rank
         try:
@@ -149,7 +149,7 @@ class LowRankLayer(nn.Module):
     def from_dense(cls, module: nn.Module, rank, *, row_space: Tensor | None = None) -> "LowRankLayer":
         """The layer whose weight is the best rank-r approximation of the dense module's (truncated SVD).
 
-        Where min(m, n) >= 1024 and the rank is at most an eighth of it, the SVD is randomised: the error is at most
+        Where min(m, n) >= 1024 and the rank is at most an eighth of it, the SVD is randomized: the error is at most
         1 % above the best.
 
         Args:
@@ -161,12 +161,12 @@ class LowRankLayer(nn.Module):
             TypeError: another module. RankError: the rank does not fit. NonFiniteError: NaN or Inf in the weight.
             ShapeError, ValueError: row_space is not [n, r], not orthonormal to 1e-4.
         """
-        layer = cls.shell(module, rank)
+        layer = cls.empty_from_dense(module, rank)
         W = cls.as_matrix(module.weight.detach())
         if row_space is not None:
             _check_row_space(f"{cls.__name__}.from_dense", row_space, W.shape[1], layer.rank)
         if W.is_meta:
-            return layer.like(module)
+            return layer.copy_flags_from(module)
         if not torch.isfinite(W).all():
             raise NonFiniteError(f"{cls.__name__}.from_dense: module.weight must be finite, got NaN or Inf")
         with ops.no_autocast(W.device.type):
@@ -181,17 +181,17 @@ class LowRankLayer(nn.Module):
             setattr(layer, name, nn.Parameter(X.to(W.dtype).contiguous()))
         if layer.bias is not None:
             layer.bias = nn.Parameter(module.bias.detach().clone())
-        return layer.like(module)
+        return layer.copy_flags_from(module)
 
     @classmethod
-    def shell(cls, module: nn.Module, rank) -> "LowRankLayer":
+    def empty_from_dense(cls, module: nn.Module, rank) -> "LowRankLayer":
         """The layer for a dense module with its parameters on the meta device. Raises as from_dense."""
         cls._check(module)
         W = cls.as_matrix(module.weight)
         rank = resolve_rank(rank, *W.shape, f"{cls.__name__}.from_dense", W)
         return cls(*cls._dense_arguments(module), device="meta", dtype=W.dtype, rank=rank)
 
-    def like(self, module: nn.Module) -> "LowRankLayer":
+    def copy_flags_from(self, module: nn.Module) -> "LowRankLayer":
         """Takes over from its dense twin which parameters are trained, and the mode; returns the layer."""
         for p in (self.U, self.S, self.V):
             p.requires_grad_(module.weight.requires_grad)

@@ -21,7 +21,7 @@ class LowRankLinear(LowRankLayer):
     Source: Savostianova et al., NeurIPS 2023, section 3.
     """
 
-    _dense, _costs = nn.Linear, staticmethod(ops.routes.linear)
+    _dense, _cost_model = nn.Linear, staticmethod(ops.cost_model_cpu.linear)
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, rank):
         super().__init__()

@@ -6,12 +6,12 @@ from torch import Tensor
 from .. import linalg, reference
 
 LARGE = 1024  # where min(m, n) is less, the whole SVD takes half a second at most
-FEW = 8  # randomised while the rank is at most min(m, n) / FEW: above, there is little to gain
+FEW = 8  # randomized while the rank is at most min(m, n) / FEW: above, there is little to gain
 ITERATIONS = 4
 
 
 def truncated_svd(A: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets of A, A ≈ U diag(sigma) Vᵀ; randomised where A is large and the rank low.
+    """The leading singular triplets of A, A ≈ U diag(sigma) Vᵀ; randomized where A is large and the rank low.
 
     Args:
         A: [m, n], finite, float32 or float64.

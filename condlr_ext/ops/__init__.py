@@ -1,6 +1,6 @@
 """torch.ops.condlr_ext.*: schema, fake, reference registration and choice of implementation, per op family."""
 
-from . import gpu, layers, linalg, routes, step
+from . import cost_model_cpu, cost_model_gpu, layers, linalg, step
 from ._dispatch import BACKENDS, COMPILED, OPS, Op, autocast_enabled, backend, can_check, current_backend, no_autocast
 
 __all__ = [
@@ -12,10 +12,10 @@ __all__ = [
     "backend",
     "can_check",
     "current_backend",
-    "gpu",
+    "cost_model_cpu",
+    "cost_model_gpu",
     "layers",
     "linalg",
     "no_autocast",
-    "routes",
     "step",
 ]

@@ -64,12 +64,13 @@ class Op:
         schema: the schema string without namespace.
         reference: plain PyTorch implementation, registered for every device.
         fake: shape and dtype propagation.
-        cpu: given the arguments, the reasons why the CPU implementation cannot serve them.
+        cpu_unsupported: given the arguments, the reasons why the CPU implementation cannot serve them.
         cpu_is: what that implementation is, for people to read.
         triton: "module.function" in kernels.triton that launches the kernels, imported when first called.
-        triton_not: given the arguments, the reasons why those cannot serve them, beyond what holds for all kernels.
-        slower: given the arguments, why the implementation for their device is slower than the reference, so that
-            "auto" does not take it; empty if it is not.
+        triton_unsupported: given the arguments, the reasons why those cannot serve them, beyond what
+            holds for all kernels.
+        prefer_reference: given the arguments, why the implementation for their device is slower than the
+            reference, so that "auto" does not take it; empty if it is not.
         vmap: makes, for an overload, its torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims).
     """
 
@@ -79,16 +80,16 @@ class Op:
         *,
         reference: Callable,
         fake: Callable,
-        cpu: Callable[..., list[str]],
+        cpu_unsupported: Callable[..., list[str]],
         cpu_is: str = "compiled kernel",
         triton: str | None = None,
-        triton_not: Callable[..., list[str]] = lambda *args: [],
-        slower: Callable[..., str] = lambda *args: "",
+        triton_unsupported: Callable[..., list[str]] = lambda *args: [],
+        prefer_reference: Callable[..., str] = lambda *args: "",
         vmap: Callable | None = None,
     ):
         self.name = schema.split("(")[0]
-        self._cpu, self.cpu_is, self._slower = cpu, cpu_is, slower
-        self.has_triton, self._triton_not = triton is not None, triton_not
+        self._cpu_unsupported, self.cpu_is, self._prefer_reference = cpu_unsupported, cpu_is, prefer_reference
+        self.has_triton, self._triton_unsupported = triton is not None, triton_unsupported
         self._implementations = {"reference": _as_op(reference)}
         if triton is not None:
             self._implementations["triton"] = _as_op(_on_first_call(triton))
@@ -108,20 +109,20 @@ class Op:
         self.dispatched, self.reference = self._overloads["dispatched"], self._overloads["reference"]
         OPS[self.name] = self
 
-    def reasons_not(self, backend_name: str, *args) -> list[str]:
+    def unsupported_reasons(self, backend_name: str, *args) -> list[str]:
         """Why this backend cannot serve these arguments; empty if it can."""
         if backend_name == "cpu":
-            return self._cpu(*args)
+            return self._cpu_unsupported(*args)
         if backend_name == "triton":
             if not self.has_triton:
                 return [f"there is no Triton kernel for {self.name} in this version"]
-            return triton.reasons_not(list(_tensors(args))) + self._triton_not(*args)
+            return triton.unsupported_reasons(list(_tensors(args))) + self._triton_unsupported(*args)
         return []
 
     def explain(self, *args) -> tuple[str, str]:
         """The backend that "auto" takes for these arguments, and why."""
         candidate = "cpu" if next(_tensors(args)).device.type == "cpu" else "triton"
-        why = "; ".join(self.reasons_not(candidate, *args)) or self._slower(*args)
+        why = "; ".join(self.unsupported_reasons(candidate, *args)) or self._prefer_reference(*args)
         return ("reference", why) if why else (candidate, "it serves these arguments, and nothing faster is known")
 
     def automatic(self, *args) -> str:
@@ -136,7 +137,7 @@ class Op:
         name = current_backend()
         if name == "auto":
             return "auto" if self.has_triton and next(_tensors(args)).is_cuda else self.automatic(*args)
-        reasons = self.reasons_not(name, *args)
+        reasons = self.unsupported_reasons(name, *args)
         if reasons:
             raise BackendError(f"condlr_ext: backend {name!r} cannot serve {self.name}: {'; '.join(reasons)}")
         return name
@@ -159,7 +160,7 @@ def _tensors(args) -> Iterable[torch.Tensor]:
 
 def _on_first_call(path: str) -> Callable:
     """A function of kernels.triton, whose module, and with it Triton, is imported when it is first called."""
-    module, function = path.split(".")
+    module, function = path.rsplit(".", 1)
 
     def run(*args):
         return getattr(importlib.import_module(f"condlr_ext.kernels.triton.{module}"), function)(*args)
@@ -200,7 +201,7 @@ def _no_view(t):
     return torch.ops.aten._unsafe_view(t, t.shape) if isinstance(t, torch.Tensor) and t._is_view() else t
 
 
-def reasons_not_compiled(tensors, dtypes=(torch.float32, torch.float64)) -> list[str]:
+def unsupported_by_compiled(tensors, dtypes=(torch.float32, torch.float64)) -> list[str]:
     """Reasons shared by every kernel of the compiled CPU library."""
     reasons = []
     if COMPILED.ops_reason:

@@ -1,16 +1,16 @@
-"""low_rank_linear and low_rank_conv, factorised and merged, with their backwards.
+"""low_rank_linear and low_rank_conv, factorized and merged, with their backwards.
 
-On CPUs small factorised linear layers are one compiled call each way; everything else is products by torch's own
+On CPUs small factorized linear layers are one compiled call each way; everything else is products by torch's own
 libraries (oneDNN, MKL) in the cheapest order, which the "cpu" backend serves too. On GPUs Triton kernels serve the
-factorised layers, where ops.gpu does not say that the products are faster. Gradients that are not asked for come back
-empty.
+factorized layers, where cost_model_gpu does not say that the products are faster. Gradients that are not asked for
+come back empty.
 """
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from . import gpu
+from . import cost_model_gpu
 from ._dispatch import COMPILED, Op
 
 
@@ -64,7 +64,7 @@ _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int
 
 
 def _op(schema, implementation, cpu_is=_LIBRARIES, **triton) -> Op:
-    return Op(schema, reference=implementation, fake=implementation, cpu=_cpu, cpu_is=cpu_is, **triton)
+    return Op(schema, reference=implementation, fake=implementation, cpu_unsupported=_cpu, cpu_is=cpu_is, **triton)
 
 
 LARGEST_RANK = 256  # of the Triton kernels, which keep a tile [rows, rank] on chip
@@ -89,26 +89,21 @@ def _channels_last(image: Tensor) -> bool:
     return image.movedim(1, -1).is_contiguous() and not image.is_contiguous()
 
 
-def is_pointwise(kernel_size, stride, padding) -> bool:
-    """Whether a convolution is one product of its channels."""
-    return all(k == s == 1 for k, s in zip(kernel_size, stride, strict=True)) and not any(padding)
-
-
 def _linear_slower(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias) -> str:
-    return _slower(gpu.linear("forward", input, U, V)) if input.is_cuda else ""
+    return _slower(cost_model_gpu.linear("forward", input, U, V)) if input.is_cuda else ""
 
 
 def _linear_backward_slower(grad: Tensor, input, P, U: Tensor, S: Tensor, V: Tensor, mask) -> str:
-    return _slower(gpu.linear("backward", grad, U, V)) if grad.is_cuda else ""
+    return _slower(cost_model_gpu.linear("backward", grad, U, V)) if grad.is_cuda else ""
 
 
 def _conv_slower(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> str:
     if not input.is_cuda:
         return ""
-    if is_pointwise(kernel_size, stride, padding):
-        return _slower(gpu.linear("forward", input.movedim(1, -1), U, V))
-    rows = gpu.pixels(input.shape, kernel_size, stride, padding, dilation)
-    return _slower(gpu.conv("forward", input, rows, U, V))
+    if reference.is_pointwise(kernel_size, stride, padding):
+        return _slower(cost_model_gpu.linear("forward", input.movedim(1, -1), U, V))
+    rows = cost_model_gpu.pixels(input.shape, kernel_size, stride, padding, dilation)
+    return _slower(cost_model_gpu.conv("forward", input, rows, U, V))
 
 
 def _conv_backward_slower(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups) -> str:
@@ -117,12 +112,14 @@ def _conv_backward_slower(grad, input, P, U, S, V, mask, kernel_size, stride, pa
     for name, image in ("gradient", grad), ("input", input):
         if image is not None and not _channels_last(image):
             return f"the {name} is not in channels_last memory format"
-    if is_pointwise(kernel_size, stride, padding):
-        return _slower(gpu.linear("backward", grad.movedim(1, -1), U, V))
-    return _slower(gpu.conv("backward", grad if input is None else input, grad.numel() // grad.shape[1], U, V))
+    if reference.is_pointwise(kernel_size, stride, padding):
+        return _slower(cost_model_gpu.linear("backward", grad.movedim(1, -1), U, V))
+    return _slower(
+        cost_model_gpu.conv("backward", grad if input is None else input, grad.numel() // grad.shape[1], U, V)
+    )
 
 
-def _slower(costs: gpu.Costs) -> str:
+def _slower(costs: cost_model_gpu.Costs) -> str:
     if costs.triton <= costs.products:
         return ""
     return f"products take {costs.products:.3g} us, the Triton kernels {costs.triton:.3g} us ({costs.source})"
@@ -132,31 +129,31 @@ low_rank_linear = _op(
     f"low_rank_linear({_LAYER}) -> (Tensor output, Tensor P)",
     reference.low_rank_linear,
     _SMALL,
-    triton="layers.low_rank_linear",
-    triton_not=lambda input, U, *_: _rank_not(U),
-    slower=_linear_slower,
+    triton="linear.launch.low_rank_linear",
+    triton_unsupported=lambda input, U, *_: _rank_not(U),
+    prefer_reference=_linear_slower,
 )
 low_rank_linear_backward = _op(
     f"low_rank_linear_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}) -> {_GRADS}",
     _linear_backward,
     _SMALL,
-    triton="layers.low_rank_linear_backward",
-    triton_not=lambda grad, input, P, U, *_: _rank_not(U),
-    slower=_linear_backward_slower,
+    triton="linear.launch.low_rank_linear_backward",
+    triton_unsupported=lambda grad, input, P, U, *_: _rank_not(U),
+    prefer_reference=_linear_backward_slower,
 )
 low_rank_conv = _op(
     f"low_rank_conv({_LAYER}, {_GEOMETRY}) -> (Tensor output, Tensor P)",
     _conv,
-    triton="layers.low_rank_conv",
-    triton_not=_conv_not,
-    slower=_conv_slower,
+    triton="linear.launch.low_rank_conv",
+    triton_unsupported=_conv_not,
+    prefer_reference=_conv_slower,
 )
 low_rank_conv_backward = _op(
     f"low_rank_conv_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}, {_GEOMETRY}) -> {_GRADS}",
     _conv_backward,
-    triton="layers.low_rank_conv_backward",
-    triton_not=lambda grad, input, P, U, *rest: _rank_not(U) + _groups_not(rest[-1]),
-    slower=_conv_backward_slower,
+    triton="linear.launch.low_rank_conv_backward",
+    triton_unsupported=lambda grad, input, P, U, *rest: _rank_not(U) + _groups_not(rest[-1]),
+    prefer_reference=_conv_backward_slower,
 )
 merged_linear = _op(f"merged_linear({_LAYER}) -> Tensor", reference.merged_linear)
 merged_linear_backward = _op(

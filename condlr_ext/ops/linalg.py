@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import Op, reasons_not_compiled
+from ._dispatch import Op, unsupported_by_compiled
 
 OK, NOT_CONVERGED, NOT_FINITE, ALL_ZERO = range(4)
 
@@ -73,7 +73,7 @@ LARGEST = 512  # Jacobi sweeps, where a matrix needs them, take seconds above
 
 
 def _cpu(A: Tensor, *_) -> list[str]:
-    reasons = reasons_not_compiled((A,))
+    reasons = unsupported_by_compiled((A,))
     if min(A.shape[-2:]) > LARGEST:
         reasons.append(f"min(m, n) = {min(A.shape[-2:])} exceeds {LARGEST}")
     return reasons
@@ -102,7 +102,7 @@ def _qr_slower(A: Tensor) -> str:
 LARGEST_ON_GPU = 512  # the order of more singular values does not fit in one program, nor does a Gram matrix
 
 
-def _triton_not(A: Tensor, *_) -> list[str]:
+def _triton_unsupported(A: Tensor, *_) -> list[str]:
     reasons = []
     if A.dtype not in (torch.float32, torch.float64):
         reasons.append(f"A is {A.dtype}, the kernels serve torch.float32 and torch.float64")
@@ -125,38 +125,38 @@ svd = Op(
     "svd(Tensor A) -> (Tensor U, Tensor sigma, Tensor V, Tensor info)",
     reference=_flagged(reference.svd),
     fake=_svd_fake,
-    cpu=_cpu,
-    slower=_svd_slower,
-    triton="spectral.svd",
-    triton_not=_triton_not,
+    cpu_unsupported=_cpu,
+    prefer_reference=_svd_slower,
+    triton="spectral.launch.svd",
+    triton_unsupported=_triton_unsupported,
     vmap=_batch_first,
 )
 qr = Op(
     "qr(Tensor A) -> (Tensor Q, Tensor R, Tensor info)",
     reference=_flagged(reference.qr),
     fake=_qr_fake,
-    cpu=_cpu,
-    slower=_qr_slower,
-    triton="qr.qr",
-    triton_not=_triton_not,
+    cpu_unsupported=_cpu,
+    prefer_reference=_qr_slower,
+    triton="qr.launch.qr",
+    triton_unsupported=_triton_unsupported,
     vmap=_batch_first,
 )
 polar = Op(
     "polar(Tensor A) -> (Tensor Q, Tensor info)",
     reference=_flagged(reference.polar),
     fake=_same_shape_fake,
-    cpu=_cpu,
-    slower=_svd_slower,
-    triton="spectral.polar",
-    triton_not=_triton_not,
+    cpu_unsupported=_cpu,
+    prefer_reference=_svd_slower,
+    triton="spectral.launch.polar",
+    triton_unsupported=_triton_unsupported,
     vmap=_batch_first,
 )
 clip_spectrum = Op(
     "clip_spectrum(Tensor A, float tau, int band, float sigma_max) -> (Tensor out, Tensor info)",
     reference=_clip_spectrum,
     fake=_same_shape_fake,
-    cpu=_cpu,
-    triton="spectral.clip_spectrum",
-    triton_not=_triton_not,
+    cpu_unsupported=_cpu,
+    triton="spectral.launch.clip_spectrum",
+    triton_unsupported=_triton_unsupported,
     vmap=_batch_first,
 )

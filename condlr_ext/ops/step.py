@@ -3,7 +3,7 @@
 import torch
 
 from .. import reference
-from ._dispatch import Op, reasons_not_compiled
+from ._dispatch import Op, unsupported_by_compiled
 
 STEP = (
     "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor hyper, Tensor(c!) skipped) -> ()"
@@ -46,7 +46,7 @@ def _reference(params, grads, momentum_buffers, hyper, skipped) -> None:
 
 
 def _cpu(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
-    reasons = reasons_not_compiled((*params, *grads, *momentum_buffers, skipped), _DTYPES)
+    reasons = unsupported_by_compiled((*params, *grads, *momentum_buffers, skipped), _DTYPES)
     if not all(t.is_contiguous() for t in (*params, *grads, *momentum_buffers)):
         reasons.append("a parameter, gradient or buffer is not contiguous")
     return reasons
@@ -55,7 +55,7 @@ def _cpu(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
 LARGEST_RANK = 512  # of the Triton kernels: one program factors the Gram matrix
 
 
-def _triton_not(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
+def _triton_unsupported(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
     reasons = []
     dtypes = {t.dtype for t in (*params, *grads, *momentum_buffers)}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
@@ -71,4 +71,11 @@ def _triton_not(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
 
 _DTYPES = (torch.float32, torch.float64, torch.int64)  # int64: the counter
 
-step = Op(STEP, reference=_reference, fake=_check, cpu=_cpu, triton="step.step", triton_not=_triton_not)
+step = Op(
+    STEP,
+    reference=_reference,
+    fake=_check,
+    cpu_unsupported=_cpu,
+    triton="step.launch.step",
+    triton_unsupported=_triton_unsupported,
+)

@@ -1,6 +1,6 @@
-"""Optimisers that keep U and V orthonormal and the condition number of S bounded at every step.
+"""Optimizers that keep U and V orthonormal and the condition number of S bounded at every step.
 
-All are plain torch optimisers, or hooks on one. Schedulers, GradScaler, closures, clip_grad_norm_ and accumulation over
+All are plain torch optimizers, or hooks on one. Schedulers, GradScaler, closures, clip_grad_norm_ and accumulation over
 micro-batches work as they do there: what they see are the gradients of U, S and V, before any projection, and what a
 group holds (lr, tau, band, sigma_max) is read at every step.
 """
@@ -8,7 +8,7 @@ group holds (lr, tau, band, sigma_max) is read at every step.
 from .adamw import CondLRAdamW
 from .groups import param_groups
 from .projector import Projector
-from .rank_adaptation import AdaptationReport, RankAdapter, compact
+from .rank_control import RankController, RankReport, compact
 from .sgd import CondLRSGD
 
-__all__ = ["AdaptationReport", "CondLRAdamW", "CondLRSGD", "Projector", "RankAdapter", "compact", "param_groups"]
+__all__ = ["RankReport", "CondLRAdamW", "CondLRSGD", "Projector", "RankController", "compact", "param_groups"]

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from ..reference import ROLES
 from .base import ConstrainedOptimizer, fusible
-from .call import Slot, StepCall
+from .step_args import Slot, StepCall
 
 
 @dataclass
@@ -19,7 +19,7 @@ class AdamCall(StepCall):
 
     A layer is two entries of the op. One moves U, V and the bias beside the identity for a core, so that the op's
     preconditioner (SSᵀ)⁻¹ is the identity; one moves S. moments: exp_avg, exp_avg_sq, step and, with amsgrad,
-    max_exp_avg_sq of each slot; moves: the directions. groups: those of the optimiser.
+    max_exp_avg_sq of each slot; moves: the directions. groups: those of the optimizer.
     """
 
     moments: list[dict[str, Tensor]] = field(default_factory=list)
@@ -135,7 +135,7 @@ class CondLRAdamW(ConstrainedOptimizer):
 
     A layer with a gradient whose squares are not finite is left unchanged with its bias, moments and step counts, and
     counted in `skipped`. float16 and bfloat16 layers are stepped on float32 master copies kept in the state, with
-    float32 moments; the bound holds for the masters. Beside the state the optimiser holds one direction per
+    float32 moments; the bound holds for the masters. Beside the state the optimizer holds one direction per
     parameter of a low-rank layer.
 
     It does not promise steps that are the same in every basis: the square roots are taken entry by entry, in the

@@ -1,4 +1,4 @@
-"""What optimisers on the constraint set share: layers, masters, the call of the step op, state_dict."""
+"""What optimizers on the constraint set share: layers, masters, the call of the step op, state_dict."""
 
 import math
 
@@ -10,15 +10,15 @@ from .. import linalg, ops, reference
 from ..errors import NonFiniteError
 from ..nn.layer import active_rank
 from ..reference import BANDS, HYPER, ROLES
-from .call import Slot, StepCall
-from .groups import Layer, assign_roles, link_layers, module_group
+from .groups import LayerSlots, assign_roles, link_layers, module_group
+from .step_args import Slot, StepCall
 
 _LOW = (torch.float16, torch.bfloat16)  # layers of these have float32 masters
 _ORTHONORMAL = 1e-4  # factors that are off by more are replaced by their Q at the start
 
 
 class ConstrainedOptimizer(Optimizer):
-    """An optimiser whose step leaves every low-rank layer on the constraint set; subclasses say which way it goes.
+    """An optimizer whose step leaves every low-rank layer on the constraint set; subclasses say which way it goes.
 
     Here is what they share: layers found by the names of the parameters and put on the constraint set at the start,
     float32 masters of low-precision layers, the table of options, the count of layers left unchanged, state_dict.
@@ -145,13 +145,13 @@ class ConstrainedOptimizer(Optimizer):
                 if p is not master and p.requires_grad:
                     p.copy_(master)
 
-    def _constraint(self, layer: Layer) -> tuple[float, str, float | None]:
+    def _constraint(self, layer: LayerSlots) -> tuple[float, str, float | None]:
         """tau, band and sigma_max of a layer."""
         group = self.param_groups[layer.places[1][0]]
         tau, sigma_max = (v if v is None else float(v) for v in (group["tau"], group["sigma_max"]))
         return tau, group["band"], sigma_max
 
-    def _check_frozen(self, layer: Layer) -> None:
+    def _check_frozen(self, layer: LayerSlots) -> None:
         """Raises ValueError where some factors are frozen and the start would change one by more than its rounding."""
         params = [self._place(place) for place in layer.places[:3]]
         if params[0].is_meta or len({p.requires_grad for p in params}) == 1:
@@ -383,7 +383,7 @@ class ConstrainedOptimizer(Optimizer):
         self._link()
 
     def load_state_dict(self, state_dict) -> None:
-        """As torch's. Options the state does not have (it may be that of torch's own optimiser) stay as they are here.
+        """As torch's. Options the state does not have (it may be that of torch's own optimizer) stay as they are here.
 
         float16 and bfloat16 layers take the values of the masters in the state.
 
@@ -415,7 +415,7 @@ class ConstrainedOptimizer(Optimizer):
                     self.state[p][key] = saved[key].detach().to(p.device, torch.float32, copy=True)
             if (
                 "master" in saved and p.dtype in _LOW
-            ):  # from which this optimiser may have moved p to the constraint set when it was made
+            ):  # from which this optimizer may have moved p to the constraint set when it was made
                 with torch.no_grad():
                     p.copy_(self.state[p]["master"])
 

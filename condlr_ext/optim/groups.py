@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .._unwrap import unwrapped
+from .._modules import unwrapped
 from ..nn.layer import LowRankLayer, is_factor
 from ..reference import ROLES
 
@@ -14,7 +14,7 @@ def param_groups(model: nn.Module, *, factors=None, cores=None, other=None) -> l
 
     Args:
         factors: options of the group of all U and V, e.g. {"lr": 0.1}. cores: of all S (also tau, band,
-            sigma_max). other: of biases and everything not factorised. Options left out are the optimiser's.
+            sigma_max). other: of biases and everything not factorized. Options left out are the optimizer's.
 
     Returns:
         Up to three group dicts with (name, parameter) pairs and a `roles` list of "U", "S", "V" or "other".
@@ -60,8 +60,8 @@ def module_group(model: nn.Module) -> dict:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A low-rank layer in an optimiser: where its U, S, V, bias (or None) are, as (group, index in group)."""
+class LayerSlots:
+    """A low-rank layer in an optimizer: where its U, S, V, bias (or None) are, as (group, index in group)."""
 
     name: str
     places: tuple[tuple[int, int] | None, ...]
@@ -120,7 +120,7 @@ def assign_roles(groups: list[dict]) -> None:
                 raise ValueError(f"layer {prefix!r} must have U [m, r], S [r, r], V [n, r], got {shapes}")
 
 
-def link_layers(groups: list[dict]) -> list[Layer]:
+def link_layers(groups: list[dict]) -> list[LayerSlots]:
     """The low-rank layers formed by the groups' names and roles, in order of appearance."""
     place_of, prefixes = {}, {}
     for g, group in enumerate(groups):
@@ -132,7 +132,7 @@ def link_layers(groups: list[dict]) -> list[Layer]:
     layers = []
     for prefix in prefixes:
         places = tuple(place_of.get(_join(prefix, role)) for role in ROLES)
-        layers.append(Layer(prefix, places))
+        layers.append(LayerSlots(prefix, places))
     return layers
 
 

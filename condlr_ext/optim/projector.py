@@ -1,4 +1,4 @@
-"""Projector: puts low-rank layers back on the constraint set after every step of any torch optimiser."""
+"""Projector: puts low-rank layers back on the constraint set after every step of any torch optimizer."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -17,29 +17,29 @@ from .groups import refuse_sharded
 
 
 class Projector:
-    """Keeps U, V orthonormal and kappa(S) <= 1 + tau under an optimiser that knows nothing of them.
+    """Keeps U, V orthonormal and kappa(S) <= 1 + tau under an optimizer that knows nothing of them.
 
     After each step U, R_U = qr(U), V, R_V = qr(V), S <- clip_spectrum(R_U S R_Vᵀ, tau, band, sigma_max), batched over
     factors and over cores of equal shape. Only layers that had a gradient are touched, none where a GradScaler made
-    a step of a fused optimiser do nothing.
+    a step of a fused optimizer do nothing.
 
         Projector(model, tau=0.1).attach(optimizer)
 
     Args:
         model: a module with low-rank layers. They are looked up at every step: layers that are replaced or added
-            later are projected from the first step of an optimiser that has them; if none has, the step says so.
+            later are projected from the first step of an optimizer that has them; if none has, the step says so.
         tau, band, sigma_max: as linalg.clip_spectrum. Entries "tau", "band", "sigma_max" of the parameter group
             that holds S come first; all are read at every step.
         tangent: also take from the gradients of U and V, in place and before the step, the part that only turns
             their columns, G <- G - U UᵀG, which S can do as well. Works with step(closure).
 
     Parameters are stepped in their own dtype, so for float16 and bfloat16 the bound holds to their rounding;
-    CondLRSGD and CondLRAdamW have float32 masters. What the optimiser keeps (momentum, moments) is left alone.
+    CondLRSGD and CondLRAdamW have float32 masters. What the optimizer keeps (momentum, moments) is left alone.
 
     Raises:
         ValueError: tau, band or sigma_max out of range, a model without low-rank layers.
 
-    Source: projection after a step of an arbitrary optimiser, as StelLA (Li et al., NeurIPS 2025) retracts after one.
+    Source: projection after a step of an arbitrary optimizer, as StelLA (Li et al., NeurIPS 2025) retracts after one.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Projector:
         self._seen = WeakIdKeyDictionary()  # U of known layers: whether it is orthonormal by now
 
     def attach(self, optimizer: Optimizer) -> "Attachment":
-        """Projects after every step of the optimiser from now on; returns a handle whose remove() ends it.
+        """Projects after every step of the optimizer from now on; returns a handle whose remove() ends it.
 
-        The layers that the optimiser trains are put on the constraint set at once. May be called for several
-        optimisers that share the model. Copies and pickles of an optimiser come without its hooks: attach again.
+        The layers that the optimizer trains are put on the constraint set at once. May be called for several
+        optimizers that share the model. Copies and pickles of an optimizer come without its hooks: attach again.
 
         Raises:
-            TypeError: no torch optimiser. ValueError: one that keeps the constraint itself, is attached already, or
+            TypeError: no torch optimizer. ValueError: one that keeps the constraint itself, is attached already, or
                 has no parameter of a low-rank layer. NonFiniteError: NaN or Inf in a layer, which is named.
         """
         name = type(optimizer).__name__
@@ -89,10 +89,10 @@ class Projector:
         self._attached[optimizer] = attachment = Attachment(self, optimizer)
         return attachment
 
-    def _layers(self, optimizer: Optimizer) -> list["_Layer"]:
-        """The layers with a factor in the optimiser, as they are now."""
+    def _layers(self, optimizer: Optimizer) -> list["ProjectedLayer"]:
+        """The layers with a factor in the optimizer, as they are now."""
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # the group of S may be in another optimiser
+        # the group of S may be in another optimizer
         groups = [group for o in (*self._attached, optimizer) for group in o.param_groups]
         group_of = {id(p): group for group in groups for p in group["params"]}
         layers = []
@@ -101,13 +101,13 @@ class Projector:
             if any(i in mine for i in factors):
                 group = next(group_of[i] for i in factors if i in group_of)
                 options = {key: group.get(key, getattr(self, key)) for key in ("tau", "band", "sigma_max")}
-                layers.append(_Layer(name, module, **options))
+                layers.append(ProjectedLayer(name, module, **options))
         return layers
 
     def _low_rank(self) -> Iterator[tuple[str, LowRankLayer]]:
         return ((name, m) for name, m in self.model.named_modules() if isinstance(m, LowRankLayer))
 
-    def _before(self, layers: list["_Layer"]) -> None:
+    def _before(self, layers: list["ProjectedLayer"]) -> None:
         """With gradients there: refuses what cannot be projected, and takes the tangent part."""
         for layer in layers:
             layer.constraint()
@@ -125,7 +125,7 @@ class Projector:
             for X in (X for module in known for X in (module.U, module.V) if X.grad is not None):
                 X.grad.copy_(reference.tangent_projection(_wide(X), _wide(X.grad)))
 
-    def _after(self, layers: list["_Layer"], skip: Tensor | None, step: str) -> None:
+    def _after(self, layers: list["ProjectedLayer"], skip: Tensor | None, step: str) -> None:
         """Projects the layers; where `skip` is set, which the host need not know, nothing changes."""
         new, R, lost = {}, {}, {}  # by layer and role
         factors = [(i, role, getattr(layer.module, role)) for i, layer in enumerate(layers) for role in "UV"]
@@ -159,7 +159,7 @@ class Projector:
 
 
 class Attachment:
-    """Of a Projector to an optimiser; remove() takes the hooks off."""
+    """Of a Projector to an optimizer; remove() takes the hooks off."""
 
     def __init__(self, projector: Projector, optimizer: Optimizer):
         self._projector, self._moved = projector, WeakIdKeyDictionary()
@@ -170,7 +170,7 @@ class Attachment:
         ]
 
     def remove(self) -> None:
-        """The optimiser is as it was before; a second call does nothing."""
+        """The optimizer is as it was before; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         if (optimizer := self._optimizer()) is not None:
@@ -198,8 +198,8 @@ class Attachment:
         self._projector._before(layers)
         self._note(layers)
 
-    def _note(self, layers: list["_Layer"]) -> None:
-        """Remembers which of them have a gradient now: some optimisers drop it in their step."""
+    def _note(self, layers: list["ProjectedLayer"]) -> None:
+        """Remembers which of them have a gradient now: some optimizers drop it in their step."""
         for layer in layers:
             if _has_gradient(layer.module):
                 self._moved[layer.module.U] = True
@@ -215,7 +215,7 @@ class Attachment:
 
 
 @dataclass
-class _Layer:
+class ProjectedLayer:
     name: str
     module: LowRankLayer
     tau: float
@@ -260,7 +260,7 @@ def _has_gradient(module: LowRankLayer) -> bool:
 
 
 def _wide(X: Tensor) -> Tensor:
-    """X in the dtype that factorisations run in."""
+    """X in the dtype that factorizations run in."""
     return X.float() if X.dtype in (torch.float16, torch.bfloat16) else X
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from .base import ConstrainedOptimizer, fusible
-from .call import Slot, StepCall
+from .step_args import Slot, StepCall
 
 # torch's fused SGD on CPUs, in versions in use, leaves these unstepped and spoils their momentum: pytorch#191763
 _LOW = (torch.float16, torch.bfloat16)

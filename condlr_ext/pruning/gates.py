@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._select import DENSE, select_layers
+from .._modules import DENSE, select_layers
 
 LOWER, UPPER = -0.1, 1.1  # the interval the concrete variable is stretched to before it is clipped to [0, 1]
 TEMPERATURE = 2 / 3
@@ -15,7 +15,7 @@ LOG_ALPHA_MAX = math.log(1e2)
 
 
 class HardConcreteGate(nn.Module):
-    """Multiplies each output channel of a weight by a gate z in [0, 1], a parametrisation of torch.nn.utils.
+    """Multiplies each output channel of a weight by a gate z in [0, 1], a parametrization of torch.nn.utils.
 
     In training one z per channel and forward pass is drawn from the hard-concrete distribution; in eval mode
     z = clip(sigmoid(log_alpha) (1.1 + 0.1) - 0.1, 0, 1).
@@ -78,14 +78,14 @@ def add_gates(model: nn.Module, *, exclude=(), closed: float = 0.3) -> list[str]
         The names of the gated layers.
 
     Raises:
-        TypeError, ValueError: bad argument, no layer, or a weight that is parametrised already or shared.
+        TypeError, ValueError: bad argument, no layer, or a weight that is parametrized already or shared.
 
     make_permanent takes the gates off again and leaves the weights as eval mode has them.
     """
     layers = select_layers("add_gates", model, DENSE, exclude)
     for name, layer in layers.items():
         if parametrize.is_parametrized(layer, "weight"):
-            raise ValueError(f"add_gates: the weight of {name} must not be parametrised, got {layer.parametrizations}")
+            raise ValueError(f"add_gates: the weight of {name} must not be parametrized, got {layer.parametrizations}")
         check_weight("add_gates", model, name, layer)
     gates = {
         name: HardConcreteGate(len(layer.weight), closed, device=layer.weight.device, dtype=layer.weight.dtype)
@@ -107,7 +107,7 @@ def check_weight(where: str, model: nn.Module, name: str, layer: nn.Module) -> N
 
 
 def original(layer: nn.Module) -> nn.Parameter | None:
-    """The weight as a parameter, before any parametrisation; None where that has taken it apart."""
+    """The weight as a parameter, before any parametrization; None where that has taken it apart."""
     if not parametrize.is_parametrized(layer, "weight"):
         return layer.weight
     return getattr(layer.parametrizations.weight, "original", None)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._select import DENSE, select_layers
+from .._modules import DENSE, select_layers
 from .gates import HardConcreteGate, check_weight, original
 
 
@@ -37,7 +37,7 @@ class _TopK(torch.autograd.Function):
 
 
 class TopKMask(nn.Module):
-    """Keeps of a weight the share `keep` with the largest |scores|: a parametrisation of torch.nn.utils.
+    """Keeps of a weight the share `keep` with the largest |scores|: a parametrization of torch.nn.utils.
 
     Args:
         weight: the weight to be masked. scores start at √(6 / fan_in) weight / max |weight|, so that the first mask is
@@ -64,7 +64,7 @@ def add_masks(model: nn.Module, keep: float, *, exclude=()) -> list[str]:
     """Puts a TopKMask on the weight of every nn.Linear and nn.Conv1d/2d/3d, in place, and freezes these weights.
 
     What trains now are the scores `<layer>.parametrizations.weight.<i>.scores` (and whatever is not masked): make the
-    optimiser after this call. Then freeze_masks, fine-tune, make_permanent. Gates may be there already. Low-rank
+    optimizer after this call. Then freeze_masks, fine-tune, make_permanent. Gates may be there already. Low-rank
     layers are left alone: zeros in a factor would end its orthonormality; their pruning is the rank.
 
     Args:

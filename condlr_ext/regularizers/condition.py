@@ -69,7 +69,7 @@ def robust_dlrt(matrices: Matrices) -> Tensor:
     """RobustDLRT's spectral penalty, Σ ‖SᵀS − a² I‖_F with a² = ‖S‖²_F / r: √r standard deviations of the σ².
 
     kappa <= exp(penalty / (√2 σ_r²)). Not scale-invariant: of degree 2. A norm, not its square: near 0 the gradient
-    keeps the size 2‖S‖ and the optimiser's step decides how near it gets.
+    keeps the size 2‖S‖ and the optimizer's step decides how near it gets.
 
     Args:
         matrices: as in log_volume; the smaller of the two Gram matrices is taken.

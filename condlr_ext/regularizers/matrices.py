@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._select import DENSE, select_layers
+from .._modules import DENSE, select_layers
 from ..errors import NonFiniteError, ShapeError
 from ..nn import LowRankLayer
 
@@ -16,8 +16,8 @@ Matrices = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor]
 def layer_matrices(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Tensor]:
     """By layer name, the matrix whose singular values are those of the layer's weight, differentiable.
 
-    A low-rank layer gives its core S [r, r], which has them while U and V are orthonormal (the optimisers keep them
-    so), and their root mean square for each direction that a RankAdapter keeps room for; nn.Linear and nn.Conv give
+    A low-rank layer gives its core S [r, r], which has them while U and V are orthonormal (the optimizers keep them
+    so), and their root mean square for each direction that a RankController keeps room for; nn.Linear and nn.Conv give
     the weight flattened to [m, n], for a convolution [C_out, C_in / groups * kernel].
 
     Args:
@@ -35,7 +35,7 @@ def layer_matrices(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[
 
 
 def _core(layer: LowRankLayer) -> Tensor:
-    """S; where a RankAdapter keeps room, with the root mean square of its singular values on the diagonal there.
+    """S; where a RankController keeps room, with the root mean square of its singular values on the diagonal there.
 
     That is neutral in penalties on their spread, in value and gradient, and below σ₁; and shapes stay as they are.
     """

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import linalg
-from .._select import DENSE, select_layers
+from .._modules import DENSE, select_layers
 from ..errors import NonFiniteError
 from ..nn import LowRankLayer
 from ..ops import can_check, no_autocast

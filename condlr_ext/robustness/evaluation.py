@@ -78,7 +78,7 @@ def evaluate(
             not saturate), "pgd-rescaled" (cross-entropy of rescaled logits), "pgd-dlr" (needs 3 classes), "apgd-ce",
             "apgd-dlr" (3 classes), "apgd-t" (targeted DLR, 4 classes; the strongest, and the cost of nine others).
             Default: those of ATTACKS for which there are classes enough.
-        norm: "linf" or "l2" ball; "fgsm" in l2 is one step along the normalised gradient.
+        norm: "linf" or "l2" ball; "fgsm" in l2 is one step along the normalized gradient.
         steps, restarts: of the PGD and APGD attacks.
         seed: of the random starts.
         batch_size: samples attacked at a time (times the number of budgets); default all.

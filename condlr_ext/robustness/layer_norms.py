@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import linalg
-from .._select import select_layers
+from .._modules import select_layers
 from ..attacks.checks import frozen
 from ..errors import NonFiniteError
 from ..functional import same_padding

@@ -1,4 +1,4 @@
-// The codes of the ops: the outcome of one factorisation, and the ways to place the band.
+// The codes of the ops: the outcome of one factorization, and the ways to place the band.
 #pragma once
 
 namespace condlr {

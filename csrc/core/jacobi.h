@@ -18,7 +18,7 @@ constexpr int kLanes = Vec<double>::kLanes;
 // Rows are padded with zeros to whole vectors.
 inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// The sums of neighbouring lanes of (a, b): first those of a, then those of b.
+// The sums of neighboring lanes of (a, b): first those of a, then those of b.
 template <int... I>
 inline Lanes pair_sums(const Lanes& a, const Lanes& b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)

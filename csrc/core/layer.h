@@ -1,4 +1,4 @@
-// The factorised linear layer: Y = X V Sᵀ Uᵀ + b and its gradients, for sizes where calls cost more than flops.
+// The factorized linear layer: Y = X V Sᵀ Uᵀ + b and its gradients, for sizes where calls cost more than flops.
 #pragma once
 
 #include "gemm.h"

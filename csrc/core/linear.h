@@ -1,4 +1,4 @@
-// A factorised linear layer, W = U S Vᵀ, as the kernels take it: row-major and contiguous.
+// A factorized linear layer, W = U S Vᵀ, as the kernels take it: row-major and contiguous.
 #pragma once
 
 #include <cstdint>

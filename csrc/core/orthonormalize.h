@@ -1,4 +1,4 @@
-// qf(Y), the Q of the QR factorisation with positive diagonal, by Cholesky-QR with a Householder fallback.
+// qf(Y), the Q of the QR factorization with positive diagonal, by Cholesky-QR with a Householder fallback.
 #pragma once
 
 #include "cholesky.h"

@@ -1,4 +1,4 @@
-// Vectors as wide as the instruction set in use, and the vector primitives of the factorisations.
+// Vectors as wide as the instruction set in use, and the vector primitives of the factorizations.
 //
 // Everything under core/ is compiled once per instruction set, in the namespace CONDLR_ISA, and uses no
 // inline code of the standard library: the linker could merge such code across instruction sets.

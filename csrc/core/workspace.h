@@ -23,7 +23,7 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
 
-  // Uninitialised memory, aligned to a cache line, valid until release() to an earlier mark.
+  // Uninitialized memory, aligned to a cache line, valid until release() to an earlier mark.
   void* take(std::size_t bytes);
   Mark mark() const;
   void release(Mark mark);

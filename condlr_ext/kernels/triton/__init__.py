@@ -11,7 +11,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def reasons_not(tensors: Sequence[torch.Tensor]) -> list[str]:
+def unsupported_reasons(tensors: Sequence[torch.Tensor]) -> list[str]:
     """Why no Triton kernel can serve these tensors, whatever their shapes; empty if one can."""
     if not INSTALLED:
         return ["Triton is not installed"]

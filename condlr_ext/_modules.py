@@ -1,0 +1,103 @@
+"""Helpers for whole models: unwrap, select layers by name or type, replace modules, undo changes on error."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module in DistributedDataParallel, DataParallel and torch.compile, or model itself."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..., bool]:
+    """Whether a layer is meant by patterns: names, types, predicates or a list of these. `function` is for errors."""
+    if isinstance(patterns, (str, type)) or callable(patterns):
+        patterns = [patterns]
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{function}: {what} must be a name, a type, a predicate or a list of these, got {patterns!r}")
+    patterns = list(patterns)
+    for p in patterns:
+        if isinstance(p, str):
+            if not any(fnmatchcase(name, p) for name in names):
+                raise ValueError(f"{function}: {what} {p!r} matches no module of the model")
+        elif not callable(p):
+            raise TypeError(f"{function}: {what} entries must be names, types or predicates, got {p!r}")
+
+    def matches(name: str, module: nn.Module, parent: tuple[str, nn.Module] | None = None) -> bool:
+        """By name and type also of the attention it belongs to; a predicate is asked about layers alone."""
+        identities = [(name, module)] + ([parent] if parent else [])
+        for p in patterns:
+            if isinstance(p, str):
+                hit = any(fnmatchcase(n, p) for n, _ in identities)
+            elif isinstance(p, type):
+                hit = any(isinstance(m, p) for _, m in identities)
+            else:
+                hit = p(name, module)
+            if hit:
+                return True
+        return False
+
+    return matches
+
+
+def select_layers(
+    where: str, model: nn.Module, types: tuple[type, ...], exclude: str | Iterable[str] = ()
+) -> dict[str, nn.Module]:
+    """The model's modules of these types by name; exclude holds names or fnmatch patterns.
+
+    Raises:
+        TypeError: no module. ValueError: a pattern that matches no such layer, or no layer left.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
+    known = ", ".join(layers) or "a model without any"
+    excluded = matcher(where, "exclude", exclude, list(layers))
+    layers = {name: module for name, module in layers.items() if not excluded(name, module)}
+    if not layers:
+        kinds = ", ".join(t.__name__ for t in types)
+        raise ValueError(f"{where}: the model must have a layer to act on ({kinds}), got {known}, exclude={exclude!r}")
+    return layers
+
+
+def replace_modules(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -> None:
+    """Put each replacement in the place of its module, wherever `model` holds it."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():  # named_children would pass over a module used twice
+            if child in replacement:
+                parent._modules[key] = replacement[child]
+
+
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Puts every module back as it was, but for the values of its tensors, if anything raises."""
+    trained = {p: p.requires_grad for p in model.parameters()}
+    before = []
+    for module in model.modules():
+        attributes = dict(vars(module))
+        contents = {name: dict(value) for name, value in attributes.items() if isinstance(value, dict)}
+        before.append((module, type(module), attributes, contents))
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, contents in before:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in contents.items():  # in place: handles of hooks know the very dict
+                attributes[name].clear()
+                attributes[name].update(content)
+        for p, requires_grad in trained.items():
+            p.requires_grad_(requires_grad)
+        raise

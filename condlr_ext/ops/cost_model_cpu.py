@@ -1,0 +1,135 @@
+"""Factorized or merged: which products a layer runs, chosen at every call by a cost model.
+
+Factorized, the thin products with V and with U S, saves work where the rank is low. Merged forms W = U S Vᵀ, runs the
+dense product and takes the factors' gradients from dW: it pays where the rank is high, or a side so thin that a second
+product costs more than it saves, and the rows are many, since forming W costs the same for any number of them.
+
+Costs are in flops of a large product, so the constants are ratios, which carry over between machines better than
+seconds do; the choice hardly depends on them: halving or doubling one changes it near the crossing only.
+bench/routes.py sets it against the clock. Sizes that compiled or exported code keeps open, as of the batch, count as
+many (reference.sizes), so that one graph serves all of them. On GPUs the costs are those of cost_model_gpu, in
+microseconds.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import cost_model_gpu, layers
+from ._dispatch import current_backend
+
+ROUTES = ("auto", "factorized", "merged")
+
+CHANNELS = 16  # oneDNN's convolutions work on blocks of so many channels, full or not; up to 3 of an image as they are
+MOVE = 60  # reading or writing one number of an activation
+COPY = 300  # one number of a filter bank copied into another memory format, as every use of it does
+FORM = 1.5  # one flop of the small products that form W or take it apart
+CALL = 10e6  # what a dense layer of any size costs forward and backward: autograd and the calls
+CALLS = 3  # so many times that, merged or a convolution
+FEWER_CALLS = 1.5  # the same, factorized and linear: one call of compiled code each way where the layer is small
+
+
+class Plan(NamedTuple):
+    """Cost of one call, forward and the backward it will need, by each route and of the dense layer, and its source."""
+
+    factorized: float
+    merged: float
+    dense: float
+    source: str = "estimated"
+
+    @property
+    def route(self) -> str:
+        """The cheaper route."""
+        return "merged" if self.merged < self.factorized else "factorized"
+
+    @property
+    def gain(self) -> float:
+        """Predicted time of the dense layer over that of the cheaper route."""
+        return self.dense / min(self.factorized, self.merged)
+
+
+def choose(plan: Callable[..., Plan], input: Tensor, *args) -> str:
+    """The route that plan, linear or conv, names for these arguments; "factorized" where Triton is named, and in
+    torch.jit.trace, where sizes are tensors."""
+    if current_backend() == "triton" or torch.jit.is_tracing():
+        return "factorized"
+    return plan(input, *args).route if input.is_cpu or input.is_cuda else "factorized"
+
+
+def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Plan:
+    """The costs of low_rank_linear on these arguments, of which only sizes and requires_grad are looked at."""
+    if input.is_cuda:
+        fused = not layers.low_rank_linear.unsupported_reasons("triton", input, U, S, V, bias)
+        return _on_gpu(lambda direction: cost_model_gpu.linear(direction, input, U, V), fused, input, U, S, V)
+    (m, r), n, numbers = U.shape, V.shape[0], math.prod(reference.sizes(input))
+    gradients = _gradients(input, U, S, V)
+    return _cost_model(n)(m, n, r, numbers, numbers // n, r, n * r, r * m, m * n, 0, FEWER_CALLS, *gradients)
+
+
+def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Plan:
+    """The costs of low_rank_conv on these arguments, as for linear."""
+    geometry = kernel_size, stride, padding, dilation, groups
+    if input.is_cuda:
+        fused = not layers.low_rank_conv.unsupported_reasons("triton", input, U, S, V, bias, *geometry)
+        rows = cost_model_gpu.pixels(reference.sizes(input), *geometry[:-1])
+        return _on_gpu(lambda direction: cost_model_gpu.conv(direction, input, rows, U, V), fused, input, U, S, V)
+    (m, r), n, shape = U.shape, V.shape[0], reference.sizes(input)
+    numbers, rows, taps = math.prod(shape), shape[0], 1
+    for size, k, s, p, d in zip(shape[2:], kernel_size, stride, padding, dilation, strict=True):
+        rows, taps = rows * ((size + 2 * p - d * (k - 1) - 1) // s + 1), taps * k
+    channels = n // taps
+    fan_in = taps * (channels if channels <= 3 else _blocks(channels))
+    filters = groups * _blocks(m // groups) if m > groups else m
+    core = _blocks(r)
+    products = groups * core * fan_in, core * filters, filters * fan_in
+    gradients = _gradients(input, U, S, V)
+    return _cost_model(n)(m, n, r, numbers, rows, groups * r, *products, COPY, CALLS, *gradients)
+
+
+def _on_gpu(costs, fused: bool, input, U, S, V) -> Plan:
+    """From the costs of each direction that will run; fused: the Triton kernels serve it."""
+    directions = [costs("forward")] + ([costs("backward")] if any(_gradients(input, U, S, V)) else [])
+    factorized = sum(min(c.triton if fused else c.products, c.products) for c in directions)
+    merged, dense = (sum(getattr(c, name) for c in directions) for name in ("merged", "dense"))
+    return Plan(factorized, merged, dense, "; ".join(dict.fromkeys(c.source for c in directions)))
+
+
+def _blocks(channels: int) -> int:
+    return (channels + CHANNELS - 1) // CHANNELS * CHANNELS
+
+
+def _gradients(input: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[bool, bool]:
+    """Whether a backward will ask for the gradients of the factors, and of the input."""
+    graph = torch.is_grad_enabled()
+    return graph and (U.requires_grad or S.requires_grad or V.requires_grad), graph and input.requires_grad
+
+
+def _cost_model(n):
+    """_plan, remembered for the sizes seen; where code is traced, and those of the factors may be symbols, computed."""
+    return _plan if torch.compiler.is_compiling() or type(n) is not int else _remembered
+
+
+def _plan(m, n, r, numbers, rows, width, first, second, full, copy, calls, factors, image) -> Plan:
+    """From the sizes of an input of so many numbers, the numbers of P for one row of the output, and for one row the
+    multiply-adds of the first, the second and the dense product."""
+    passes = 1 + factors + image
+    P = rows * width
+    outer = (numbers + rows * m) * passes  # what any route reads and writes
+    form = r * min(m * (r + n), n * (r + m))
+
+    thin = first * passes + second * (1 + factors + (factors or image))
+    factorized = 2 * rows * thin + MOVE * (outer + P * (2 + 3 * factors + 2 * image))
+    factorized += FORM * 2 * min(rows, m) * r * r * (1 + 3 * factors) + copy * n * r * 2 * passes
+
+    dense = 2 * rows * full * passes + MOVE * outer + copy * m * n * passes
+    merged = FORM * 2 * (form * (1 + image) + factors * (m * n * r + 2 * m * r * r + form))
+    merged += dense + copy * m * n * passes
+    return Plan(factorized + calls * CALL, merged + CALLS * CALL, dense + CALL)
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_plan)

@@ -1,0 +1,219 @@
+"""Readers of published data sets, on small files in their formats, whole and damaged; splits; augmentation."""
+
+import gzip
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+
+from condlr_ext.experiments import augment, data
+from condlr_ext.experiments import dataset_files as formats
+
+RNG = np.random.default_rng(0)
+
+
+def images(n, *shape):
+    return RNG.integers(0, 256, (n, *shape), dtype=np.uint8)
+
+
+def labels(n, classes=10):
+    return (np.arange(n) % classes).astype(np.uint8)
+
+
+def idx_bytes(array):
+    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
+
+
+def write_mnist(folder, suffix=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for part, n in (("train", 40), ("t10k", 20)):
+        arrays[part] = images(n, 28, 28), labels(n)
+        for what, array in zip(("images-idx3", "labels-idx1"), arrays[part], strict=True):
+            content = idx_bytes(array)
+            path = folder / f"{part}-{what}-ubyte{suffix}"
+            path.write_bytes(gzip.compress(content) if suffix else content)
+    return arrays
+
+
+def write_cifar(folder, classes, binary):
+    folder.mkdir(parents=True, exist_ok=True)
+    (_, *parts) = data._CIFAR[f"cifar{classes}"][1 if binary else 2]
+    arrays = []
+    for files in parts:
+        kept = []
+        for file in files:
+            x, y = images(20, 3072), labels(20, classes)
+            kept.append((x, y))
+            if binary:
+                columns = [y[:, None], x] if classes == 10 else [y[:, None] // 5, y[:, None], x]
+                (folder / file).write_bytes(np.concatenate(columns, 1).tobytes())
+            else:
+                content = {"data": x, "labels" if classes == 10 else "fine_labels": y.tolist(), "batch_label": "b"}
+                (folder / file).write_bytes(pickle.dumps(content, protocol=2))
+        arrays.append(tuple(np.concatenate(part) for part in zip(*kept, strict=True)))
+    return arrays
+
+
+def same(split, train, test, shape):
+    for x, y, (want_x, want_y) in ((split.x_train, split.y_train, train), (split.x_test, split.y_test, test)):
+        assert x.dtype == torch.float32 and y.dtype == torch.int64
+        np.testing.assert_array_equal(x.numpy(), want_x.reshape(-1, *shape).astype(np.float32) / np.float32(255))
+        np.testing.assert_array_equal(y.numpy(), want_y)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("place", ["", "raw", "FashionMNIST/raw"])
+def test_mnist(tmp_path, suffix, place):
+    arrays = write_mnist(tmp_path / place, suffix)
+    split = data.load("fashion-mnist", 0, folder=tmp_path)
+    same(split, arrays["train"], arrays["t10k"], (1, 28, 28))
+    assert split.classes == 10 and split.shape == (1, 28, 28) and split.mean is None and not split.augment
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("deep", [True, False])
+def test_cifar(tmp_path, classes, binary, deep):
+    folder = tmp_path / data._CIFAR[f"cifar{classes}"][1 if binary else 2][0] if deep else tmp_path
+    train, test = write_cifar(folder, classes, binary)
+    split = data.load(f"cifar{classes}", 0, folder=tmp_path)
+    same(split, train, test, (3, 32, 32))
+    assert split.classes == classes and split.augment and len(split.mean) == len(split.std) == 3
+
+
+def test_cifar_takes_the_binary_files_where_both_are(tmp_path):
+    train, test = write_cifar(tmp_path / "cifar-10-batches-bin", 10, True)
+    write_cifar(tmp_path / "cifar-10-batches-py", 10, False)
+    same(data.load("cifar10", 0, folder=tmp_path), train, test, (3, 32, 32))
+
+
+def test_svhn(tmp_path):
+    arrays = []
+    for part in ("train", "test"):
+        x, y = images(20, 32, 32, 3), labels(20)
+        stored = np.where(y == 0, 10, y)[:, None]
+        savemat(tmp_path / f"{part}_32x32.mat", {"X": x.transpose(1, 2, 3, 0), "y": stored})
+        arrays.append((x.transpose(0, 3, 1, 2), y))
+    same(data.load("svhn", 0, folder=tmp_path), *arrays, (3, 32, 32))
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+def test_pickles_cannot_call(tmp_path, capsys):
+    write_cifar(tmp_path, 10, False)
+    (tmp_path / "data_batch_3").write_bytes(pickle.dumps({"data": Evil(), "labels": [0]}))
+    with pytest.raises(ValueError, match=r"data_batch_3 is no CIFAR-10 batch.*builtins\.print"):
+        data.load("cifar10", 0, folder=tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[:-7], "longer": content + b"x", "empty": b"", "foreign": b"hello"}[how])
+
+
+@pytest.mark.parametrize("how", ["truncated", "longer", "empty", "foreign"])
+@pytest.mark.parametrize(
+    "name, write, file",
+    [
+        ("mnist", write_mnist, "train-images-idx3-ubyte"),
+        ("mnist", write_mnist, "t10k-labels-idx1-ubyte"),
+        ("mnist", lambda folder: write_mnist(folder, ".gz"), "train-images-idx3-ubyte.gz"),
+        ("cifar10", lambda folder: write_cifar(folder, 10, True), "data_batch_2.bin"),
+        ("cifar100", lambda folder: write_cifar(folder, 100, False), "train"),
+    ],
+    ids=["images", "labels", "gz", "binary", "pickle"],
+)
+def test_damaged_files_are_named(tmp_path, name, write, file, how):
+    write(tmp_path)
+    if how == "longer" and file in ("train", "train-images-idx3-ubyte.gz"):
+        pytest.skip("what follows the end of a pickle or gzip member is not read")
+    damage(tmp_path / file, how)
+    with pytest.raises(ValueError, match=file):
+        data.load(name, 0, folder=tmp_path)
+
+
+def test_labels_must_be_in_range(tmp_path):
+    write_mnist(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.full(40, 10, np.uint8)))
+    with pytest.raises(ValueError, match=r"labels-idx1-ubyte must hold labels in 0\.\.9, got 10\.\.10"):
+        data.load("mnist", 0, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0.5, 1.5], ["a", "b"], [None, None], [[0], [1]], 3, []], ids=["floats", "texts", "objects", "2-D", "0-D", "none"]
+)  # fmt: skip
+def test_labels_must_be_integers(tmp_path, labels):
+    write_cifar(tmp_path, 10, False)
+    path = next(tmp_path.rglob("data_batch_2"))
+    path.write_bytes(pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": labels}, protocol=2))
+    with pytest.raises(ValueError, match="data_batch_2"):
+        data.load("cifar10", 0, folder=tmp_path)
+
+
+def test_one_class_is_no_training_part(tmp_path):
+    write_mnist(tmp_path)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(40, np.uint8)))
+    with pytest.raises(ValueError, match="the training part of mnist in .* must have at least 2 classes, got 1"):
+        data.load("mnist", 0, folder=tmp_path)
+
+
+def test_no_mat_file(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / f"{part}_32x32.mat").write_bytes(b"MATLAB" * 30)
+    with pytest.raises(ValueError, match=r"train_32x32\.mat is no SVHN file"):
+        data.load("svhn", 0, folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", data.FOLDERS)
+def test_missing_files_show_what_is_looked_for(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=rf"{name} are not in .*it holds notes\.txt.*FOLDER/"):
+        data.load(name, 0, folder=tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        data.load(name, 0, folder=tmp_path / "none")
+    with pytest.raises(ValueError, match=f"{name} needs the folder"):
+        data.load(name, 0)
+
+
+def test_validation_is_cut_off_the_training_part():
+    whole, split = data.load("digits", 0), data.load("digits", 0, validation=0.25)
+    assert split.x_train.shape == (942, 1, 8, 8) and split.x_val.shape == (315, 1, 8, 8)
+    assert torch.equal(split.x_test, whole.x_test) and torch.equal(split.y_test, whole.y_test)
+    together = torch.cat([split.x_train, split.x_val]).flatten(1)
+    assert sorted(map(tuple, together.tolist())) == sorted(map(tuple, whole.x_train.flatten(1).tolist()))
+    assert (torch.bincount(split.y_val) - torch.bincount(whole.y_train) / 4).abs().max() < 1
+    assert whole.x_val is None
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"validation must be in \[0, 1\)"):
+            data.load("digits", 0, validation=share)
+    with pytest.raises(ValueError, match="cannot set aside 0.001 of 1257 samples"):
+        data.load("digits", 0, validation=0.001)
+
+
+def test_crop_and_flip():
+    """Every image is a window of its padded self, as it is or mirrored; all offsets and both sides come up."""
+    x = torch.rand(2000, 2, 6, 5)
+    out = augment.crop_and_flip(x, torch.Generator().manual_seed(0))
+    assert out.shape == x.shape
+    padded = torch.nn.functional.pad(x, [4] * 4)
+    windows = padded.unfold(2, 6, 1).unfold(3, 5, 1).permute(2, 3, 0, 1, 4, 5)  # [9, 9, N, C, H, W]
+    hits = torch.stack([(w == out).flatten(3).all(3) for w in (windows, windows.flip(-1))])
+    assert hits.any(0).any(0).any(0).all()
+    counts = hits.sum(3)
+    assert (counts > 0).all() and 900 < counts[0].sum() < 1130
+    again = augment.crop_and_flip(x, torch.Generator().manual_seed(0))
+    assert torch.equal(out, again)
+
+
+def test_idx_of_any_dimension(tmp_path):
+    array = images(3, 2, 4, 5)
+    (tmp_path / "a").write_bytes(idx_bytes(array))
+    np.testing.assert_array_equal(formats.idx(tmp_path / "a"), array)

@@ -1,0 +1,130 @@
+"""The Triton kernels compiled ahead of time for every architecture: shared memory, spills, instructions.
+
+One process for `pytest -m aot` (the default configurations) or `pytest -m "aot or aot_all"` (every one); not under
+TRITON_INTERPRET=1, which leaves nothing to compile.
+"""
+
+import importlib
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+pytest.importorskip("triton")
+
+from helpers import aot
+
+from condlr_ext.kernels.triton import INTERPRETED
+
+TYPES = {"fp16": "fp16", "bf16": "bf16", "tf32": "fp32", "fp32": "fp32", "fp64": "fp64"}
+# the products of a layer, with the stride of S that is 1: forward, backward, the same for the pointwise half
+CHAINS = {
+    "forward": {"FIRST": True, "LAST": True, "BIAS": True, "s_col": 1},
+    "backward": {"FIRST": True, "LAST": True, "BIAS": False, "s_row": 1},
+    "pointwise": {"FIRST": False, "LAST": True, "BIAS": True, "s_col": 1},
+    "pointwise backward": {"FIRST": True, "LAST": False, "BIAS": False, "s_row": 1},
+}
+COUNTS = ("n_rows", "splits", "u_tiles", "v_tiles", "rows_per_split")  # integers that are of no special size
+
+
+def layer_variants():
+    """Every configuration of the kernels of the layers."""
+    import torch
+
+    from condlr_ext.kernels.triton.linear import configs, low_rank
+
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+    for architecture in configs.ARCHITECTURES:
+        for dtype, type_ in TYPES.items():
+            wide = "fp64" if dtype == "fp64" else "fp32"
+            rounding = "ieee" if dtype in ("fp32", "fp64") else "tf32"
+            for rank in configs.RANKS:
+                for kernel in ("chain", "sums", "combine"):
+                    names = getattr(low_rank, kernel).arg_names
+                    listed = configs.of(kernel, architecture, dtypes.get(dtype, torch.float32), rank, rounding)
+                    for i, config in enumerate(listed):
+                        for kind, fixed in CHAINS.items() if kernel == "chain" else [("", {"BIAS": True})]:
+                            constants = fixed | {"RANK": rank, "PRECISION": rounding} | config.kwargs
+                            if kernel == "combine":
+                                constants["s_col"] = 1
+                            types = {}
+                            for name in names:
+                                if name.endswith("_ptr"):
+                                    summed = name.endswith("sums_ptr") or (kernel == "sums" and name == "db_ptr")
+                                    types[name] = f"*{wide if summed else type_}:16"
+                                elif name not in constants:
+                                    types[name] = "i32" if name in COUNTS else "i32:16"
+                            options = {k: v for k, v in config.all_kwargs().items() if k not in config.kwargs}
+                            yield aot.Variant(
+                                "linear.low_rank", kernel, architecture, types, constants, options, i == 0, kind, dtype
+                            )
+
+
+def other_variants():
+    """Those that the modules of the other kernels name themselves."""
+    from condlr_ext.kernels.triton.linear import configs
+
+    for name in (
+        "runtime.launching", "qr.cholesky_qr", "spectral.band", "spectral.bound", "spectral.jacobi",
+        "spectral.newton_schulz", "spectral.product", "step.core_clip", "step.network_step",
+    ):  # fmt: skip
+        module = importlib.import_module(f"condlr_ext.kernels.triton.{name}")
+        for architecture in configs.ARCHITECTURES:
+            for kernel, types, constants, options, default in module.variants(architecture):
+                types = {name: types[name] for name in kernel.arg_names if name not in constants}
+                dtypes = "-".join(dict.fromkeys(t.lstrip("*") for t in types.values() if t[:3] in ("*fp", "*bf")))
+                yield aot.Variant(
+                    name, kernel.fn.__name__, architecture, types, constants, options, default, dtype=dtypes
+                )
+
+
+VARIANTS = [] if INTERPRETED else [*layer_variants(), *other_variants()]
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """Variant -> Code, being compiled by all cores for the tests that were selected."""
+    wanted = [item.callspec.params["variant"] for item in request.session.items if item.module is request.module]
+    # a process that imports torch anew and is never forked from one with threads
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        futures = {str(variant): pool.submit(aot.compile_variant, variant) for variant in wanted}
+        yield lambda variant: futures[str(variant)].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.aot if v.default else pytest.mark.aot_all, id=str(v)) for v in VARIANTS],
+)
+def test_compiles_within_the_limits(variant, compiled):
+    code = compiled(variant)
+    assert code.seconds < aot.SECONDS
+    # sm_80 serves the GPUs with 99 KiB too
+    assert code.shared <= (101376 if variant.architecture == "sm_80" else aot.SHARED[variant.architecture])
+    if variant.default:
+        assert code.spilled == 0
+    if variant.kernel == "chain":  # which the interpreter, where nothing is concurrent, cannot tell
+        reads_back = variant.constants["FIRST"] and variant.constants["CORE"] < variant.constants["RANK"]
+        assert ("barrier" in code.ttir) == reads_back
+    if "counter_ptr" in variant.types and variant.constants.get("LARGE", 1):
+        # programs of a team see what others stored: released before they come, acquired before they go on
+        if variant.architecture == "gfx942":
+            assert code.count(r"buffer_wbl2 sc1") >= 2 and code.count(r"buffer_inv sc1") >= 2
+        else:
+            assert code.count(r"atom\.global\.gpu\.acq_rel\.add\.u64") >= 2 and not code.count(r"atom\S*relaxed")
+    if variant.kernel not in ("chain", "sums") or variant.dtype == "fp64":
+        return
+    if variant.architecture == "gfx942":
+        # a tile of 64 rows and a rank of 16 has 8 bytes for each thread
+        least = "[24]" if variant.kind == "pointwise" and variant.constants["RANK"] == 16 else "4"
+        assert code.count("v_mfma") and code.count(f"(global|buffer)_load_dwordx{least}")
+        return
+    if variant.dtype != "fp32":
+        matrix = {"sm_80": r"mma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma"}[variant.architecture]
+        assert code.count(matrix)
+    wide = code.count(r"cp\.async\.c[ag]\S*\s[^;]*\], 0x10,") + code.count(r"ld\.global\.v4\.b32")
+    narrow = code.count(r"cp\.async\.c[ag]\S*\s[^;]*\], 0x[48],")
+    assert wide
+    if variant.dtype != "tf32" and variant.default:  # whose operands must lie transposed in shared memory
+        assert wide > narrow

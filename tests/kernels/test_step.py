@@ -1,0 +1,405 @@
+"""The Triton step of a whole network in Triton's interpreter: against the reference step, invariants, skipped layers."""
+
+import ast
+import inspect
+import math
+import os
+import textwrap
+
+import pytest
+import torch
+from helpers.matrices import (
+    SPECTRA,
+    backward_error,
+    kappa,
+    non_orthonormality,
+    orthonormal,
+    singular_values,
+    with_spectrum,
+)
+
+from condlr_ext import ops, reference
+from condlr_ext.reference import BANDS, HYPER
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process with TRITON_INTERPRET=1"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about NaN and Inf
+]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from condlr_ext.kernels.triton.qr import cholesky_qr
+    from condlr_ext.kernels.triton.runtime import launching as launch
+    from condlr_ext.kernels.triton.step import core_clip
+    from condlr_ext.kernels.triton.step import launch as step
+
+# linear layers and convolutions (n = channels * 3 * 3), of ranks 1 to 17
+SHAPES = [(12, 20, 3), (9, 18, 9), (16, 36, 5), (6, 1, 1), (40, 18, 17)]
+
+
+def network(dtype, shapes=SHAPES):
+    params = []
+    for m, n, r in shapes:
+        S = with_spectrum(1 + 0.1 * SPECTRA["random"](r), r, r)
+        params += [orthonormal(m, r), S, orthonormal(n, r), torch.randn(m, dtype=torch.float64)]
+    params = [p.to(dtype).contiguous() for p in params]
+    return params, like(params), like(params)
+
+
+def like(params):
+    return [torch.randn_like(p) for p in params]
+
+
+def copies(tensors, dtype=None):
+    return [t.to(dtype or t.dtype).clone() for t in tensors]
+
+
+def table(layers, **options):
+    hyper = torch.zeros(layers, 4, len(HYPER), dtype=torch.float64)
+    for name, value in (dict(lr=0.05, momentum=0.3, tau=0.1, sigma_max=math.inf) | options).items():
+        hyper[..., HYPER.index(name)] = value
+    return hyper
+
+
+def run(params, grads, buffers, hyper):
+    skipped = torch.zeros(len(hyper), dtype=torch.int64)
+    step.StepPlan(params, grads).run(params, grads, buffers, hyper, skipped)
+    return skipped
+
+
+def reference_step(params, grads, buffers, hyper):
+    skipped = torch.zeros(len(hyper), dtype=torch.int64)
+    reference.step(params, grads, buffers, hyper, skipped)
+    return skipped
+
+
+def clip_in_float32(A, tau, band, sigma_max):
+    """The reference's own is computed in float64."""
+    U, sigma, Vh = torch.linalg.svd(A)
+    lo, hi = reference.clip_edges(sigma, tau, band, sigma_max)
+    return (U * sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1)).unsqueeze(-2)) @ Vh
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
+def test_ten_steps_of_training(dtype, monkeypatch):
+    """With momentum that starts, weight decay and other gradients at every step."""
+    params, _, buffers = network(dtype)
+    exact, plain = ((copies(params, d), copies(buffers, d)) for d in (torch.float64, dtype))
+    hyper = table(len(SHAPES), momentum=0.9, weight_decay=1e-3, fresh=1)
+    skipped = torch.zeros(len(SHAPES), dtype=torch.int64)
+    ours = step.StepPlan(params, params)
+    for i in range(10):
+        hyper[..., HYPER.index("fresh")] = i == 0
+        grads = like(params)
+        ours.run(params, grads, buffers, hyper, skipped)
+        reference_step(exact[0], copies(grads, torch.float64), exact[1], hyper)
+        with monkeypatch.context() as patch:
+            if dtype == torch.float32:
+                patch.setattr(reference, "clip_spectrum", clip_in_float32)
+            reference_step(plain[0], grads, plain[1], hyper)
+    assert not skipped.any()
+    for role in range(4):
+        for got, theirs, truth in ((params, plain[0], exact[0]), (buffers, plain[1], exact[1])):
+            error, allowed = (
+                math.sqrt(sum((a - b).pow(2).sum() for a, b in zip(x[role::4], truth[role::4], strict=True)))
+                for x in (got, theirs)
+            )
+            assert error <= (2 * allowed if dtype == torch.float32 else 1e-12)
+    for U, S, V, _ in zip(*[iter(params)] * 4, strict=True):
+        assert kappa(S) <= 1.1 * (1 + (5e-6 if dtype == torch.float32 else 1e-12))
+        assert max(non_orthonormality(U), non_orthonormality(V)) <= (1e-6 if dtype == torch.float32 else 1e-13)
+
+
+OPTIONS = [
+    dict(fresh=1),
+    dict(nesterov=1, momentum=0.9),
+    dict(dampening=0.5, weight_decay=0.1),
+    dict(maximize=1, weight_decay=0.01),
+    dict(tau=0.0),
+    dict(tau=math.inf),
+    dict(tau=math.inf, sigma_max=0.7),
+    dict(sigma_max=0.9),
+    dict(band=1),
+    dict(band=2),
+    dict(lr=30.0),  # too long for one pass in float64
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_float64_is_the_reference(options):
+    shapes = SHAPES[:4]
+    params, grads, buffers = network(torch.float64, shapes)
+    expected, expected_buffers = copies(params), copies(buffers)
+    hyper = table(len(shapes), **options)
+    assert not run(params, grads, buffers, hyper).any()
+    assert not reference_step(expected, grads, expected_buffers, hyper).any()
+    for got, want in zip(params + buffers, expected + expected_buffers, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12 if hyper[0, 0, 0] < 1 else 1e-10)
+
+
+def test_options_differ_between_layers():
+    params, grads, buffers = network(torch.float64, SHAPES[:3])
+    expected, expected_buffers = copies(params), copies(buffers)
+    hyper = torch.cat(
+        [table(1, lr=0.1 * i, tau=0.2 * i, band=i, momentum=0.3 * i, sigma_max=2.0 - i / 2) for i in range(3)]
+    )
+    assert not run(params, grads, buffers, hyper).any()
+    reference_step(expected, grads, expected_buffers, hyper)
+    for got, want in zip(params + buffers, expected + expected_buffers, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e6, 1e10])
+def test_huge_steps_stay_orthonormal(size):
+    """One pass of Cholesky-QR does up to 1e3 or so, Householder's reflections the rest."""
+    params, grads, buffers = network(torch.float32, SHAPES[:3])
+    hyper = table(3, lr=size)
+    exact, exact_buffers = copies(params, torch.float64), copies(buffers, torch.float64)
+    reference_step(exact, copies(grads, torch.float64), exact_buffers, hyper)
+    ours, skipped = step.StepPlan(params, grads), torch.zeros(3, dtype=torch.int64)
+    ours.run(params, grads, buffers, hyper, skipped)
+    assert not skipped.any()
+    rescued = (ours._state == cholesky_qr.RESCUE.value).tolist()
+    assert any(rescued) == (size > 1e3)
+    torch.testing.assert_close(params[0].double(), exact[0], rtol=0, atol=1e-5)
+    for U, S, V, _ in zip(*[iter(params)] * 4, strict=True):
+        assert max(non_orthonormality(U), non_orthonormality(V)) <= 1e-6 and kappa(S) <= 1.1 * (1 + 5e-6)
+
+
+def test_drift_is_corrected():
+    params, grads, buffers = network(torch.float32, SHAPES[:2])
+    for X in params[0::4] + params[2::4]:
+        X += 1e-2 * torch.randn_like(X) / len(X) ** 0.5
+    run(params, [0 * g for g in grads], [0 * b for b in buffers], table(2))
+    assert max(non_orthonormality(X) for X in params[0::4] + params[2::4]) <= 1e-6
+
+
+@pytest.mark.parametrize("role", range(4))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_gradient_leaves_that_layer_untouched(role, value):
+    params, grads, buffers = network(torch.float32, SHAPES[:3])
+    grads[4 + role].view(-1)[-1] = value
+    before, before_buffers = copies(params), copies(buffers)
+    hyper, skipped = table(3), torch.tensor([0, 5, 0])
+    step.StepPlan(params, grads).run(params, grads, buffers, hyper, skipped)
+    assert skipped.tolist() == [0, 6, 0]
+    for i in range(12):
+        untouched = 4 <= i < 8
+        assert torch.equal(params[i], before[i]) == untouched
+        assert torch.equal(buffers[i], before_buffers[i]) == untouched
+
+
+@pytest.mark.parametrize("why", ["zero core", "zero trial", "overflow", "overflow in a buffer"])
+def test_layers_that_cannot_move_are_counted(why):
+    params, grads, buffers = network(torch.float32, SHAPES[:3])
+    if why == "zero core":
+        params[5].zero_()
+    elif why == "zero trial":  # S - lr G = 0
+        grads[5] = 2 * params[5]
+    elif why == "overflow":
+        grads[4].fill_(3e38)
+    else:
+        grads[7].fill_(3e38)
+    hyper = table(3, lr=0.5, **(dict(fresh=1) if why != "overflow in a buffer" else dict(momentum=0.9, maximize=1)))
+    buffers[7].fill_(-3e38)
+    before = copies(params)
+    assert run(params, grads, buffers, hyper).tolist() == [0, 1, 0]
+    assert all(torch.equal(p, q) for p, q in zip(params[4:8], before[4:8], strict=True))
+    assert not torch.equal(params[0], before[0])
+
+
+@pytest.mark.parametrize("smallest", [0.0, 1e-9])
+@pytest.mark.parametrize("tau", [0.1, math.inf])
+def test_a_singular_core_does_no_harm(smallest, tau):
+    """The factors move, on the Stiefel manifold, and a bounded core is lifted."""
+    params, grads, buffers = network(torch.float64, SHAPES[:2])
+    params[1] = with_spectrum(torch.tensor([2.0, 1.0, smallest], dtype=torch.float64), 3, 3)
+    before = copies(params)
+    assert not run(params, grads, buffers, table(2, tau=tau)).any()
+    assert max(non_orthonormality(params[0]), non_orthonormality(params[2])) < 1e-12
+    assert math.isinf(tau) or kappa(params[1]) < 1.1 * (1 + 1e-12)
+    assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("present", [0b0000, 0b0001, 0b0010, 0b0100, 0b1000, 0b1011, 0b1101])
+def test_missing_gradients_leave_their_role_alone(present):
+    params, grads, buffers = network(torch.float64, SHAPES[:2])
+    params[7] = grads[7] = buffers[7] = params[7].new_empty(0)  # and a layer without bias
+    grads = [g if present >> (i % 4) & 1 else g.new_empty(0) for i, g in enumerate(grads)]
+    expected, expected_buffers, before = copies(params), copies(buffers), copies(params + buffers)
+    hyper = table(2)
+    assert not run(params, grads, buffers, hyper).any()
+    reference_step(expected, grads, expected_buffers, hyper)
+    for i, (got, want, old) in enumerate(zip(params + buffers, expected + expected_buffers, before, strict=True)):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+        assert torch.equal(got, old) == (not present >> (i % 4) & 1 or got.numel() == 0)
+
+
+def test_no_momentum_needs_no_buffers():
+    params, grads, _ = network(torch.float64, SHAPES[:2])
+    expected, empty = copies(params), [p.new_empty(0) for p in params]
+    hyper = table(2, momentum=0.0)
+    assert not run(params, grads, empty, hyper).any()
+    reference_step(expected, grads, empty, hyper)
+    for got, want in zip(params, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_a_plan_follows_its_tensors():
+    """Gradients, then everything, somewhere else in memory; and equal input gives equal bits."""
+    params, grads, buffers = network(torch.float32, SHAPES[:2])
+    hyper, skipped = table(2), torch.zeros(2, dtype=torch.int64)
+    ours = step.StepPlan(params, grads)
+    one, other = (params, buffers), (copies(params), copies(buffers))
+    for _ in range(2):
+        grads = like(params)
+        ours.run(one[0], grads, one[1], hyper, skipped)
+        moved = copies(grads)
+        ours.run(other[0], moved, other[1], hyper, skipped)
+        assert all(torch.equal(a, b) for a, b in zip(one[0] + one[1], other[0] + other[1], strict=True))
+        del grads, moved
+
+
+def test_a_captured_run_has_a_table_of_its_own(monkeypatch):
+    """Complete, whatever the plan's says, and the plan's stays for steps beside the graph."""
+    params, grads, buffers = network(torch.float32, SHAPES[:1])
+    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    ours, written, write = step.StepPlan(params, grads), [], step.write_pointer_table
+    twin, twin_buffers = copies(params), copies(buffers)
+    ours.run(params, grads, buffers, hyper, skipped)
+    known = ours._pointer_table.clone()
+    monkeypatch.setattr(step, "capturing", lambda device: True)
+    monkeypatch.setattr(
+        step,
+        "write_pointer_table",
+        lambda pointer_table, values: written.append(pointer_table) or write(pointer_table, values),
+    )
+    ours.run(params, copies(grads), buffers, hyper, skipped)
+    assert ours.captured and len(written) == 3 and torch.equal(ours._pointer_table, known)
+    monkeypatch.undo()
+    other = step.StepPlan(twin, grads)
+    for _ in range(2):
+        other.run(twin, grads, twin_buffers, hyper, skipped)
+    assert not other.captured
+    assert all(torch.equal(a, b) for a, b in zip(params + buffers, twin + twin_buffers, strict=True))
+
+
+def test_plans_that_graphs_use_are_kept(monkeypatch):
+    params, grads, buffers = network(torch.float32, SHAPES[:1])
+    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setattr(step, "capturing", lambda device: True)
+    step.step(params, grads, buffers, hyper, skipped)
+    monkeypatch.undo()
+    plan = step._plans[params[0]]
+    for missing in (0, 2):
+        step.step(params, [g if i != missing else g[:0] for i, g in enumerate(grads)], buffers, hyper, skipped)
+    assert step._captured[params[0]] == [plan]
+
+
+def test_hyperparameters_are_read_at_every_step():
+    params, grads, buffers = network(torch.float64, SHAPES[:1])
+    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    ours = step.StepPlan(params, grads)
+    ours.run(params, grads, buffers, hyper, skipped)
+    before = copies(params)
+    hyper[..., HYPER.index("lr")] = 0
+    hyper[..., HYPER.index("tau")] = math.inf
+    ours.run(params, grads, buffers, hyper, skipped)
+    for p, q in zip(params, before, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
+
+
+def test_eight_launches(monkeypatch):
+    """And as many more as it takes to say where things lie, when they have moved; whatever the ranks."""
+    shapes = [*SHAPES, (70, 66, 65), (80, 70, 66)]
+    params, grads, buffers = network(torch.float32, shapes)
+    hyper, skipped = table(len(shapes)), torch.zeros(len(shapes), dtype=torch.int64)
+    ours = step.StepPlan(params, grads)
+    launched = []
+    monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *args, grid, **options: launched.append(kernel))
+    counts = []
+    for given in (grads, grads, like(params)):
+        launched.clear()
+        ours.run(params, given, buffers, hyper, skipped)
+        counts.append(len(launched))
+    assert counts == [8 + 3, 8, 8 + 1]
+
+
+TAUS = (0.0, 0.5, 1e4)  # each with a band of its own; the other pairs are slow
+
+
+@pytest.mark.parametrize(
+    "tau, band",
+    [pytest.param(t, b, marks=[pytest.mark.slow] * (i != b)) for i, t in enumerate(TAUS) for b in range(3)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
+def test_clip_of_all_spectra(tau, band, dtype):
+    """All cores of a network at once, in place, against the reference's; the bound is hard."""
+    kinds = [kind for kind in SPECTRA if kind != "zero"]
+    ranks = [1, 17, 5, 9, 2, 7]
+    room = torch.cat([with_spectrum(SPECTRA[kind](r), r, r).flatten() for kind, r in zip(kinds, ranks, strict=True)])
+    together = room.to(dtype)
+    cores = [c.view(r, r) for c, r in zip(together.split([r * r for r in ranks]), ranks, strict=True)]
+    before = copies(cores)
+    info = torch.full((6,), -1, dtype=torch.int32)
+    core_clip.CoreClip(cores, range(6))(table(6, tau=tau, band=band), info)
+    assert (info == 0).all()
+    for kind, out, A in zip(kinds, cores, before, strict=True):
+        sigma = singular_values(A)  # directions of equal ones, also of zero, are anyone's choice
+        lo, hi = reference.clip_edges(sigma, tau, BANDS[band])
+        atol = backward_error(dtype, len(A)) * sigma[0].item()
+        torch.testing.assert_close(singular_values(out), sigma.clamp(lo, hi), rtol=0, atol=atol)
+        if kind == "graded":  # each direction is its own, though float32 could not tell the last from any other
+            want = reference.clip_spectrum(A.double(), tau, BANDS[band])
+            torch.testing.assert_close(out.double(), want, rtol=0, atol=1e-5 * sigma[0].item())
+        moved = torch.linalg.norm(out.double() - A.double())
+        assert moved <= torch.linalg.norm(sigma.clamp(lo, hi) - sigma) + len(A) * atol
+        assert kappa(out) <= (1 + tau) * (1 + (5e-6 if dtype == torch.float32 else 1e-12 * (1 + tau)))
+
+
+def test_clip_of_cores_above_rank_64():
+    """Those of one rank go together, each with the constraint of its layer."""
+    room = torch.zeros(3 * 66 * 66 + 2 * 40)
+    cores = [room.as_strided((r, r), (r, 1), at) for r, at in ((66, 0), (5, 4356), (66, 4436), (65, 8792))]
+    for core in cores:
+        core.copy_(with_spectrum(torch.linspace(1, 1.4, len(core), dtype=torch.float64), *core.shape))
+    before = copies(cores, torch.float64)
+    hyper, info = table(6, tau=0.1), torch.full((6,), -1, dtype=torch.int32)
+    hyper[4, :, HYPER.index("tau")] = 0.2
+    core_clip.CoreClip(cores, [0, 1, 4, 5])(hyper, info)
+    assert info.tolist() == [0, 0, -1, -1, 0, 0]
+    for core, A, tau in zip(cores, before, (0.1, 0.1, 0.2, 0.1), strict=True):
+        torch.testing.assert_close(core.double(), reference.clip_spectrum(A, tau, "rms"), rtol=0, atol=2e-6)
+        assert kappa(core) <= (1 + tau) * (1 + 5e-6)
+
+
+def test_reasons_not():
+    params, grads, buffers = network(torch.float32, SHAPES[:1])
+    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    op = ops.step.step
+    assert op.unsupported_reasons("triton", params, grads, buffers, hyper, skipped) == []
+    for broken, text in (
+        ([params[0].double(), *params[1:]], "torch.float32, torch.float64, the kernels"),
+        ([params[0].T.contiguous().T, *params[1:]], "not contiguous"),
+        ([torch.empty(600, 513), *params[1:]], "rank 513 exceeds 512"),
+    ):
+        (reason,) = op.unsupported_reasons("triton", broken, grads, buffers, hyper, skipped)
+        assert text in reason
+
+
+def test_the_host_does_not_wait():
+    """A table is made only where a plan is; what runs at every step has no call that reads from the device."""
+    waiting = {"item", "tolist", "cpu", "numpy", "nonzero", "bool", "equal", "synchronize", "tensor", "table", "to"}
+    for function in (
+        step.StepPlan.run,
+        step.StepPlan._find,
+        step._launch,
+        core_clip.CoreClip.__call__,
+        launch.offsets,
+        launch.write_pointer_table,
+    ):
+        source = inspect.getsource(function)
+        calls = (n for n in ast.walk(ast.parse(textwrap.dedent(source))) if isinstance(n, ast.Call))
+        names = {c.func.attr if isinstance(c.func, ast.Attribute) else getattr(c.func, "id", "") for c in calls}
+        assert not names & waiting, function
