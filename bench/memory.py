@@ -22,7 +22,7 @@ import torch
 
 from .cases.baselines import plain_twin
 from .cases.networks import NETWORKS, NetworkRank
-from .cases.subjects import STILL, Training, capturable, factorized, fast_pytorch, fused_sgd, ours
+from .cases.network_setup import STILL, Training, capturable, factorized, fast_pytorch, fused_sgd, ours
 from .registry import Row
 
 ALONE = ("LeNet5", "VGG16", "WRN16-4", "ViT block", "GPT block")

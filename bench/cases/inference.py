@@ -17,7 +17,7 @@ from ..machine import DTYPES
 from ..registry import DENSE, OURS, SAME, Operation, Provider, TimedCall
 from .baselines import plain_twin
 from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
-from .subjects import identity, relative_error, subjects
+from .network_setup import identity, relative_error, setup
 from .training import few
 
 ROUNDING = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2, "fp64": 1e-13}  # errors that are never too large
@@ -28,9 +28,9 @@ class InferenceProblem:
     """The provider "merged" is the dense network: its layers and cost, with the weights that the factors stand for."""
 
     def __init__(self, shape: NetworkRank, dtype: str, device):
-        self._subjects, self._rank, self._dtype, self._device = subjects(shape.network), shape.rank, dtype, device
-        ranks = self._subjects.ranks(shape.rank)
-        inference = partial(self._subjects.cost.inference, size=DTYPES[dtype].itemsize)
+        self._setup, self._rank, self._dtype, self._device = setup(shape.network), shape.rank, dtype, device
+        ranks = self._setup.ranks(shape.rank)
+        inference = partial(self._setup.cost.inference, size=DTYPES[dtype].itemsize)
         self.work, dense = {"call": inference(ranks)}, {"call": inference({})}
         self.providers = {
             "ours": partial(self._provider, identity, OURS),
@@ -46,17 +46,17 @@ class InferenceProblem:
         """In eval mode, with the batch norms' statistics those of the batch: as they are at first, networks without
         biases answer with next to nothing.
         """
-        model = self._subjects.subject(self._rank)
+        model = self._setup.model(self._rank)
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.momentum = 1.0
         with torch.no_grad():
-            model(self._subjects.batches[0][0])
+            model(self._setup.batches[0][0])
         return model.eval()
 
     @cached_property
     def _x(self) -> Tensor:
-        return self._subjects.batches[0][0].detach().to(self._device.device, DTYPES[self._dtype])
+        return self._setup.batches[0][0].detach().to(self._device.device, DTYPES[self._dtype])
 
     @cached_property
     def _exact(self) -> Tensor:

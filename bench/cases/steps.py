@@ -18,7 +18,7 @@ from ..registry import CONTEXT, DENSE, OURS, SAME, Operation, Provider, Row, Tim
 from ..roofline import STEP_NUMBERS
 from ..runner import attempt
 from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
-from .subjects import (
+from .network_setup import (
     STILL,
     Start,
     capturable,
@@ -33,7 +33,7 @@ from .subjects import (
     relative_error,
     released,
     released_by_formula,
-    subjects,
+    setup,
 )
 
 LIMIT = 1e-5  # relative error of the new parameters: float32 gives about 1e-6, a wrong formula about MOVE
@@ -46,11 +46,11 @@ class StepProblem:
     """The step of one network. lr: "factors", "cores", "other"."""
 
     def __init__(self, lr: dict[str, float], shape: NetworkRank, dtype: str, device):
-        self._subjects, self._rank, self._device, self._lr = subjects(shape.network), shape.rank, device, lr
+        self._setup, self._rank, self._device, self._lr = setup(shape.network), shape.rank, device, lr
         self._sets = cache(self._on_device)
-        self.work = {"call": self._subjects.step_work(shape.rank)}
-        kernels, chosen = kernels_on(device), self._subjects.chosen(shape.rank, device)
-        mine = self._subjects.ours(shape.rank, device)
+        self.work = {"call": self._setup.step_work(shape.rank)}
+        kernels, chosen = kernels_on(device), self._setup.chosen(shape.rank, device)
+        mine = self._setup.ours(shape.rank, device)
         self.providers = {"ours": partial(self._low_rank, mine, ours, OURS)}
         if chosen != kernels:
             strict = capturable if kernels == "triton" else ours
@@ -68,7 +68,7 @@ class StepProblem:
         self.providers["torch Muon"] = self._muon
 
     def _on_device(self, rank: float | None) -> list[dict[str, Tensor]]:
-        sets = self._subjects.gradients(rank)
+        sets = self._setup.gradients(rank)
         # a CUDA graph keeps the gradients with which it was captured
         sets = sets[:1] if self._device.kind == "cuda" else sets
         return [{name: g.to(self._device.device) for name, g in gradients.items()} for gradients in sets]
@@ -77,16 +77,16 @@ class StepProblem:
         return self._provider(self._rank, make, exact, role, name, share)
 
     def _dense(self, make: Callable, exact: Callable, numbers: str) -> Provider:
-        work = {"call": self._subjects.step_work(None, STEP_NUMBERS[numbers])}
+        work = {"call": self._setup.step_work(None, STEP_NUMBERS[numbers])}
         return self._provider(None, make, exact, DENSE, None, 1.0, work)
 
     def _provider(self, rank, make, exact, role, name, share, work=None) -> Provider:
         """make, exact: what makes the optimizer, and the one in float64; name: of a backend of ours."""
-        model = self._subjects.subject(rank).to(self._device.device)
+        model = self._setup.model(rank).to(self._device.device)
         optimizer = make(model, self._lr)
 
         def errors(_) -> dict[str, float]:
-            right = self._subjects.exact_step(rank, exact, tuple(self._lr.items()))
+            right = self._setup.exact_step(rank, exact, tuple(self._lr.items()))
             return {"parameters": relative_error(dict(model.named_parameters()), right)}
 
         call = stepping(model, optimizer, self._sets(rank), errors)
@@ -96,7 +96,7 @@ class StepProblem:
 
     def _muon(self) -> Provider:
         """Muon on the dense network's weights as matrices, and on nothing else."""
-        model = self._subjects.subject(None).to(self._device.device)
+        model = self._setup.model(None).to(self._device.device)
         names = [name for name, p in model.named_parameters() if p.dim() > 1]
         matrices = nn.ParameterList(model.get_parameter(name).detach().flatten(1).clone() for name in names)
         shapes = [p.shape for p in matrices]

@@ -19,9 +19,9 @@ from ..memory import memory_records
 from ..registry import DENSE, OURS, SAME, Operation, Provider, TimedCall, Work
 from .baselines import plain_twin
 from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
-from .subjects import (
+from .network_setup import (
     STILL,
-    Subjects,
+    NetworkSetup,
     Training,
     dense_sgd,
     exact_step,
@@ -34,7 +34,7 @@ from .subjects import (
     ours,
     relative_error,
     smooth,
-    subjects,
+    setup,
 )
 
 # relative errors that are never too large, and those that plain PyTorch does not excuse either: a wrong term gives 1
@@ -48,10 +48,10 @@ ERRORS = {
 
 class TrainProblem:
     def __init__(self, shape: NetworkRank, dtype: str, device):
-        self._subjects, self._rank, self._dtype, self._device = subjects(shape.network), shape.rank, dtype, device
+        self._setup, self._rank, self._dtype, self._device = setup(shape.network), shape.rank, dtype, device
         self._limits, self._sgd = cache(self._make_limits), cache(self._fastest)
         self.work = self._work(shape.rank)
-        mine = self._subjects.ours(shape.rank, device)
+        mine = self._setup.ours(shape.rank, device)
         self.providers = {
             "ours": partial(self._provider, shape.rank, mine, OURS),
             "ours compiled": partial(self._provider, shape.rank, mine, OURS, compile=torch.compile),
@@ -62,9 +62,9 @@ class TrainProblem:
         }
 
     def _work(self, rank: float | None) -> dict[str, list[Work]]:
-        cost, ranks, size = self._subjects.cost, self._subjects.ranks(rank), DTYPES[self._dtype].itemsize
+        cost, ranks, size = self._setup.cost, self._setup.ranks(rank), DTYPES[self._dtype].itemsize
         work = {"forward": cost.forward(ranks, size), "backward": cost.backward(ranks, size)}
-        return work | {"iteration": work["forward"] + work["backward"] + self._subjects.step_work(rank)}
+        return work | {"iteration": work["forward"] + work["backward"] + self._setup.step_work(rank)}
 
     def _dense(self, **options) -> Provider:
         return self._provider(None, self._sgd(), DENSE, **options)
@@ -75,19 +75,19 @@ class TrainProblem:
         return Provider(calls, self._limits(rank), role, self._work(rank), share)
 
     def _training(self, rank, make, transform=None, compile=None) -> Training:
-        model = self._subjects.subject(rank)
+        model = self._setup.model(rank)
         model = (transform(model) if transform else model).to(self._device.device)
         optimizer = make(model, self._exact(rank)[1])
         forward = compile(model) if compile else None
-        return Training(self._subjects.net, model, optimizer, self._batches(), DTYPES[self._dtype], forward)
+        return Training(self._setup.net, model, optimizer, self._batches(), DTYPES[self._dtype], forward)
 
     def _batches(self) -> list[tuple[Tensor, Tensor | None]]:
         where = self._device.device
-        moved = [(x.detach().to(where), y if y is None else y.to(where)) for x, y in self._subjects.batches]
+        moved = [(x.detach().to(where), y if y is None else y.to(where)) for x, y in self._setup.batches]
         return [(x.requires_grad_(y is None), y) for x, y in moved]
 
     def _exact(self, rank: float | None) -> tuple[dict, dict[str, float]]:
-        return exact_training(self._subjects, rank, self._device.device)
+        return exact_training(self._setup, rank, self._device.device)
 
     def _make_limits(self, rank: float | None) -> dict[str, float]:
         """Twice the errors of plain PyTorch in this arithmetic."""
@@ -103,7 +103,7 @@ class TrainProblem:
         """torch's fused SGD or its default one, whichever steps this network faster here."""
         times = {}
         for make in (dense_sgd, fused_sgd):
-            model = self._subjects.subject(None).to(self._device.device)
+            model = self._setup.model(None).to(self._device.device)
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             step = TimedCall(make(model, dict.fromkeys(("factors", "cores", "other"), STILL)).step, dict)
@@ -113,14 +113,14 @@ class TrainProblem:
 
 
 @lru_cache(maxsize=3)
-def exact_training(subject: Subjects, rank: float | None, where: torch.device) -> tuple[dict, dict[str, float]]:
+def exact_training(setup: NetworkSetup, rank: float | None, where: torch.device) -> tuple[dict, dict[str, float]]:
     """Loss, gradients and stepped parameters of the plain layers in float64 on the first batch, and learning rates."""
-    source = subject.source(rank)
+    source = setup.source(rank)
     model = plain_twin(source).to(where, torch.float64)
-    x, y = subject.batches[0]
+    x, y = setup.batches[0]
     x = x.detach().to(where, torch.float64).contiguous().requires_grad_(y is None)
     smooth(model, True)
-    loss = subject.net.loss(model(x), y if y is None else y.to(where))
+    loss = setup.net.loss(model(x), y if y is None else y.to(where))
     loss.backward()
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters()}
     lr = learning_rates(source, gradients)

@@ -27,12 +27,12 @@ SETS = 2  # of gradients, and batches, in turn
 
 
 @lru_cache(maxsize=1)
-def subjects(name: str) -> "Subjects":
+def setup(name: str) -> "NetworkSetup":
     """A network of networks.NETWORKS, set up once for rows that follow each other."""
-    return Subjects(NETWORKS[name])
+    return NetworkSetup(NETWORKS[name])
 
 
-class Subjects:
+class NetworkSetup:
     """A network on the CPU, dense (rank None) and factorized at any rank, with everything that providers share."""
 
     def __init__(self, net: Network):
@@ -46,7 +46,7 @@ class Subjects:
     def batches(self) -> list[tuple[Tensor, Tensor | None]]:
         return [self.net.batch() for _ in range(SETS)]
 
-    def subject(self, rank: float | None) -> nn.Module:
+    def model(self, rank: float | None) -> nn.Module:
         """A copy to train, channels_last where there are convolutions."""
         return copy.deepcopy(self.source(rank)).to(memory_format=torch.channels_last)
 
@@ -76,7 +76,7 @@ class Subjects:
         """Random sets that sum to zero, with the norm of the parameter, U's and V's times σ², which the step divides
         by; in the layout of the parameters.
         """
-        model, scales = self.subject(rank), {}
+        model, scales = self.model(rank), {}
         for name, layer in low_rank_layers(model):
             scales |= {f"{name}.{role}": mean_square(layer) for role in "UV"}
         sets = []
