@@ -69,8 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", nargs=2, metavar=("A", "B"), help="list what became slower between two results files, or two git "
         "revisions (. is the working tree), which are measured; exit code 1 if something did")  # fmt: skip
     add("--plot", nargs="?", const="", metavar="FILE", help="draw a results file; without FILE: measure, then draw")
-    add("--tune", nargs="?", const="", metavar="FILE", help="enter a results file's times of `routes` on a GPU into the "
-        f"package's table, ops/measured.json; without FILE: measure {' and '.join(TUNED)} first")  # fmt: skip
+    add("--tune", nargs="?", const="", metavar="FILE", help="enter a results file's times of `routes` on a GPU into "
+        f"the package's table, ops/measured.json; without FILE: measure {' and '.join(TUNED)} first")  # fmt: skip
     add("--profile", action="store_true", help="break down the time of the rows")
     options = parser.parse_args(argv)
     if options.tune == "":

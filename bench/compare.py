@@ -8,9 +8,9 @@
   times, d is the median of the same of the baselines, or half the distance between the quantiles of their drifts,
   whichever is more. The median of eleven samples of one process has a standard error of 0.45 a. One or two samples do
   not show their noise: it counts as at least 10 %.
-- Scatter: half the distance between the quantiles of the logarithms of the ratios of all baselines in all rows. It shows
-  the differences between processes (memory layout, other users) that no quantiles within a process show. It is 0.84
-  standard deviations of such a ratio, so five times it are three of a slowdown.
+- Scatter: half the distance between the quantiles of the logarithms of the ratios of all baselines in all rows. It
+  shows differences between processes (memory layout, other users), which no quantiles within a process show. It is
+  0.84 standard deviations of such a ratio, so five times it are three of a slowdown.
 """
 
 import math

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from .cases.baselines import plain_twin
-from .cases.networks import NETWORKS, NetworkRank
 from .cases.network_setup import STILL, Training, capturable, factorized, fast_pytorch, fused_sgd, ours
+from .cases.networks import NETWORKS, NetworkRank
 from .registry import Row
 
 MEASURED = ("LeNet5", "VGG16", "WRN16-4", "ViT block", "GPT block")

@@ -55,7 +55,7 @@ class Session:
                 torch.set_num_threads(number)
                 limit_blas(number)
                 self._ceilings(rows)
-                for i, (name, found) in enumerate(operations.items()):
+                for i, found in enumerate(operations.values()):
                     now, share = time.monotonic(), found[0].operation.share
                     if self._operation(found, now + (self.stop - now) * share / shares):
                         return list(operations)[i + 1 :]
@@ -75,7 +75,9 @@ class Session:
         failed = {"kind": "failed", "op": "ceilings", "row": ""}
         dtypes = list(dict.fromkeys(row.dtype for row in rows))
         with contextlib.suppress(Exception):  # a lost device shows in the first row
-            found = runner.attempt(self.device, lambda: self.device.ceilings(dtypes, quick=self.quick), failed, "reason")
+            found = runner.attempt(
+                self.device, lambda: self.device.ceilings(dtypes, quick=self.quick), failed, "reason"
+            )
             if found:
                 self.write({"kind": "ceilings"} | found | {"threads": torch.get_num_threads()})
         if "reason" in failed:

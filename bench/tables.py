@@ -6,7 +6,19 @@ from collections.abc import Callable
 
 from condlr_ext._table import text
 
-from .cells import digits, duration, error, exponent, field, flop_rate, middle, number, percent, size, spread, thread_count
+from .cells import (
+    duration,
+    error,
+    exponent,
+    field,
+    flop_rate,
+    middle,
+    number,
+    percent,
+    size,
+    spread,
+    thread_count,
+)
 from .records import Results, best_dense, best_other, ours, ratio, timed
 from .registry import CONTEXT, OURS
 

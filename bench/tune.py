@@ -16,7 +16,9 @@ PRECISIONS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "tf32": 
 def rows(results: Results) -> list[list]:
     """Return COLUMNS of each direction of each layer; microseconds, None for a path that cannot serve or is wrong."""
     found = []
-    for row in results.rows("routes", where=lambda r: r["mode"] in ("forward", "backward") and r["dtype"] in PRECISIONS):
+    for row in results.rows(
+        "routes", where=lambda r: r["mode"] in ("forward", "backward") and r["dtype"] in PRECISIONS
+    ):
         times, first = {r["provider"]: r["seconds"] for r in row}, row[0]
         numbers = first["shape"]["layer"]
         layer = (Conv if "kernel" in numbers else Linear)(**numbers)

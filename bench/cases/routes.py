@@ -93,7 +93,9 @@ def regrets(results: Results) -> list[dict]:
         found = {name: r["seconds"][1] for name, r in timed(row).items()}
         factorized = found.get("ours: factorized", found.get("ours: cpu"))
         key = tuple(row[0][name] for name in ("op", "row", "dtype", "threads"))
-        times[key] = dict(zip((*ROUTES, "dense"), (factorized, found.get("ours: merged"), found.get("dense")), strict=True))
+        times[key] = dict(
+            zip((*ROUTES, "dense"), (factorized, found.get("ours: merged"), found.get("dense")), strict=True)
+        )
     compared = []
     for plan in results.others.get("plan", ()):
         seconds = times.get(tuple(plan.get(name) for name in ("op", "row", "dtype", "threads")), {})

@@ -1,8 +1,8 @@
 """Training of whole networks: the forward with the loss, the backward, and the iteration of both with the step.
 
-Cores and factors of the median layer move by MOVE in a step, all else by 1e-6; dense, the median weight by MOVE. A
-provider is right when loss, gradients and the parameters after the first step are those of plain layers in float64,
-with twice the error of plain PyTorch in the same arithmetic; bf16: under autocast.
+In a step, cores and factors of the median layer move by MOVE, other parameters by 1e-6; of a dense network the median
+weight moves by MOVE. A provider is right if loss, gradients and the parameters after the first step have at most twice
+the error of plain PyTorch in the same arithmetic, against plain layers in float64. bf16 runs under autocast.
 """
 
 import copy
@@ -18,7 +18,6 @@ from ..machine import DTYPES
 from ..memory import memory_records
 from ..registry import DENSE, OURS, SAME, Operation, Provider, TimedCall, Work
 from .baselines import plain_twin
-from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
 from .network_setup import (
     STILL,
     NetworkSetup,
@@ -33,12 +32,13 @@ from .network_setup import (
     on,
     ours,
     relative_error,
-    smooth,
     setup,
+    smooth,
 )
+from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
 
-# relative errors that are never too large, and those that plain PyTorch does not excuse either: a wrong term gives 1
-# through sixteen layers, a missing step MOVE
+# least and largest limits of relative errors, whatever the error of plain PyTorch: a wrong term gives 1 through sixteen
+# layers, a missing step MOVE
 ERRORS = {
     "fp32": {"loss": (1e-5, 1e-4), "gradients": (1e-4, 1e-3), "parameters": (1e-5, MOVE / 3)},
     "tf32": {"loss": (1e-4, 1e-2), "gradients": (1e-2, 5e-2), "parameters": (1e-4, MOVE / 3)},
@@ -90,7 +90,7 @@ class TrainProblem:
         return exact_training(self._setup, rank, self._device.device)
 
     def _make_limits(self, rank: float | None) -> dict[str, float]:
-        """Twice the errors of plain PyTorch in this arithmetic."""
+        """Return twice the errors of plain PyTorch in this arithmetic."""
         make, transform = (fast_pytorch, plain_twin) if rank is not None else (dense_sgd, None)
         training = self._training(rank, make, transform)
         training.rewind()
@@ -100,7 +100,7 @@ class TrainProblem:
         return {name: min(max(2 * errors[name], low), high) for name, (low, high) in ERRORS[self._dtype].items()}
 
     def _fastest(self) -> Callable:
-        """torch's fused SGD or its default one, whichever steps this network faster here."""
+        """Return torch's fused or default SGD, whichever steps this network faster here."""
         times = {}
         for make in (dense_sgd, fused_sgd):
             model = self._setup.model(None).to(self._device.device)
@@ -114,7 +114,7 @@ class TrainProblem:
 
 @lru_cache(maxsize=3)
 def exact_training(setup: NetworkSetup, rank: float | None, where: torch.device) -> tuple[dict, dict[str, float]]:
-    """Loss, gradients and stepped parameters of the plain layers in float64 on the first batch, and learning rates."""
+    """Return loss, gradients and stepped parameters of plain layers in float64 on the first batch; learning rates."""
     source = setup.source(rank)
     model = plain_twin(source).to(where, torch.float64)
     x, y = setup.batches[0]
@@ -131,7 +131,7 @@ def exact_training(setup: NetworkSetup, rank: float | None, where: torch.device)
 
 
 def learning_rates(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, float]:
-    """Those with which the cores and factors of the median layer move by MOVE; without any, the median parameter."""
+    """Return the rates that move cores and factors of the median layer, or without any the median weight, by MOVE."""
     rates = {"factors": [], "cores": []}
     for name, layer in low_rank_layers(model):
         norms = {role: getattr(layer, role).detach().norm() / gradients[f"{name}.{role}"].norm() for role in "USV"}
@@ -152,15 +152,15 @@ def shapes(size: str, device) -> list[NetworkRank]:
     return at(("digits MLP", *CLASSIC)) + at((*BLOCKS, "MLP block 1024"), (0.2,))
 
 
-def few(shape: NetworkRank) -> bool:
-    """Compiling takes a minute for each of the larger ones."""
+def is_headline(shape: NetworkRank) -> bool:
+    """Return whether the network is one of the few for which a minute of compiling is spent."""
     return shape in at(("LeNet5", "ViT block"), (0.2,))
 
 
 OPERATIONS = (
     Operation(
         "train", "networks in training: forward with loss, backward, and the iteration of both and the step",
-        TrainProblem, shapes, ("forward", "backward", "iteration"), supported=tuple(ERRORS), compiled=few,
-        extra=memory_records,
+        TrainProblem, shapes, ("forward", "backward", "iteration"), supported=tuple(ERRORS), headline=is_headline,
+        extra=memory_records, share=3.0,
     ),
 )  # fmt: skip
