@@ -66,7 +66,10 @@ def test_scatter_of_the_baselines_of_all_rows():
     """Quantiles within a process do not show what differs between processes."""
 
     def row(n, ours, plain):
-        return [time_record("ours", "ours", ours, 0.001, row=str(n)), time_record("plain", "same", plain, 0.001, row=str(n))]
+        return [
+            time_record("ours", "ours", ours, 0.001, row=str(n)),
+            time_record("plain", "same", plain, 0.001, row=str(n)),
+        ]
 
     before = [r for n in range(5) for r in row(n, 1, 1)]
     factors = (0.9, 0.95, 1.0, 1.05, 1.1)

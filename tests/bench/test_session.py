@@ -195,7 +195,9 @@ def test_a_whole_run_on_a_gpu(as_gpu, monkeypatch, tmp_path, capsys):
     (build,), (tests,) = results.others["build"], results.others["tests"]
     assert build["built"] is False and build["reason"] == "1 failed" and tests["status"] == 1 and tests["tests"] == 0
     assert results.run["machine"]["device"] == "Host (CPU)"
-    assert results.run["command"] == "--size smoke --device cuda --seconds 60.0 --compile some --allocator default".split()
+    assert (
+        results.run["command"] == "--size smoke --device cuda --seconds 60.0 --compile some --allocator default".split()
+    )
     output = capsys.readouterr().out
     assert "NOT GOOD: tests are red: 0 failed, 0 errors, status 1\n" in output
     assert "NOT GOOD: qr 2 x 5x5 fp32 call ours: wrong: Q 4e-02 > " in output and output.endswith(f"{file}\n")
