@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Measure the package's operations against others, checked before they are timed.",
     )
     add = parser.add_argument
-    add("operations", nargs="*", metavar="OPERATION", help="what to measure; default: --list without (if named)")
+    add("operations", nargs="*", metavar="OPERATION", help="what to measure; default: all that --list does not mark")
     add("--only", default="", metavar="PATTERN", help="rows with this in their name (* and ? match), see --list")
     add("--size", choices=("smoke", "default", "full"), default="default", help="how many shapes; smoke: seconds")
     add("--dtypes", nargs="+", default=(), metavar="NAME", help="fp32, tf32, bf16, fp16, fp64; default by operation")
@@ -112,22 +112,22 @@ def measure(options: argparse.Namespace, start: float) -> int:
 
     What a CUDA run has to build comes before condlr_ext is imported.
     """
+    from . import prepare
+
+    if options.allocator == "tuned" and prepare.allocator() != "tuned":  # glibc reads it at the start of a process
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | prepare.TUNED)
     cuda = on_cuda(options)
     if options.plot is not None:
         import matplotlib  # noqa: F401  # raises before an hour of measuring
     stop = start + (options.seconds or float("inf"))
     records = []
     if options.prepare if options.prepare is not None else cuda and options.seconds:
-        from . import prepare
-
         records.append(prepare.build(stop - time.monotonic()))
         records.append(prepare.test(min(600, (stop - time.monotonic()) / 4)))
     from . import machine, runner, session
     from .records import Results, Writer
 
-    if options.allocator == "tuned" and machine.allocator() != "tuned":  # glibc reads it at the start of a process
-        sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | machine.TUNED)
     device = open_device(options)
     rows = select(options, device)
     write = Writer(options.json or unused(machine.default_file(device)))

@@ -16,6 +16,7 @@ from torch.utils import benchmark
 
 from condlr_ext.info import collect
 
+from .prepare import allocator
 from .registry import TimedCall, Work
 
 FORMAT = 2  # of results files
@@ -27,9 +28,6 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }  # fmt: skip
-
-# glibc then keeps freed memory; handing it back to the kernel costs a page fault per page in the next iteration
-TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
 
 
 class Cpu:
@@ -156,10 +154,6 @@ def arithmetic(name: str):
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-def allocator() -> str:
-    return "tuned" if all(os.environ.get(name) == value for name, value in TUNED.items()) else "default"
 
 
 def header(device, command: list[str]) -> dict:

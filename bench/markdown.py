@@ -124,7 +124,7 @@ def rows_table(results: Results, where: Filter) -> Made:
 
 
 def score_table(results: Results, where: Filter) -> Made:
-    """In how many rows of each operation ours is faster, and by how much."""
+    """Count the rows of each operation in which ours is faster."""
     rows, cells = list(results.rows(where=where)), []
     for operation in dict.fromkeys(row[0]["op"] for row in rows):
         for against, ratios, count in contests([row for row in rows if row[0]["op"] == operation]):

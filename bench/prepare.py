@@ -1,4 +1,4 @@
-"""Before a run on a CUDA device: versions, the build of the compiled part, the tests marked gpu.
+"""Before a run: the allocator; on a CUDA device versions, the build of the compiled part, the tests marked gpu.
 
 Imports nothing of condlr_ext, so that a process loads what it has just built.
 """
@@ -20,6 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LEAST = {"torch": (2, 10), "triton": (3, 6), "numpy": (0, 0)}  # versions
 BUILD = 60  # seconds at most
 GRACE = 20  # seconds for pytest to report after an interrupt
+# glibc then keeps freed memory; handing it back to the kernel costs a page fault per page in the next iteration
+TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
+
+
+def allocator() -> str:
+    """Return "tuned" if this process's glibc keeps freed memory, else "default"."""
+    return "tuned" if all(os.environ.get(name) == value for name, value in TUNED.items()) else "default"
 
 
 def check() -> None:

@@ -19,7 +19,7 @@ RANKS = (0.05, 0.2, 0.5, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class NetworkLayer:
-    """A layer of a network; the first layer of a network owes its input no gradient."""
+    """A layer of a network, the first one without an input gradient."""
 
     network: str
     layer: Linear | Conv
@@ -30,7 +30,7 @@ class NetworkLayer:
 
 
 class RouteProblem:
-    """The providers of a layer that tell its routes apart."""
+    """A layer by each of its routes."""
 
     def __init__(self, shape: NetworkLayer, dtype: str, device):
         problem = LayerProblem(shape.layer, dtype, device, shape.input_gradient)
