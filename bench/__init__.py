@@ -1,7 +1,10 @@
-"""Benchmarks: every op described once, its providers checked against float64, then timed in turn: `python -m bench`.
+"""Benchmarks of condlr_ext: every operation is described once, its results are checked, then it is timed.
 
-registry.py says what an op, a provider and a row are; linear_algebra.py, layers.py, steps.py, training.py, inference.py
-and scaling.py describe the ops, operations.py lists them; runner.py measures rows on a device (machine.py, cuda.py) and
-records.py keeps them as JSON lines; tables.py, compare.py, revisions.py and plot.py read these; command.py is the
-command line.
+Run from a checkout by `python -m bench`:
+
+- registry.py defines operations, problems and providers; cases/ holds them.
+- session.py measures rows within a time limit by runner.py and timing.py, on the device of machine.py or cuda.py, after
+  prepare.py has built and tested what a CUDA run needs.
+- records.py keeps the measurements as JSON lines; tables.py, markdown.py, compare.py, revisions.py, plot.py and tune.py
+  read them.
 """

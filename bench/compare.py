@@ -1,18 +1,16 @@
-"""Two results, A and B, of the same machine: what became slower, or wrong, from A to B.
+"""Two results, A and B, of the same machine: which of our providers became slower, or wrong, from A to B.
 
-Slowdown: time of B over time of A of one of our providers in one row, over the drift. Drift: the median of the same
-ratio of that row's baselines (plain PyTorch, torch.linalg, dense and so on: not our reference path), whose code did not
-change; in a row without baselines that of all rows. Slower, or faster, is what moves by more than a bound: 5 %, twice
-the noise or five times the scatter, whichever is most.
-
-Noise: sqrt(a² + b² + d²), in logarithms; a and b half the distance between the quantiles of the two times, d the median
-of the same of the baselines, or half the distance between the quantiles of their drifts, whichever is more. The
-quantiles are those of 20 and 80 %, so a median of eleven samples of one process has a standard error of 0.45 a. One or
-two samples do not show their noise: it counts as at least 10 %.
-
-Scatter: half the distance between the quantiles of the logarithms of the ratios of all baselines in all rows. It shows
-what no quantiles within a process do: that one process lays out its memory better than another, that the machine has
-other users. It is 0.84 standard deviations of such a ratio, so five times it are three of a slowdown.
+- Slowdown: time in B over time in A of one of our providers in one row, over the drift.
+- Drift: the median of the same ratio of the row's baselines (plain PyTorch, torch.linalg, dense and so on, not our
+  reference path), whose code did not change; in a row without baselines, that of all rows.
+- Bound: a slowdown beyond it is a regression. It is 5 %, twice the noise or five times the scatter, whichever is most.
+- Noise: sqrt(a² + b² + d²) in logarithms; a and b are half the distance between the quantiles (20 and 80 %) of the two
+  times, d is the median of the same of the baselines, or half the distance between the quantiles of their drifts,
+  whichever is more. The median of eleven samples of one process has a standard error of 0.45 a. One or two samples do
+  not show their noise: it counts as at least 10 %.
+- Scatter: half the distance between the quantiles of the logarithms of the ratios of all baselines in all rows. It
+  shows differences between processes (memory layout, other users), which no quantiles within a process show. It is
+  0.84 standard deviations of such a ratio, so five times it are three of a slowdown.
 """
 
 import math
@@ -22,18 +20,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from condlr_ext._table import text
+
+from .cells import digits, duration, thread_count
 from .records import Results, key, timed
 from .registry import DENSE, OURS, SAME
-from .tables import STATES, aligned, digits, duration, provenance
+from .tables import STATES, provenance
 from .timing import QUANTILES
 
 LEAST, NOISES, SCATTERS = 0.05, 2.0, 5.0
 FEW, UNKNOWN = 3, 0.1  # below so many samples, the least noise
+VERDICTS = ("slower", "lost", "faster", "gained", "as before")
 
 
 @dataclass(frozen=True)
 class Change:
-    """Of one of our providers in one row. slowdown, drift and bound are ratios; None where there is no time."""
+    """One of our providers in one row; slowdown, drift and bound are ratios, None where there is no time."""
 
     key: tuple
     provider: str
@@ -59,9 +61,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """changes: the worst first. only: names of what only A and only B has. missed: baselines without a time in B, and
-    why.
-    """
+    """The changes, the worst first; names that only A and only B has; baselines without a time in B, and why."""
 
     changes: list[Change]
     only: tuple[list[str], list[str]]
@@ -73,20 +73,24 @@ class Comparison:
 
 
 def compare(a: Results, b: Results) -> Comparison:
-    """Results of different machines, allocators or numbers of threads, or without a row in common, raise ValueError."""
+    """Compare two results.
+
+    Raises:
+        ValueError: They are of different devices, allocators or numbers of threads, or have no row in common.
+    """
     for what, find in (
         ("devices", lambda r: r.run["machine"]["device"]),
         ("allocators", lambda r: r.run["machine"].get("allocator")),
         ("numbers of threads", lambda r: sorted({record["threads"] for record in r.times})),
     ):
         if find(a) != find(b):
-            raise ValueError(f"python -m bench --compare: different {what}: {a.name} {find(a)}, {b.name} {find(b)}")
+            raise ValueError(f"--compare: different {what}: {a.name} {find(a)}, {b.name} {find(b)}")
     rows = {key(row[0]): ({r["provider"]: r for r in row}, {}) for row in a.rows()}
     for row in b.rows():
         rows.setdefault(key(row[0]), ({}, {}))[1].update({r["provider"]: r for r in row})
     common = {k: row for k, row in rows.items() if all(row)}
     if not common:
-        raise ValueError(f"python -m bench --compare: {a.name} and {b.name} have no row in common")
+        raise ValueError(f"--compare: {a.name} and {b.name} have no row in common")
     baselines = {k: found for k, row in common.items() if (found := _baselines(*row))}
     ratios = [pair for found in baselines.values() for pair in found]
     overall, scatter = _drift(ratios) if ratios else (1.0, 0.0), _half([math.log(ratio) for ratio, _ in ratios])
@@ -120,7 +124,7 @@ def _change(k: tuple, provider: str, a: dict, b: dict, drift: tuple[float, float
 
 
 def _baselines(a: dict[str, dict], b: dict[str, dict]) -> list[tuple[float, float]]:
-    """Of each baseline of a row its time in B over that in A, and the noise of this."""
+    """Return the time in B over that in A, and its noise, of each baseline of a row."""
     before, after = (timed(list(side.values()), SAME, DENSE) for side in (a, b))
     return [
         (after[n]["seconds"][1] / before[n]["seconds"][1], math.hypot(_noise(before[n]), _noise(after[n])))
@@ -130,13 +134,13 @@ def _baselines(a: dict[str, dict], b: dict[str, dict]) -> list[tuple[float, floa
 
 
 def _drift(baselines: list[tuple[float, float]]) -> tuple[float, float]:
-    """Of several (ratio, noise) the median, and its noise."""
+    """Return the median of several (ratio, noise), and its noise."""
     ratios, noises = zip(*baselines, strict=True)
     return statistics.median(ratios), max(statistics.median(noises), _half([math.log(ratio) for ratio in ratios]))
 
 
 def _half(logarithms: list[float]) -> float:
-    """Half the distance between the quantiles."""
+    """Return half the distance between the quantiles."""
     low, _, high = np.quantile(logarithms or [0.0], QUANTILES)
     return (high - low) / 2
 
@@ -148,11 +152,12 @@ def _noise(record: dict) -> float:
 
 
 def name(k: tuple) -> str:
-    operation, row, dtype, mode, cache, threads = k
-    return f"{operation} {row} ({dtype}, {mode}, {cache}, {threads} thread{'s' * (threads != 1)})"
+    operation, row, *states, threads = k
+    return f"{operation} {row} ({', '.join(states)}, {thread_count(threads)})"
 
 
 def show(comparison: Comparison, a: Results, b: Results) -> list[str]:
+    """Return the lines that report a comparison."""
     lines = [f"A  {a.name}: {provenance(a)}", f"B  {b.name}: {provenance(b)}"]
     versions = [
         f"{package} {a.run['versions'].get(package)} and {b.run['versions'].get(package)}"
@@ -161,34 +166,31 @@ def show(comparison: Comparison, a: Results, b: Results) -> list[str]:
     ]
     if versions:
         lines.append(f"   other versions of {', '.join(versions)}: the baselines changed too")
-    header = ["row", "provider", *STATES, "A", "B", "B / A", "drift", "slowdown", "bound", "verdict"]
+    titles = ["row", "provider", *STATES, "A", "B", "B / A", "drift", "slowdown", "bound", "verdict"]
     cells = []
     for c in comparison.changes:
         operation, row, *states = c.key
+        ratios = [c.after / c.before, c.drift, c.slowdown, c.bound] if c.slowdown else []
         line = [f"{operation} {row}", c.provider, *map(str, states), duration(c.before), duration(c.after)]
-        if c.slowdown:
-            line += [digits(v) for v in (c.after / c.before, c.drift, c.slowdown, c.bound)]
-        else:
-            line += ["-"] * 4
+        line += [digits(ratio) for ratio in ratios] or ["-"] * 4
         cells.append([*line, c.verdict.upper() if c.regression else c.verdict])
-    lines += ["", *aligned(header, cells, left=2)]
+    lines += ["", text(titles, cells)]
     lines += [f"  {c.verdict}: {name(c.key)}: {c.provider}: {c.reason}" for c in comparison.changes if c.reason]
     for side, names in zip("AB", comparison.only, strict=True):
         lines += [f"  only in {side}: {entry}" for entry in names]
     lines += [f"  no time in B for the baseline of {entry}" for entry in comparison.missed]
-    counts = {verdict: sum(c.verdict == verdict for c in comparison.changes) for verdict in _VERDICTS}
+    counts = {verdict: sum(c.verdict == verdict for c in comparison.changes) for verdict in VERDICTS}
     found = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     bounds = [c.bound for c in comparison.changes if c.bound]
     seen = f"; half of the bounds are below {digits(statistics.median(bounds))}" if bounds else ""
     return [*lines, "", f"{found}: {'a regression' if comparison.regressions else 'no regression'}{seen}"]
 
 
-_VERDICTS = ("slower", "lost", "faster", "gained", "as before")
-
-
 def merge(rounds: Iterable[Results], label: str) -> Results:
-    """Several runs of the same rows as one: the median of their medians, between the lowest and the highest of their
-    quantiles. A provider that had no time in one of them has none.
+    """Merge several runs of the same rows.
+
+    The merged time is the median of the medians, between the lowest and the highest of the quantiles. A provider that
+    had no time in one run has none.
     """
     rounds = list(rounds)
     records = [{"kind": "run", **rounds[0].run}]
@@ -198,13 +200,9 @@ def merge(rounds: Iterable[Results], label: str) -> Results:
         groups.setdefault((key(record), record["provider"]), []).append(record)
     for same in groups.values():
         failed = next((r for r in same if not r["seconds"]), None)
-        if failed:
-            records.append(failed)
-            continue
-        low, middle, high = zip(*(r["seconds"] for r in same), strict=True)
-        records.append(
-            same[0]
-            | {"seconds": [min(low), statistics.median(middle), max(high)]}
-            | {"samples": sum(r["samples"] for r in same)}
-        )
+        if not failed:
+            low, middle, high = zip(*(r["seconds"] for r in same), strict=True)
+            seconds = [min(low), statistics.median(middle), max(high)]
+        merged = failed or same[0] | {"seconds": seconds, "samples": sum(r["samples"] for r in same)}
+        records.append(merged)
     return Results(records, label)

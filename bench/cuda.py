@@ -1,4 +1,4 @@
-"""A CUDA device as the benchmarks use it: clock, cold caches, graphs, memory, ceilings. Not yet run on a GPU."""
+"""A CUDA device as a benchmark device: clock, cold caches, graphs, memory, ceilings. Not yet run on a GPU."""
 
 import contextlib
 import statistics
@@ -11,7 +11,7 @@ import triton
 
 from condlr_ext.info import collect
 
-from .machine import _slug, arithmetic
+from .machine import arithmetic, slug
 from .registry import TimedCall
 
 BRIEF = 1e-3  # seconds below which a single run is too little for a sample
@@ -21,7 +21,7 @@ RAMP = 0.05  # seconds of work that raise them
 
 
 class Cuda:
-    """The current CUDA device: what machine.Cpu is for CPUs, and CUDA graphs."""
+    """The current CUDA device, with the methods of machine.Cpu and CUDA graphs."""
 
     kind, default_cache = "cuda", "cold"
 
@@ -29,10 +29,10 @@ class Cuda:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._properties = torch.cuda.get_device_properties(self.device)
         self.name = self._properties.name
-        self.slug = _slug(self.name)
+        self.slug = slug(self.name)
         self._driver = triton.runtime.driver.active
         self._worked = -REST
-        torch.backends.cudnn.benchmark = True  # what we are compared with at its best
+        torch.backends.cudnn.benchmark = True  # others at their best
 
     def describe(self) -> dict:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -55,11 +55,11 @@ class Cuda:
         torch.cuda.synchronize(self.device)
 
     def seconds(self, call: TimedCall, number: int, cold: bool) -> float:
-        """Seconds of a run: of `number` back to back the mean; with something to prepare, or cold, where each has
-        nothing of its own in the cache, the median, of more than `number` if they are brief.
+        """Return the seconds of a run.
 
-        Back to back, the slower of host and device counts. What the host does for a run apart from others is hidden
-        behind a millisecond that the device waits first: such a time is the device's.
+        Runs that need no preparation and have warm caches are timed back to back, and their mean is that of the slower
+        of host and device. Other runs are timed apart, after a wait of the device in which the host prepares the
+        launches: their median is the time of the device. Of a single brief run, more than one is timed.
         """
         self._wake()
         if not cold and not call.prepare:
@@ -95,13 +95,13 @@ class Cuda:
         return 1e-3 * statistics.median(start.elapsed_time(end) for start, end in events)
 
     def _evict(self) -> None:
-        """As triton.testing.do_bench does it: the driver's own buffer, written over."""
+        """Overwrite the driver's buffer, as triton.testing.do_bench does."""
         if not hasattr(self, "_cold"):
             self._cold = self._driver.get_empty_cache_for_benchmark()
         self._driver.clear_cache(self._cold)
 
     def _wake(self) -> None:
-        """Clocks fall while the device waits for the host, as it does while results are judged."""
+        """Raise the clocks, which fall while the device waits for the host, as during the check of results."""
         if not hasattr(self, "_work"):
             self._work = [torch.ones(2048, 2048, device=self.device) for _ in range(2)]
         start = time.monotonic()
@@ -110,13 +110,17 @@ class Cuda:
             self.synchronize()
 
     def graph(self, call: TimedCall) -> tuple[Callable, object]:
-        """What replays the call, captured after it has run once more, and what each replay writes its results to.
+        """Capture the call in a CUDA graph, after one more run.
 
-        A call that waits for the device raises RuntimeError.
+        Returns:
+            A function that replays the call, and the results that each replay writes to.
+
+        Raises:
+            RuntimeError: The call waits for the device.
         """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), _refused_waiting():
+        with torch.cuda.stream(stream), _waits_refused():
             call.run()
         torch.cuda.current_stream().wait_stream(stream)
         if call.rewind:
@@ -128,7 +132,7 @@ class Cuda:
         return graph.replay, out
 
     def memory(self, call: TimedCall) -> int:
-        """Bytes that a run, with what is prepared for it, needs at its peak, beyond what was allocated before."""
+        """Return the bytes that a run and its preparation allocate at their peak."""
         before = torch.cuda.memory_allocated(self.device)
         if call.prepare:
             call.prepare()
@@ -137,14 +141,17 @@ class Cuda:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def free(self) -> int:
-        """Bytes of memory that a problem may take."""
+        """Return the bytes of memory that a problem may take."""
         kept = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return int(0.8 * (torch.cuda.mem_get_info(self.device)[0] + kept))
 
     def ceilings(self, dtypes: Iterable[str], quick: bool = False) -> dict:
-        """What this device reaches, the best of many: {"copy": [[bytes, byte/s], ...]} of a copy within the L2 cache
-        and one beyond, read and written bytes; flop/s of a product of random matrices per arithmetic; "launch" and
-        "graph launch": seconds per launch of an empty kernel, back to back and in a graph.
+        """Measure the rates that this device reaches, the best of many runs.
+
+        Returns:
+            "copy": [[bytes, byte/s], ...] of a copy within the L2 cache and one beyond, read and written bytes; flop/s
+            of a product of random matrices per arithmetic; "launch" and "graph launch": seconds per launch of an empty
+            kernel, back to back and in a graph; "threads".
         """
 
         def best(run: Callable) -> float:
@@ -162,7 +169,7 @@ class Cuda:
             return repeat
 
         def replayed(run: Callable) -> float:
-            """Of one of a hundred in a graph: launches would take longer than what is launched."""
+            """Time one of a hundred in a graph, since a launch alone would take longer than what is launched."""
             replay, _ = self.graph(TimedCall(repeated(run), dict))
             return best(replay) / 100
 
@@ -185,10 +192,8 @@ class Cuda:
 
 
 @contextlib.contextmanager
-def _refused_waiting():
-    """Whatever waits for the device raises: in a capture that would leave the allocator and the generators of random
-    numbers of PyTorch in a state of capturing.
-    """
+def _waits_refused():
+    """Let waits for the device raise; in a capture they would leave PyTorch's allocator and generators capturing."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

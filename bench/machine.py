@@ -1,4 +1,4 @@
-"""The CPU as the benchmarks use it: clock, cold caches, ceilings; names of arithmetic; what a run says of itself."""
+"""The CPU as a benchmark device (clock, cold caches, ceilings), names of arithmetic, the header of a results file."""
 
 import contextlib
 import datetime
@@ -16,7 +16,10 @@ from torch.utils import benchmark
 
 from condlr_ext.info import collect
 
+from .prepare import allocator
 from .registry import TimedCall, Work
+
+FORMAT = 2  # of results files
 
 DTYPES = {
     "fp32": torch.float32,
@@ -26,13 +29,9 @@ DTYPES = {
     "fp64": torch.float64,
 }  # fmt: skip
 
-# glibc then keeps what is freed instead of handing it back to the kernel, which costs a page fault per page when the
-# next iteration asks for it again
-TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)}
-
 
 class Cpu:
-    """This machine's CPU with the present number of torch threads. Whatever measures is handed one of these."""
+    """The CPU with the present number of torch threads."""
 
     kind, device, default_cache = "cpu", torch.device("cpu"), "warm"
 
@@ -41,7 +40,7 @@ class Cpu:
         self.name = cpu[1] if cpu else platform.processor() or platform.machine()
         sizes = {level: _cache_bytes(level) for level in (2, 3)}
         self.caches = [sizes[2] or 1 << 20, sizes[3] or 32 << 20]
-        self.slug = _slug(self.name)
+        self.slug = slug(self.name)
 
     def describe(self) -> dict:
         data = collect()
@@ -53,7 +52,7 @@ class Cpu:
         pass
 
     def seconds(self, call: TimedCall, number: int, cold: bool) -> float:
-        """Mean seconds of `number` runs, each of them with nothing in the caches if cold."""
+        """Return the mean seconds of `number` runs, each with empty caches if `cold`."""
         if number > 1 and not call.prepare and not cold:
             timer = benchmark.Timer("run()", globals={"run": call.run}, num_threads=torch.get_num_threads())
             return timer.timeit(number).mean
@@ -74,10 +73,10 @@ class Cpu:
         return total / number
 
     def memory(self, call: TimedCall) -> None:
-        """Of a call alone it is not known; networks are run in processes of their own."""
+        """Return None: the memory of a single call is unknown, so networks run in processes of their own."""
 
     def free(self) -> int:
-        """Bytes of memory that a problem may take."""
+        """Return the bytes of memory that a problem may take."""
         return int(0.6 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
     def _evict(self) -> None:
@@ -86,9 +85,12 @@ class Cpu:
         self._cold.sum()  # read, not written: dirty lines would be written back at the expense of the call
 
     def ceilings(self, dtypes: Iterable[str], quick: bool = False) -> dict:
-        """What this machine reaches, the best of a few: {"copy": [[bytes, byte/s], ...]} of copies and sums in place,
-        which need not fetch what they overwrite, within each cache and beyond, read and written bytes, and flop/s per
-        arithmetic: a matrix product, in float32 also a convolution.
+        """Measure the rates that this machine reaches, the best of a few runs.
+
+        Returns:
+            "copy": [[bytes, byte/s], ...] of copies, and of sums in place, which need not fetch what they overwrite,
+            within each cache and beyond, read and written bytes; flop/s per arithmetic, of a matrix product, in float32
+            also of a convolution; "threads".
         """
 
         def best(run: Callable, number: int = 1) -> float:
@@ -116,7 +118,7 @@ class Cpu:
 
 
 class Ceilings:
-    """The best of several measurements of a device's ceilings, and floors made of them."""
+    """The best of several measurements of a device's ceilings."""
 
     def __init__(self, measured: Iterable[dict]):
         self.rates, copies = {}, {}
@@ -129,12 +131,12 @@ class Ceilings:
         self.copies = sorted(copies.items())
 
     def bandwidth(self, size: float, cold: bool) -> float:
-        """Byte/s of the smallest cache that holds this many bytes."""
+        """Return the byte/s of the smallest cache that holds this many bytes, of memory if `cold`."""
         fitting = [rate for held, rate in self.copies if held >= size and not cold]
         return fitting[0] if fitting else self.copies[-1][1]
 
     def floor(self, works: Iterable[Work], dtype: str, cold: bool) -> float:
-        """Seconds of parts that follow each other, each bound by arithmetic or by memory."""
+        """Return the least seconds of parts that follow each other, each bound by arithmetic or by memory."""
         works = list(works)
         bandwidth = self.bandwidth(sum(w.bytes for w in works), cold)
         return sum(max(w.flops / self.rates[dtype], w.bytes / bandwidth) for w in works)
@@ -142,7 +144,7 @@ class Ceilings:
 
 @contextlib.contextmanager
 def arithmetic(name: str):
-    """The torch.dtype of that name; inside, products and convolutions of float32 are IEEE unless the name is tf32."""
+    """Yield the torch.dtype of that name; inside, float32 products are IEEE unless the name is tf32."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     # not by the newer fp32_precision: torch.compile of torch 2.10 raises once that has been set
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
@@ -154,15 +156,11 @@ def arithmetic(name: str):
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def allocator() -> str:
-    return "tuned" if all(os.environ.get(name) == value for name, value in TUNED.items()) else "default"
-
-
 def header(device, command: list[str]) -> dict:
-    """The first record of a run."""
+    """Return the first record of a run."""
     return {
         "kind": "run",
-        "format": 2,
+        "format": FORMAT,
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "commit": commit(),
         "command": command,
@@ -172,22 +170,20 @@ def header(device, command: list[str]) -> dict:
 
 
 def commit() -> str | None:
-    """Of the source tree that the package lies in, if it does."""
+    """Return the commit of the checkout, or None without git."""
     describe = ["git", "describe", "--always", "--dirty"]
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "setup.py").exists():  # an installed wheel, perhaps inside of somebody else's repository
-        return None
+    root = Path(__file__).resolve().parents[1]
     try:
         return subprocess.run(describe, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def default_file(device, folder: str = "runs") -> Path:
-    return Path(folder) / f"bench-{datetime.date.today().isoformat()}-{device.slug}.jsonl"
+def default_file(device) -> Path:
+    return Path("runs") / f"bench-{datetime.date.today().isoformat()}-{device.slug}.jsonl"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

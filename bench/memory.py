@@ -1,10 +1,9 @@
 """A training iteration in a process of its own: peak memory, time and page faults.
 
-In the process where providers take turns, the others' memory lies beside: peaks are not those of a training run, and
-on CPUs glibc hands less of it back, between what one frees and the end of the heap. What the allocator costs shows
-only here.
+Where providers take turns in one process, peaks are not those of a training run, and on CPUs glibc hands less memory
+back, so the cost of the allocator shows only here.
 
-python -m bench.memory NETWORK RANK PROVIDER THREADS DEVICE prints the measures as JSON.
+`python -m bench.memory NETWORK RANK PROVIDER THREADS DEVICE` prints the measures as JSON.
 """
 
 import contextlib
@@ -21,55 +20,55 @@ from pathlib import Path
 import torch
 
 from .cases.baselines import plain_twin
+from .cases.network_setup import STILL, Training, capturable, factorized, fast_pytorch, fused_sgd, ours
 from .cases.networks import NETWORKS, NetworkRank
-from .cases.subjects import STILL, Training, capturable, factorized, fast_pytorch, fused_sgd, ours
 from .registry import Row
 
-ALONE = ("LeNet5", "VGG16", "WRN16-4", "ViT block", "GPT block")
+MEASURED = ("LeNet5", "VGG16", "WRN16-4", "ViT block", "GPT block")
 PROVIDERS = ("ours", "dense", "fast PyTorch")
-PATIENCE = 120  # seconds for a process
+TIMEOUT = 120  # seconds for a process
 
 
 def memory_records(row: Row, device) -> list[dict]:
-    """{"kind": "memory", "op", "row", "dtype", "provider", "threads", "bytes", "seconds", "page_faults"} for each of
-    PROVIDERS in float32, or "reason" where its process fails.
-    """
-    if row.shape.network not in ALONE or row.dtype != "fp32":
+    """Return a record of `measure` for each of PROVIDERS in float32, or its "reason" where the process fails."""
+    if row.shape.network not in MEASURED or row.dtype != "fp32":
         return []
     records = []
     for provider in PROVIDERS:
         record = {"kind": "memory", "op": row.operation.name, "row": str(row.shape), "dtype": row.dtype}
         record |= {"provider": provider, "threads": torch.get_num_threads()}
-        records.append(record | alone(row.shape, provider, device.kind))
+        records.append(record | in_new_process(row.shape, provider, device.kind))
     return records
 
 
-def alone(shape: NetworkRank, provider: str, kind: str) -> dict:
-    """What `measure` finds in a fresh process with this one's environment and threads, or {"reason"}."""
+def in_new_process(shape: NetworkRank, provider: str, kind: str) -> dict:
+    """Return measure() of a new process with this one's environment and threads, or the "reason" why it failed."""
     arguments = [shape.network, str(shape.rank), provider, str(torch.get_num_threads()), kind]
-    root = str(Path(__file__).parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "bench.memory", *arguments],
             env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True,
             text=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        return {"reason": f"it takes more than {PATIENCE} s"}
+        return {"reason": f"it takes more than {TIMEOUT} s"}
     if done.returncode:
         return {"reason": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:300]}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(shape: NetworkRank, provider: str, kind: str) -> dict:
-    """bytes: on CPUs what resident memory rises by at its peak, from after the imports: weights, gradients, momentum,
-    activations, scratch; on CUDA devices what is allocated at the peak. seconds and page_faults: medians of an
-    iteration.
+    """Measure training iterations in this process.
+
+    Returns:
+        "bytes": on CPUs the rise of resident memory at its peak, from after the imports (weights, gradients, momentum,
+        activations, workspace), on CUDA devices the peak of allocated memory; "seconds" and "page_faults": medians of
+        an iteration.
     """
-    train(NetworkRank("small LeNet5", 0.2), provider, kind, 2)  # loads what PyTorch loads when it is first needed
+    train(NetworkRank("small LeNet5", 0.2), provider, kind, 2)  # PyTorch loads parts at their first use
     if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -85,7 +84,7 @@ def measure(shape: NetworkRank, provider: str, kind: str) -> dict:
 
 
 def train(shape: NetworkRank, provider: str, kind: str, iterations: int) -> tuple[list[float], list[int]]:
-    """Seconds and page faults of each iteration."""
+    """Return the seconds and page faults of each iteration."""
     makers = {"ours": capturable if kind == "cuda" else ours, "dense": fused_sgd, "fast PyTorch": fast_pytorch}
     net = NETWORKS[shape.network]
     model = net.build()
@@ -111,7 +110,7 @@ def train(shape: NetworkRank, provider: str, kind: str, iterations: int) -> tupl
 
 
 def resident(what: str) -> int:
-    """VmRSS, the resident memory now, or VmHWM, its peak, in bytes."""
+    """Return VmRSS, the resident memory now, or VmHWM, its peak, in bytes."""
     return 1024 * int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 

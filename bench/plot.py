@@ -1,4 +1,4 @@
-"""Results as figures: roofline, speed-up against shape, growth of cost."""
+"""Figures of results: roofline, speed-up against shape, growth of cost."""
 
 import math
 import statistics
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from condlr_ext._extras import require
 
+from .cells import exponent, flop_rate, size, thread_count
 from .records import Results, best_dense, best_other, ours, ratio, timed
-from .tables import counted, digits, memory, rounded
 
 # Okabe and Ito's palette (yellow darkened): told apart with any color vision, and by marker without color
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C00", "#000000")
@@ -17,8 +17,14 @@ ACROSS = 3  # panels in a line
 
 
 def draw(results: Results, stem: Path) -> list[Path]:
-    """Writes STEM-roofline.png, STEM-speedup.png and STEM-scaling.png, those for which there are times, and returns
-    their paths. Needs matplotlib. Raises ValueError where there is nothing to draw.
+    """Draw STEM-roofline.png, STEM-speedup.png and STEM-scaling.png, as far as there are times for them.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is nothing to draw.
     """
     require("matplotlib", "python -m bench --plot", "bench")
     files = []
@@ -33,7 +39,7 @@ def draw(results: Results, stem: Path) -> list[Path]:
 
 
 def figure(panels: list[tuple[float, Callable]], results: Results):
-    """A figure of panels, each (height in inches, what draws on its axes)."""
+    """Return a figure of panels, each (height in inches, function that draws on its axes)."""
     from matplotlib.figure import Figure
 
     across = min(ACROSS, len(panels))
@@ -56,7 +62,7 @@ def color(names: list[str], name: str) -> dict:
 
 
 def rooflines(results: Results) -> list[tuple[float, Callable]]:
-    """One panel per arithmetic and number of threads: flop/s over flop/byte, under what the machine reaches."""
+    """Return a panel per arithmetic and number of threads: flop/s over flop/byte, under the ceilings."""
     operations = list(dict.fromkeys(r["op"] for r in results.times))
     panels = []
     for dtype, threads in dict.fromkeys((r["dtype"], r["threads"]) for r in results.times if r.get("flop/s")):
@@ -68,7 +74,7 @@ def rooflines(results: Results) -> list[tuple[float, Callable]]:
 
 
 def roofline_marks(row: list[dict]) -> list[tuple[bool, float, float]]:
-    """(whether it is ours, flop/byte, flop/s) of ours and of the best other."""
+    """Return (whether it is ours, flop/byte, flop/s) of ours and of the best other."""
     marks = []
     for r in (ours(row), best_other(row)):
         if r and r.get("flop/s") and r.get("byte/s"):
@@ -84,9 +90,9 @@ def _roofline(results: Results, dtype: str, threads: int, points: list, operatio
         left, right = min(intensities) / 2, max(max(intensities), peak / ceilings.copies[-1][1]) * 3
         grid = [left * (right / left) ** (i / 200) for i in range(201)]
         lines = ["-"] if len(ceilings.copies) == 1 else [":", "-.", "--", "-"]
-        for i, (size, rate) in enumerate(ceilings.copies):
+        for i, (_, rate) in enumerate(ceilings.copies):
             last = i == len(ceilings.copies) - 1
-            name = f"{'beyond' if last and i else 'within'} {memory(ceilings.copies[i - last][0] if i else size)}"
+            name = f"{'beyond' if last and i else 'within'} {size(ceilings.copies[i - last if i else i][0])}"
             style = lines[-1] if last else lines[i % 3]
             label = f"{rate / 1e9:.0f} GB/s {name}" if len(ceilings.copies) > 1 else f"{rate / 1e9:.0f} GB/s"
             axes.plot(grid, [min(peak, rate * x) for x in grid], style, color="#555555", linewidth=1.2, label=label)
@@ -99,24 +105,22 @@ def _roofline(results: Results, dtype: str, threads: int, points: list, operatio
                     axes.plot(*zip(*chosen, strict=True), linestyle="", markersize=5, markerfacecolor=fill, alpha=0.85,
                               label=operation if mine else None, **style)  # fmt: skip
         axes.set(xscale="log", yscale="log", xlim=(left, right), xlabel="flop / byte", ylabel="flop/s")
-        kind = f", {counted(threads)}" if results.run["machine"].get("cores") else ""
-        axes.set_title(f"{dtype}{kind}: {_rate(peak)}; filled: ours, open: the best other", fontsize=9)
+        kind = f", {thread_count(threads)}" if results.run["machine"].get("cores") else ""
+        axes.set_title(f"{dtype}{kind}: {flop_rate(peak)}; filled: ours, open: the best other", fontsize=9)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
 
     return paint
 
 
-def _rate(peak: float) -> str:
-    return f"{digits(peak / 1e12)} Tflop/s" if peak >= 1e12 else f"{digits(peak / 1e9)} Gflop/s"
-
-
 # Speed-up against shape
 
 
 def speedups(results: Results) -> list[tuple[float, Callable]]:
-    """One panel per operation, mode and arithmetic, with the most threads that were measured: time over ours of the
-    best other and of dense, a dot per row, over rank or size, lines through the medians; of networks the rows by name.
+    """Return a panel per operation, mode and arithmetic, at the largest number of threads.
+
+    It has the time of the best other and of dense over ours, a dot per row, over rank or size, with lines through the
+    medians; for networks, one line per row.
     """
     threads = max((r["threads"] for r in results.times), default=None)
     groups = {}
@@ -137,18 +141,20 @@ def speedups(results: Results) -> list[tuple[float, Callable]]:
 
 
 def abscissa(shapes: list[dict]) -> str | None:
-    """Of plain numbers the field with at least three different ones: the rank "r", else that with the most of them, of
-    equal ones the last. None: there is no such field, or what differs has names.
+    """Return the field for the horizontal axis.
+
+    Of the fields with at least three different numbers it is the rank "r", else the one with the most of them, the last
+    of equals; None if there is no such field or shapes have names.
     """
     values = {field: [shape.get(field) for shape in shapes] for field in shapes[0]}
-    if any(isinstance(value, str) for value in shapes[0].values()):
+    if any(isinstance(value, (str, dict)) for value in shapes[0].values()):
         return None
     fields = [field for field, found in values.items() if all(found) and len(set(found)) >= 3]
     return max(reversed(fields), key=lambda field: (field == "r", len(set(values[field]))), default=None)
 
 
 def _ratios(rows: list[list[dict]]) -> list[tuple[str, dict, list[float | None]]]:
-    """(label, style, ratios) of the best other and of dense."""
+    """Return (label, style, ratios) of the best other and of dense."""
     series = []
     for label, find, colour_, marker in (
         ("best other / ours", best_other, COLORS[0], "o"),
@@ -182,7 +188,7 @@ def _over(field: str, title: str, rows: list[list[dict]]) -> Callable:
 
 
 def _apart(ticks: list[float]) -> list[float]:
-    """Those whose labels do not touch on a logarithmic axis."""
+    """Return the ticks whose labels do not touch on a logarithmic axis."""
     gap = math.log(ticks[-1] / ticks[0]) / 12
     kept = [ticks[0]]
     for tick in ticks[1:]:
@@ -208,7 +214,7 @@ def _named(title: str, rows: list[list[dict]]) -> Callable:
 
 
 def _plain(axis) -> None:
-    """Ratios as 0.5 and 20, not as powers of ten."""
+    """Label ratios as 0.5 and 20, not as powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     low, high = axis.get_view_interval()
@@ -224,8 +230,9 @@ def _plain(axis) -> None:
 
 
 def growth(results: Results) -> list[tuple[float, Callable]]:
-    """One panel per subject, sweep and mode, with the most threads that were measured: seconds by provider, with the
-    fitted exponents; dotted: estimates for what memory does not hold.
+    """Return a panel per subject, sweep and mode, at the largest number of threads.
+
+    It has the seconds by provider with the fitted exponents; estimates beyond memory are dotted.
     """
     if not any(timed([record]) for record in results.times if record["op"] == "scaling"):
         return []
@@ -244,11 +251,11 @@ def _growth(subject: str, sweep: str, mode: str, fits: list[dict]) -> Callable:
 
     def paint(axes) -> None:
         for fit in fits:
-            exponent = "" if fit["exponent"] is None else f": {sweep}^{fit['exponent']:.2f}"
-            theory = "" if fit["theory"] is None else f" (theory {rounded(fit['theory'])})"
+            growth = "" if fit["exponent"] is None else f": {sweep}^{exponent(fit['exponent'])}"
+            theory = "" if fit["theory"] is None else f" (theory {exponent(fit['theory'])})"
             style = color(providers, fit["provider"])
             axes.plot(*zip(*fit["points"], strict=True), markersize=4, linewidth=1.2,
-                      label=f"{fit['provider']}{exponent}{theory}", **style)  # fmt: skip
+                      label=f"{fit['provider']}{growth}{theory}", **style)  # fmt: skip
             if fit["estimates"]:
                 beyond = [fit["points"][-1], *fit["estimates"]]
                 axes.plot(*zip(*beyond, strict=True), ":", markersize=4, markerfacecolor="none", **style)

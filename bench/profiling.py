@@ -1,4 +1,4 @@
-"""What the time of a row is made of."""
+"""Break down the time of a row by operator."""
 
 import time
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from .machine import arithmetic
 from .registry import Row, TimedCall
 from .runner import judge
 
-KINDS = (  # what an operator's time counts as: the first name that occurs in the operator's
+KINDS = (  # of operators, by the first name that occurs in the operator's
     ("convolutions", ("convolution", "mkldnn_conv")),
     ("batch norm", ("batch_norm",)),
     ("layer norm", ("layer_norm",)),
@@ -25,9 +25,16 @@ KINDS = (  # what an operator's time counts as: the first name that occurs in th
 
 
 def breakdown(row: Row, names: Iterable[str], device) -> str:
-    """For these providers of the row in every mode: self time per call of torch's operators, by kind and the longest
-    by name, on a CUDA device that of the kernels they start. What is left is outside of operators: Python, autograd's
-    bookkeeping, the profiler. Names that the row does not have are passed over.
+    """Break down the time per call of a row's providers in every mode.
+
+    Args:
+        row: The row.
+        names: Of providers; those that the row lacks are skipped.
+        device: Where it runs.
+
+    Returns:
+        Text with the self time of torch's operators, by kind and of the longest, on a CUDA device that of the kernels
+        they start. The rest is outside of operators: Python, autograd's bookkeeping, the profiler.
     """
     parts = []
     with arithmetic(row.dtype):

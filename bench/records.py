@@ -4,32 +4,33 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from .machine import Ceilings
+from .machine import FORMAT, Ceilings
 from .registry import DENSE, OURS, SAME, Work
-
-FORMAT = 2
 
 
 class Writer:
-    """Writes records to a file, each at once: a run that is cut off keeps what it had. The first replaces the file."""
+    """Writes each record to a file at once, so that an interrupted run keeps its rows; the first replaces the file."""
 
     def __init__(self, file: Path | str):
         self.file = Path(file)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._mode = "w"
 
-    def __call__(self, record: dict) -> dict:
+    def __call__(self, record: dict) -> None:
         with self.file.open(self._mode, encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._mode = "a"
-        return record
 
 
 class Results:
-    """What a results file says.
+    """The records of a results file.
 
-    run: its first record. times: the "time" records, with what follows from them and the ceilings: "floor" (seconds),
-    "roofline" (floor over time), "flop/s" and "byte/s". others: records by kind.
+    Attributes:
+        run: The first record.
+        times: The "time" records with derived values: "floor" (seconds at the ceilings), "roofline" (floor over time),
+            "flop/s" and "byte/s".
+        others: Further records by kind.
+        ceilings: By number of threads.
     """
 
     def __init__(self, records: Iterable[dict], name: str = "results"):
@@ -41,10 +42,10 @@ class Results:
             else:
                 self.others.setdefault(record["kind"], []).append(record)
         if "run" not in self.others:
-            raise ValueError(f"bench: {name} has no run record: not a results file of format {FORMAT}")
+            raise ValueError(f"{name} has no run record: not a results file of format {FORMAT}")
         (self.run,) = self.others.pop("run")
         if self.run.get("format") != FORMAT:
-            raise ValueError(f"bench: {name} has format {self.run.get('format')}, this version reads {FORMAT}")
+            raise ValueError(f"{name} has format {self.run.get('format')}, this version reads {FORMAT}")
         self.ceilings = {
             threads: Ceilings(c for c in self.others.get("ceilings", ()) if c.get("threads") == threads)
             for threads in {c.get("threads") for c in self.others.get("ceilings", ())}
@@ -54,25 +55,30 @@ class Results:
 
     @classmethod
     def read(cls, file: Path | str) -> "Results":
-        """What is no text, or a line that is no record, raises ValueError, but for a last one that was cut off."""
+        """Read a file, of which the last line may have been cut off.
+
+        Raises:
+            ValueError: The file is not text, or another line is no record.
+        """
         try:
             lines = Path(file).read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
-            raise ValueError(f"bench: {file} is no results file: it is not text") from None
+            raise ValueError(f"{file} is no results file: it is not text") from None
         records = []
         for i, line in enumerate(lines):
             try:
-                records.append(json.loads(line))
-                if not isinstance(records[-1], dict) or "kind" not in records[-1]:
+                record = json.loads(line)
+                if not isinstance(record, dict) or "kind" not in record:
                     raise ValueError("no record")
+                records.append(record)
             except ValueError:
                 if i == len(lines) - 1 and i > 0:
                     break
-                raise ValueError(f"bench: {file}, line {i + 1} is no record of a results file") from None
+                raise ValueError(f"{file}, line {i + 1} is no record of a results file") from None
         return cls(records, str(file))
 
     def rows(self, *operations: str, where: Callable[[dict], bool] = lambda r: True) -> Iterator[list[dict]]:
-        """The records of each row in each mode and cache state, in the order in which they were measured."""
+        """Return the records of each row in each mode and cache state, in the order in which they were measured."""
         groups = {}
         for record in self.times:
             if (not operations or record["op"] in operations) and where(record):
@@ -93,17 +99,17 @@ class Results:
 
 
 def key(record: dict) -> tuple:
-    """What is compared with each other: one row in one mode, with these threads and this state of the caches."""
+    """Return the values that records have in common which are compared with each other."""
     return tuple(record[name] for name in ("op", "row", "dtype", "mode", "cache", "threads"))
 
 
 def timed(row: list[dict], *roles: str) -> dict[str, dict]:
-    """The providers of a row that have a time, of these roles (none: of all), by name."""
+    """Return the providers of a row that have a time, of these roles (none: of all), by name."""
     return {r["provider"]: r for r in row if r["seconds"] and (not roles or r["role"] in roles)}
 
 
 def ours(row: list[dict]) -> dict | None:
-    """What users get, if it has a time; where it was left out, the first of our backends."""
+    """Return our default if it has a time; where it was left out, the first of our backends."""
     found = timed(row, OURS)
     if any(r["provider"] == "ours" for r in row):
         return found.get("ours")
@@ -111,7 +117,7 @@ def ours(row: list[dict]) -> dict | None:
 
 
 def best_other(row: list[dict]) -> dict | None:
-    """The fastest of the others that compute the same."""
+    """Return the fastest of the others that compute the same."""
     return min(timed(row, SAME).values(), key=lambda r: r["seconds"][1], default=None)
 
 
@@ -120,5 +126,5 @@ def best_dense(row: list[dict]) -> dict | None:
 
 
 def ratio(other: dict | None, mine: dict | None) -> float | None:
-    """Time of the other over ours: above 1 ours is faster."""
+    """Return the time of the other over ours: above 1 ours is faster."""
     return other["seconds"][1] / mine["seconds"][1] if other and mine else None

@@ -1,4 +1,4 @@
-"""What a benchmark is made of: an operation on a shape is a problem, and providers solve it, each judged first."""
+"""Operations, the problems they pose for a shape, and the providers that solve these problems."""
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
@@ -18,10 +18,13 @@ class Work:
 
 @dataclass
 class TimedCall:
-    """What one provider does in one mode. `run` is timed.
+    """One provider in one mode.
 
-    errors: of what `run` returned, or changed, against float64, by name; NaN counts as infinite.
-    prepare: before every run, not timed. rewind: undoes what earlier runs changed, before a run that is judged.
+    Attributes:
+        run: The timed function.
+        errors: Errors against float64, by name, of what `run` returned or changed; NaN counts as infinite.
+        prepare: Called before every run, outside of the time.
+        rewind: Undoes the changes of earlier runs before a run that is checked.
     """
 
     run: Callable[[], Any]
@@ -32,15 +35,16 @@ class TimedCall:
 
 @dataclass
 class Provider:
-    """One way of solving a problem.
+    """One way to solve a problem.
 
-    calls: by mode. limits: of the errors, by their names; "" for all that have none of their own. A call whose errors
-    exceed them gets no time.
-    role: "ours"; "same": the same function by others; "dense": the whole weight instead of its factors; "context":
-    something related, for orientation: never the best of the others.
-    work: by mode, where it differs from the problem's.
-    share: of the seconds that a provider may take.
-    captured: whether its calls may be captured in a CUDA graph: not of a library with streams of its own.
+    Attributes:
+        calls: By mode.
+        limits: Largest allowed errors by name; "" for names without an entry. A call beyond them gets no time.
+        role: OURS; SAME: the same function by others; DENSE: the whole weight instead of its factors; CONTEXT: related,
+            for orientation, and never the best of the others.
+        work: By mode, where it differs from the problem's.
+        share: Of the seconds that a provider may take.
+        captured: Whether a CUDA graph may capture the calls; False for libraries with streams of their own.
     """
 
     calls: dict[str, TimedCall]
@@ -57,9 +61,10 @@ class Provider:
 class Problem(Protocol):
     """The inputs of one row, made once for all providers.
 
-    providers: what makes each, by name in the order of the tables; raises where it cannot serve. "ours" is what users
-    get; a name with "compiled" in it takes long to make.
-    work: by mode, of parts that follow each other.
+    Attributes:
+        providers: Functions that make a provider or raise where it cannot serve, by name in the order of the tables.
+            "ours" is the default of the package; names with "compiled" take long to make.
+        work: By mode, parts that follow each other.
     """
 
     providers: Mapping[str, Callable[[], Provider]]
@@ -68,13 +73,22 @@ class Problem(Protocol):
 
 @dataclass(frozen=True)
 class Operation:
-    """One benchmarked op.
+    """One benchmarked operation.
 
-    problem: of (shape, name of the arithmetic, device). shapes: of (size, device): "smoke" a few for a test, "default",
-    "full"; a shape is a frozen dataclass of plain numbers and strings whose str() names the row.
-    modes: what is timed; a mode that a provider's calls lack is left out. dtypes: of a device, what is measured unless
-    asked for otherwise; all of `supported` can be. compiled: the shapes for which torch.compile is tried by default.
-    extra: further records of a row, of (row, device), after its times.
+    Attributes:
+        name: As on the command line.
+        what: One line for `--list`.
+        problem: Makes the Problem of (shape, name of the arithmetic, device).
+        shapes: Shapes for (size, device), where size is "smoke" (a few, for a test), "default" or "full". A shape is a
+            frozen dataclass of plain numbers and strings; its str() names the row.
+        modes: Timed in turn; a mode that a provider lacks is left out.
+        dtypes: Arithmetic that is measured by default on a device.
+        supported: Arithmetic that can be measured.
+        headline: Whether a shape is among the most important: torch.compile is tried for it by default, and a run with
+            a time limit begins with it.
+        extra: Makes further records of (row, device) after the times.
+        share: Of the time of a limited run, relative to the other operations.
+        by_default: Whether a run without named operations has it.
     """
 
     name: str
@@ -84,12 +98,16 @@ class Operation:
     modes: tuple[str, ...] = ("call",)
     dtypes: Callable[[Any], tuple[str, ...]] = lambda device: ("fp32",)
     supported: tuple[str, ...] = ("fp32", "fp64")
-    compiled: Callable[[Any], bool] = lambda shape: False
+    headline: Callable[[Any], bool] = lambda shape: False
     extra: Callable[["Row", Any], list[dict]] | None = None
+    share: float = 2.0
+    by_default: bool = True
 
 
 @dataclass(frozen=True)
 class Row:
+    """An operation on one shape in one arithmetic."""
+
     operation: Operation
     shape: Any
     dtype: str
@@ -100,7 +118,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows are wanted: operations by name (none: all), size, arithmetic, a pattern in the row's name."""
+    """Selected rows: operations by name (none: the default ones), size, arithmetic, a pattern in the row's name."""
 
     operations: tuple[str, ...] = ()
     size: str = "default"
@@ -108,20 +126,25 @@ class Selection:
     only: str = ""
 
     def rows(self, operations: Iterable[Operation], device) -> list[Row]:
-        """In the order of the registry. An unknown operation or arithmetic raises ValueError."""
+        """Return the selected rows in the order of the registry.
+
+        Raises:
+            ValueError: An operation or arithmetic is unknown, or no row is left.
+        """
         known = {operation.name: operation for operation in operations}
         for name in self.operations:
             if name not in known:
-                raise ValueError(f"bench: no operation {name!r}; there are {', '.join(known)}")
-        chosen = [known[name] for name in known if not self.operations or name in self.operations]
+                raise ValueError(f"no operation {name!r}; there are {', '.join(known)}")
+        named = self.operations or [name for name, operation in known.items() if operation.by_default]
+        chosen = [known[name] for name in known if name in named]
         rows = []
         for operation in chosen:
             dtypes = [d for d in self.dtypes or operation.dtypes(device) if d in operation.supported]
             rows += [Row(operation, shape, d) for shape in operation.shapes(self.size, device) for d in dtypes]
         rows = [row for row in rows if not self.only or fnmatch.fnmatch(str(row), f"*{self.only}*")]
-        served = dict.fromkeys(d for operation in chosen for d in operation.supported)
-        if self.dtypes and not set(self.dtypes) & set(served):
-            raise ValueError(f"bench: these operations have {', '.join(served)}, not {', '.join(self.dtypes)}")
+        supported = dict.fromkeys(d for operation in chosen for d in operation.supported)
+        if self.dtypes and not set(self.dtypes) & set(supported):
+            raise ValueError(f"these operations have {', '.join(supported)}, not {', '.join(self.dtypes)}")
         if not rows:
-            raise ValueError(f"bench: no row matches {self.only!r} (--list shows all)")
+            raise ValueError(f"no row matches {self.only!r} (--list shows all)")
         return rows

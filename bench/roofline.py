@@ -1,4 +1,4 @@
-"""How much arithmetic and memory traffic a network needs at least: its forward, backward, step and inference."""
+"""The least arithmetic and memory traffic of a network: forward, backward, step and inference."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,31 +12,33 @@ from .cases.networks import Network
 from .registry import Work
 
 _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.GELU)
-STEP_NUMBERS = {"SGD": 5, "AdamW": 7}  # per parameter: it, gradient and buffers read, it and the buffers written
+STEP_NUMBERS = {"SGD": 5, "AdamW": 7}  # moved per parameter: it, gradient and buffers read, it and buffers written
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A layer with weight m x n applied to `rows` rows of its (unfolded) input."""
+    """A layer with weight m x n and `rows` rows of (unfolded) input; the first of a network has no input gradient."""
 
     name: str
     m: int
     n: int
     rows: int
-    first: bool = False  # owes its input no gradient
+    first: bool = False
 
     def weights(self, r: int | None) -> int:
-        """Numbers in V and U S at rank r, which are all that a forward needs; None: in the dense weight."""
+        """Return the numbers that a forward reads: V and U S at rank r, the dense weight for None."""
         return self.m * self.n if r is None else r * (self.m + self.n)
 
     def forward(self, r: int | None) -> int:
-        """Flops: of Y = X Wᵀ, or the cheaper of X V, then U S, and of W formed and the dense product."""
+        """Return the flops of Y = X Wᵀ, or of the cheaper of X V, then U S, and W formed, then the dense product."""
         m, n, N = self.m, self.n, self.rows
         dense = 2 * N * m * n
         return dense if r is None else min(2 * N * r * (m + n) + 2 * min(N, m) * r * r, dense + 2 * m * n * r)
 
     def backward(self, r: int | None) -> int:
-        """Flops: of dW and, but for the first layer, dX; or of their factorized forms with dS, or dU, dS, dV of dW."""
+        """Return the flops of dW and, but for the first layer, dX; or of the cheaper of the factorized forms with dS,
+        and dU, dS, dV formed of dW.
+        """
         m, n, N = self.m, self.n, self.rows
         both = 1 if self.first else 2
         dense = both * 2 * N * m * n
@@ -45,13 +47,13 @@ class LayerCost:
         return min(2 * 2 * N * m * r + both * 2 * N * n * r + 2 * 2 * min(N, m) * r * r, dense + 2 * 2 * m * n * r)
 
     def folded(self, r: int) -> int:
-        """Flops of a forward where U S, or W, has been formed before."""
+        """Return the flops of a forward with U S, or W, formed before."""
         return 2 * self.rows * min(self.weights(r), self.weights(None))
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Flops and numbers moved by what has no weights."""
+    """Flops and moved numbers of modules without weights."""
 
     flops: tuple[float, float]  # forward, backward
     numbers: tuple[int, int]
@@ -59,8 +61,9 @@ class Passes:
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """Parts that follow each other: products, attention, elementwise passes. ranks: of the factorized layers by name;
-    size: bytes of a number.
+    """The cost of a network, in parts that follow each other: products, attention, elementwise passes.
+
+    The methods take the ranks of the factorized layers by name and the bytes of a number.
     """
 
     layers: list[LayerCost]
@@ -71,11 +74,11 @@ class NetworkCost:
         return self._parts(0, sum(x.forward(ranks.get(x.name)) for x in self.layers), self._weights(ranks), size)
 
     def backward(self, ranks: dict[str, int], size: int = 4) -> list[Work]:
-        """The weights are read, their gradients written."""
+        """Return the work of a backward, which reads the weights and writes their gradients."""
         return self._parts(1, sum(x.backward(ranks.get(x.name)) for x in self.layers), 2 * self._weights(ranks), size)
 
     def inference(self, ranks: dict[str, int], size: int = 4) -> list[Work]:
-        """Whatever can be formed of the factors beforehand has been."""
+        """Return the work of a forward for which products of factors were formed before."""
         flops = weights = 0
         for x in self.layers:
             r = ranks.get(x.name)
@@ -84,7 +87,9 @@ class NetworkCost:
         return self._parts(0, flops, weights, size)
 
     def step(self, ranks: dict[str, int], parameters: Iterable[int], numbers: int = STEP_NUMBERS["SGD"]) -> list[Work]:
-        """Per factor 8 m r²: UᵀB, U(UᵀB), the preconditioner, half a Gram matrix, a triangular product; per core
+        """Return the work of a step.
+
+        A factor takes 8 m r² flops: UᵀB, U(UᵀB), the preconditioner, half a Gram matrix, a triangular product; a core
         4 r³. Memory: `numbers` per parameter, in float32.
         """
         flops = sum(8 * (x.m + x.n) * r * r + 4 * r**3 for x in self.layers if (r := ranks.get(x.name)))
@@ -99,12 +104,13 @@ class NetworkCost:
 
 
 def network_cost(net: Network) -> NetworkCost:
-    """Counts the dense network by running it once on the meta device.
+    """Count the cost of the dense network in one run on the meta device.
 
-    Elementwise passes over memory, forward and backward, an activation fused with the batch norm before it: 3 + 5 with
-    one (reads twice and writes; reads gradient and input twice and writes), 2 + 3 with a layer norm (rows fit into a
-    cache), 2 + 2 for an activation alone and for a residual. Attention moves queries, keys, values and outputs,
-    4 + 8 times the size of one, in 2 + 4 products with T x T scores, half of them where it is causal.
+    - Batch norm, with the activation after it: 3 + 5 passes over memory, forward and backward (reads twice and writes;
+      reads gradient and input twice and writes).
+    - Layer norm: 2 + 3, since rows fit into a cache.
+    - Activation alone, residual: 2 + 2.
+    - Attention: 4 + 8 times the size of queries, in 2 + 4 products with T x T scores, half of them if causal.
     """
     model = net.build().to("meta")
     layers, normed = [], []

@@ -1,8 +1,7 @@
-"""Measures rows: every provider is made, judged, and only then timed, in turn with the others."""
+"""Measure rows: every provider is made, checked, and only then timed, in turn with the others."""
 
 import gc
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -14,16 +13,20 @@ from .machine import arithmetic
 from .registry import Provider, Row, TimedCall
 from .timing import interleave, quantiles
 
-SHORT = 5e-4  # seconds below which it may be the launches that take the time
+SHORT = 5e-4  # seconds below which launches may take most of the time
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run measures.
+    """How to measure a row.
 
-    seconds, rounds: for each provider of a row in each mode. caches: "warm", "cold"; none: the device's default.
-    compile: "some" (the shapes that an operation names), "all" or "none". providers: only these, none: all.
-    extra: whether what an operation has beside times is measured too, as the memory of processes of their own.
+    Attributes:
+        seconds: For each provider in each mode.
+        rounds: Most samples of each provider.
+        caches: "warm", "cold" or both; empty: the device's default.
+        compile: "some" (headline shapes), "all" or "none".
+        providers: Only these beside ours; empty: all.
+        extra: Whether to make an operation's further records, such as the memory of processes of their own.
     """
 
     seconds: float = 2.0
@@ -34,22 +37,8 @@ class Options:
     extra: bool = True
 
 
-def run(
-    rows: Iterable[Row], device, options: Options, write: Callable[[dict], object], until: float = float("inf")
-) -> list[Row]:
-    """Measures the rows until time.monotonic() is `until`, and hands every record to `write`. Returns the rows that
-    were left out for lack of time.
-    """
-    left = list(rows)
-    while left and time.monotonic() < until:
-        for record in measure(left[0], device, options):
-            write(record)
-        left.pop(0)
-    return left
-
-
 def measure(row: Row, device, options: Options) -> Iterator[dict]:
-    """The records of one row."""
+    """Yield the records of one row."""
     torch._dynamo.reset()  # or it gives up compiling after a few shapes
     gc.collect()  # problems refer to themselves: tensors of the last one would stay
     operation = row.operation
@@ -57,13 +46,12 @@ def measure(row: Row, device, options: Options) -> Iterator[dict]:
         reasons: dict[str, str] = {}
         problem = attempt(device, lambda: operation.problem(row.shape, row.dtype, device), reasons, "")
         if problem is None:
-            yield _record(row, operation.modes[0], _cache(device, options)[0], "ours", None, []) | {
-                "reason": reasons[""]
-            }
+            record = _record(row, operation.modes[0], _caches(device, options)[0], "ours", None, [])
+            yield record | {"reason": reasons[""]}
             return
         found: dict[str, Provider] = {}
         for name, make in problem.providers.items():
-            if wanted(name, row, options):
+            if selected(name, row, options):
                 provider = attempt(device, make, reasons, name)
                 if provider is not None:
                     found[name] = provider
@@ -71,7 +59,7 @@ def measure(row: Row, device, options: Options) -> Iterator[dict]:
             judged = {n: judge(device, p, p.calls[mode]) for n, p in found.items() if mode in p.calls}
             right = [n for n, judgement in judged.items() if "reason" not in judgement]
             replays = {}
-            for cache in _cache(device, options):
+            for cache in _caches(device, options):
                 calls = {n: found[n].calls[mode] for n in right}
                 times = _timed(device, calls, found, options, cache)
                 for name, judgement in judged.items():
@@ -86,26 +74,35 @@ def measure(row: Row, device, options: Options) -> Iterator[dict]:
             yield from _replayed(row, mode, device, options, problem, found, replays)
         for name in (name for name in problem.providers if name in reasons):
             for mode in problem.work:
-                record = _record(row, mode, _cache(device, options)[0], name, None, [])
+                record = _record(row, mode, _caches(device, options)[0], name, None, [])
                 yield record | {"reason": reasons[name]}
         if operation.extra and options.extra:
-            failed = {"kind": "failed", "op": operation.name, "row": str(row.shape)}
+            failed = {"kind": "failed", "op": operation.name, "row": str(row.shape), "dtype": row.dtype}
             yield from attempt(device, lambda: operation.extra(row, device), failed, "reason") or ()
             if "reason" in failed:
                 yield failed
 
 
-def wanted(name: str, row: Row, options: Options) -> bool:
+def selected(name: str, row: Row, options: Options) -> bool:
+    """Return whether the provider of this name is measured."""
     if options.providers and name not in options.providers and name != "ours":
         return False
     if "compiled" in name:
-        return options.compile == "all" or (options.compile == "some" and row.operation.compiled(row.shape))
+        return options.compile == "all" or (options.compile == "some" and row.operation.headline(row.shape))
     return True
 
 
 def judge(device, provider: Provider, call: TimedCall, run: Callable | None = None) -> dict:
-    """{"error", "errors", "limits"} and "reason" if there is one why the call gets no time. `run`, a replay of the
-    call, returns what that would.
+    """Check the results of a call.
+
+    Args:
+        device: Where it runs.
+        provider: Has the limits.
+        call: The call.
+        run: A replay of the call, which returns what the call would.
+
+    Returns:
+        "error", "errors" and "limits", and a "reason" if the call gets no time.
     """
 
     def compared() -> dict[str, float]:
@@ -115,7 +112,7 @@ def judge(device, provider: Provider, call: TimedCall, run: Callable | None = No
             call.prepare()
         out = (run or call.run)()
         device.synchronize()
-        errors = {name: _finite(error) for name, error in call.errors(out).items()}
+        errors = {name: _without_nan(error) for name, error in call.errors(out).items()}
         if run is None:
             freed = [(t.shape, t.dtype, t.device) for t in _floating(out)]
             del out
@@ -136,7 +133,7 @@ def judge(device, provider: Provider, call: TimedCall, run: Callable | None = No
     return judgement
 
 
-def _finite(error) -> float:
+def _without_nan(error) -> float:
     error = float(error)
     return error if error == error else float("inf")
 
@@ -146,14 +143,15 @@ def _floating(out) -> list[torch.Tensor]:
 
 
 def _poison(freed: list[tuple]) -> None:
-    """NaN of the sizes of results that are gone: a caching allocator hands this memory to the next provider, and NaN
-    shows where that does not write.
+    """Fill the memory of freed results with NaN.
+
+    A caching allocator hands this memory to the next provider, so NaN shows where that does not write.
     """
     [torch.full(size, torch.nan, dtype=dtype, device=where) for size, dtype, where in freed]
 
 
 def replayed(replay: Callable, out):
-    """`out` after a replay, which has to write all of it."""
+    """Return `out` after a replay, which has to write all of it."""
     for tensor in _floating(out):
         tensor.detach().fill_(torch.nan)
     replay()
@@ -161,23 +159,23 @@ def replayed(replay: Callable, out):
 
 
 def attempt(device, function: Callable, record: dict, key: str):
-    """function(), or None with the reason under record[key] where it raises: one provider less."""
+    """Return function(), or None with the reason as record[key] where it raises."""
     try:
         result = function()
         device.synchronize()
         return result
     except Exception as error:
-        record[key] = _line(error)
-        device.synchronize()  # raises where the device is lost, which ends the run
+        record[key] = one_line(error)
+        device.synchronize()  # raises where the device is lost
         return None
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def _replayed(row, mode, device, options, problem, found, calls: dict[str, TimedCall]) -> Iterator[dict]:
-    """Records of the mode replayed from CUDA graphs, where calls are short and can be captured."""
+    """Yield the records of the mode replayed from CUDA graphs, for calls that can be captured."""
     judged, replays = {}, {}
     for name, call in calls.items():
         if call.prepare or not found[name].captured:
@@ -187,7 +185,7 @@ def _replayed(row, mode, device, options, problem, found, calls: dict[str, Timed
             judged[name] = judge(device, found[name], call, partial(replayed, *captured))
             if "reason" not in judged[name]:
                 replays[name] = TimedCall(captured[0], call.errors)
-    for cache in _cache(device, options) if judged else ():
+    for cache in _caches(device, options) if judged else ():
         times = _timed(device, replays, found, options, cache)
         for name, judgement in judged.items():
             work = (found[name].work or problem.work)[mode]
@@ -197,12 +195,12 @@ def _replayed(row, mode, device, options, problem, found, calls: dict[str, Timed
 def _timed(
     device, calls: dict[str, TimedCall], found: dict[str, Provider], options: Options, cache: str
 ) -> dict[str, dict]:
-    """By provider {"seconds": quantiles, "samples"}, or the "reason" why there is no time."""
+    """Return {"seconds": quantiles, "samples"} by provider, or the "reason" why there is no time."""
     failed: dict[int, Exception] = {}
     shares = [found[name].share for name in calls]
     samples = interleave(device, list(calls.values()), shares, options.seconds, options.rounds, cache == "cold", failed)
     return {
-        name: {"reason": _line(failed[i])} if i in failed else {"seconds": quantiles(its), "samples": len(its)}
+        name: {"reason": one_line(failed[i])} if i in failed else {"seconds": quantiles(its), "samples": len(its)}
         for i, (name, its) in enumerate(zip(calls, samples, strict=True))
     }
 
@@ -225,5 +223,5 @@ def _record(row: Row, mode: str, cache: str, provider: str, made: Provider | Non
     }
 
 
-def _cache(device, options: Options) -> tuple[str, ...]:
+def _caches(device, options: Options) -> tuple[str, ...]:
     return options.caches or (device.default_cache,)

@@ -1,4 +1,4 @@
-"""Timing of several calls in turn."""
+"""Time several calls in turn."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from .registry import TimedCall
 
 QUANTILES = (0.2, 0.5, 0.8)
 LEAST = 3  # samples
-BRIEF = 0.1  # seconds from which on a run is a sample of its own: what others left in the caches does not matter
+BRIEF = 0.1  # seconds from which on a run is a sample of its own: the caches left by others do not matter
 
 
 def interleave(
@@ -19,9 +19,21 @@ def interleave(
     failed: dict[int, Exception],
     lasting: float = 0.01,
 ) -> list[list[float]]:
-    """Samples of each call in seconds, taken in turn until each has had its `rounds`, or its share of `seconds` is over
-    (at least LEAST). The first turn warms up and is no sample. With warm caches a sample of a short call is the mean of
-    as many runs, two at least, as last `lasting` seconds. A call that raises ends in `failed`, without samples.
+    """Sample the calls in turn, after one turn that warms up.
+
+    Args:
+        device: Has the clock.
+        calls: The calls.
+        shares: Of `seconds`, after which a call gets no further sample beyond LEAST.
+        seconds: For each call.
+        rounds: Most samples of each call.
+        cold: Whether each run finds empty caches.
+        failed: Takes the exception of a call that raises, which then has no samples.
+        lasting: Seconds that a sample of a short call with warm caches lasts: it is the mean of as many runs, at least
+            two.
+
+    Returns:
+        Seconds of each sample of each call.
     """
     samples, spent, numbers = [[] for _ in calls], [0.0] * len(calls), [1] * len(calls)
     for turn in range(max(rounds, LEAST) + 1):
@@ -33,15 +45,14 @@ def interleave(
                     samples[i].append(device.seconds(call, numbers[i], cold))
                     spent[i] += samples[i][-1] * numbers[i]
                 else:
-                    numbers[i] = number(device, call, cold, lasting)
-            except Exception as error:  # of other inputs than were judged, or for lack of memory
+                    numbers[i] = runs_per_sample(device, call, cold, lasting)
+            except Exception as error:  # on other inputs than the checked ones, or for lack of memory
                 failed[i], samples[i] = error, []
                 device.synchronize()  # raises where the device is lost
     return samples
 
 
-def number(device, call: TimedCall, cold: bool, lasting: float) -> int:
-    """Runs in a sample."""
+def runs_per_sample(device, call: TimedCall, cold: bool, lasting: float) -> int:
     time = device.seconds(call, 1, cold)
     if cold or time >= BRIEF:
         return 1

@@ -1,6 +1,6 @@
-"""The registry: every benchmarked operation."""
+"""Every benchmarked operation."""
 
-from . import inference, layers, linear_algebra, scaling, steps, training
+from . import configurations, inference, layers, linear_algebra, routes, scaling, steps, training
 
 OPERATIONS = (
     *linear_algebra.OPERATIONS,
@@ -9,4 +9,6 @@ OPERATIONS = (
     *training.OPERATIONS,
     *inference.OPERATIONS,
     *scaling.OPERATIONS,
+    *routes.OPERATIONS,
+    *configurations.OPERATIONS,
 )

@@ -1,4 +1,4 @@
-"""What the package is compared with: the same layers and step in plain PyTorch; the released step, to check it."""
+"""Baselines: the same layers and step in plain PyTorch, and an exact form of the released step."""
 
 import copy
 
@@ -11,18 +11,18 @@ from condlr_ext.nn import LowRankConv2d, LowRankLayer, LowRankLinear
 
 
 def plain_linear(x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
-    """Y = (X V) (U S)ᵀ + b as ordinary autograd operations."""
+    """Return Y = (X V) (U S)ᵀ + b by ordinary autograd operations."""
     return F.linear(F.linear(x, V.mT), U @ S, bias)
 
 
 def plain_conv2d(x: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, kernel_size, stride, padding):
-    """A convolution with the r filters of V, then a pointwise one with U S."""
+    """Convolve with the r filters of V, then pointwise with U S."""
     filters = V.mT.reshape(V.shape[1], -1, *kernel_size)
     return F.conv2d(F.conv2d(x, filters, None, stride, padding), (U @ S)[:, :, None, None], bias)
 
 
 class PlainLinear(nn.Module):
-    """plain_linear with a layer's parameters."""
+    """Module of plain_linear with a layer's parameters."""
 
     def __init__(self, layer: LowRankLinear):
         super().__init__()
@@ -33,7 +33,7 @@ class PlainLinear(nn.Module):
 
 
 class PlainConv2d(nn.Module):
-    """plain_conv2d with a layer's parameters."""
+    """Module of plain_conv2d with a layer's parameters."""
 
     def __init__(self, layer: LowRankConv2d):
         super().__init__()
@@ -45,7 +45,7 @@ class PlainConv2d(nn.Module):
 
 
 def plain_twin(model: nn.Module) -> nn.Module:
-    """A copy of a factorized model with plain layers: the same function, parameters and parameter names."""
+    """Return a copy of a factorized model with plain layers: the same function, parameters and parameter names."""
     twin = copy.deepcopy(model)
     for name, module in list(twin.named_modules()):
         if isinstance(module, LowRankLayer):
@@ -53,14 +53,19 @@ def plain_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-STACKED = 1 << 14  # numbers of a layer up to which those of one shape go through the step as one batch
+STACKED = 1 << 14  # numbers of a layer up to which layers of one shape are stepped as a batch
 
 
 class FastPyTorch:
     """The package's step in plain PyTorch: B - U(UᵀB), Cholesky-QR, torch.linalg.eigh and a vectorized clamp.
 
-    Small layers of one shape take it as a batch: for them the calls cost more than the copies.
-    lr: {"factors", "cores", "other"}: learning rates of U and V, of S, and of everything else.
+    Small layers of one shape are stepped as a batch: for them the calls cost more than the copies.
+
+    Args:
+        model: A factorized model.
+        lr: Learning rates of "factors", "cores" and "other" parameters.
+        momentum: Momentum.
+        tau: Width of the band.
     """
 
     def __init__(self, model: nn.Module, lr: dict[str, float], momentum: float, tau: float):
@@ -112,7 +117,7 @@ class FastPyTorch:
 
 
 class ReleasedByFormula(ReleasedCondLR):
-    """The released step without the n x n matrix: what ReleasedCondLR is checked against, in float64."""
+    """The released step without the n x n matrix, against which ReleasedCondLR is checked in float64."""
 
     @staticmethod
     def tangent(X: Tensor, direction: Tensor) -> Tensor:
@@ -120,7 +125,7 @@ class ReleasedByFormula(ReleasedCondLR):
 
 
 def svd(A: Tensor):
-    """torch.linalg.svd, in float64 where LAPACK does not converge in float32, which happens on clamped cores."""
+    """Return torch.linalg.svd, in float64 if LAPACK does not converge in float32, as happens on clamped cores."""
     try:
         return torch.linalg.svd(A)
     except torch.linalg.LinAlgError:
@@ -128,13 +133,13 @@ def svd(A: Tensor):
 
 
 def clamp_by_svd(A: Tensor, tau: float) -> Tensor:
-    """Singular values clamped to the band around their root mean square; A may be a batch."""
+    """Clamp the singular values to the band around their root mean square; A may be a batch."""
     P, sigma, Qh = svd(A)
     return (P * clamped(sigma, tau).unsqueeze(-2)) @ Qh
 
 
 def clamp_by_eigh(A: Tensor, tau: float) -> Tensor:
-    """The same by the eigenvectors of AᵀA: faster, and as right where A is far from singular, as after a step."""
+    """Do the same by the eigenvectors of AᵀA: faster, and as accurate for A far from singular, as after a step."""
     squares, V = torch.linalg.eigh(A.mT @ A)
     sigma = squares.sqrt()
     return A @ (V * (clamped(sigma, tau) / sigma).unsqueeze(-2)) @ V.mT

@@ -1,7 +1,7 @@
-"""Inference with whole networks: the factorized model as it is, folded (condlr_ext.fold), and merged.
+"""Inference with whole networks: the factorized model, folded (condlr_ext.fold), and merged.
 
-A provider is right when its outputs are those of plain layers in float64, with twice the error of plain PyTorch in the
-same arithmetic. bf16: weights and inputs of that dtype.
+A provider is right if its outputs have at most twice the error of plain PyTorch in the same arithmetic, against plain
+layers in float64. bf16: weights and inputs of that dtype.
 """
 
 import copy
@@ -16,21 +16,21 @@ from condlr_ext import fold, to_dense
 from ..machine import DTYPES
 from ..registry import DENSE, OURS, SAME, Operation, Provider, TimedCall
 from .baselines import plain_twin
+from .network_setup import identity, relative_error, setup
 from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
-from .subjects import identity, relative_error, subjects
-from .training import few
+from .training import is_headline
 
-ROUNDING = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2, "fp64": 1e-13}  # errors that are never too large
-SANE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 0.3, "fp64": 1e-11}  # errors that plain PyTorch does not excuse either
+MIN_LIMIT = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2, "fp64": 1e-13}  # of errors: a few roundings
+MAX_LIMIT = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 0.3, "fp64": 1e-11}  # whatever the error of plain PyTorch
 
 
 class InferenceProblem:
-    """The provider "merged" is the dense network: its layers and cost, with the weights that the factors stand for."""
+    """Inference with one network; "merged" is the dense network with the weights W = U S Vᵀ."""
 
     def __init__(self, shape: NetworkRank, dtype: str, device):
-        self._subjects, self._rank, self._dtype, self._device = subjects(shape.network), shape.rank, dtype, device
-        ranks = self._subjects.ranks(shape.rank)
-        inference = partial(self._subjects.cost.inference, size=DTYPES[dtype].itemsize)
+        self._setup, self._rank, self._dtype, self._device = setup(shape.network), shape.rank, dtype, device
+        ranks = self._setup.ranks(shape.rank)
+        inference = partial(self._setup.cost.inference, size=DTYPES[dtype].itemsize)
         self.work, dense = {"call": inference(ranks)}, {"call": inference({})}
         self.providers = {
             "ours": partial(self._provider, identity, OURS),
@@ -43,20 +43,21 @@ class InferenceProblem:
 
     @cached_property
     def _model(self) -> nn.Module:
-        """In eval mode, with the batch norms' statistics those of the batch: as they are at first, networks without
-        biases answer with next to nothing.
+        """Return the model in eval mode, with batch norm statistics of the batch.
+
+        With the initial statistics the outputs of networks without biases are almost zero.
         """
-        model = self._subjects.subject(self._rank)
+        model = self._setup.model(self._rank)
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.momentum = 1.0
         with torch.no_grad():
-            model(self._subjects.batches[0][0])
+            model(self._setup.batches[0][0])
         return model.eval()
 
     @cached_property
     def _x(self) -> Tensor:
-        return self._subjects.batches[0][0].detach().to(self._device.device, DTYPES[self._dtype])
+        return self._setup.batches[0][0].detach().to(self._device.device, DTYPES[self._dtype])
 
     @cached_property
     def _exact(self) -> Tensor:
@@ -64,10 +65,10 @@ class InferenceProblem:
 
     @cached_property
     def _limits(self) -> dict[str, float]:
-        """Twice the error of plain PyTorch."""
+        """Return twice the error of plain PyTorch."""
         plain = plain_twin(self._model).to(self._device.device, DTYPES[self._dtype])
         found = self._errors(run(plain, self._x))["outputs"]
-        return {"outputs": min(max(2 * found, ROUNDING[self._dtype]), SANE[self._dtype])}
+        return {"outputs": min(max(2 * found, MIN_LIMIT[self._dtype]), MAX_LIMIT[self._dtype])}
 
     def _errors(self, outputs: Tensor) -> dict[str, float]:
         return {"outputs": relative_error({"": outputs}, {"": self._exact})}
@@ -96,6 +97,6 @@ def shapes(size: str, device) -> list[NetworkRank]:
 OPERATIONS = (
     Operation(
         "inference", "networks in eval mode: factorized, U S folded, merged to dense weights", InferenceProblem, shapes,
-        supported=tuple(ROUNDING), compiled=few,
+        supported=tuple(MIN_LIMIT), headline=is_headline,
     ),
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""One low-rank layer, linear or convolution, forward and backward, by every way to compute it.
+"""One low-rank layer, linear or convolution, forward and backward, in every way to compute it.
 
-A provider is right in a mode when nothing that this returns is more than twice as far from float64 as the worst of what
-the three products in eager PyTorch return.
+A provider is right in a mode if no result has more than twice the error of the worst result of the three products in
+eager PyTorch, against float64.
 """
 
 import math
@@ -19,8 +19,8 @@ from ..machine import DTYPES
 from ..registry import DENSE, OURS, SAME, Operation, Provider, Row, TimedCall, Work
 from .baselines import plain_conv2d, plain_linear
 
-MODES = ("forward", "backward", "both")  # backward: of a fresh forward, which is not timed
-BOUNDS = {  # of limits: a rounding of the result, or a few, is never too much; what eager does not excuse either
+MODES = ("forward", "backward", "both")  # backward: after a forward that is not timed
+BOUNDS = {  # of limits: least, of a few roundings of the result; largest, whatever the error of eager
     "bf16": (4e-3, 3e-2), "fp16": (5e-4, 5e-3), "tf32": (1e-6, 3e-3), "fp32": (1e-6, 1e-4), "fp64": (1e-13, 1e-12)
 }  # fmt: skip
 FRACTIONS = (0.2, 0.5)  # rank over min(m, n)
@@ -86,7 +86,7 @@ class Linear:
         return ops.cost_model_cpu.linear(*tensors)
 
     def explain(self, *tensors: Tensor) -> tuple[str, str]:
-        """The backend that serves the factorized forward by default, and why."""
+        """Return the backend that serves the factorized forward by default, and why."""
         return ops.layers.low_rank_linear.explain(*tensors)
 
 
@@ -146,7 +146,7 @@ class Conv:
         return ops.cost_model_cpu.conv(*tensors, *self._geometry)
 
     def explain(self, *tensors: Tensor) -> tuple[str, str]:
-        """As Linear.explain."""
+        """Return the backend that serves the factorized forward by default, and why."""
         return ops.layers.low_rank_conv.explain(*tensors, *self._geometry)
 
     @property
@@ -155,8 +155,10 @@ class Conv:
 
 
 def work(shape: Linear | Conv, itemsize: int, input_gradient: bool = True) -> dict[str, list[Work]]:
-    """Of the layer by its factors: every input read once, every result written once, the products of the cheaper route
-    (usually the thin ones), the core on the smallest side. Padding counts as pixels.
+    """Return the work of the factorized layer by mode.
+
+    Every input is read once and every result written once; the products are those of the cheaper route (usually the
+    thin ones), with the core on the smallest side. Padding counts as pixels.
     """
     rows, n, m, r, passes = shape.rows, shape.n, shape.m, shape.r, 1 + input_gradient
     x, y, core = math.prod(shape.input_shape), rows * m, min(rows, n, m) * r * r
@@ -170,7 +172,7 @@ def work(shape: Linear | Conv, itemsize: int, input_gradient: bool = True) -> di
 
 
 def dense_work(shape: Linear | Conv, itemsize: int, input_gradient: bool = True) -> dict[str, list[Work]]:
-    """The same of the layer by its weight."""
+    """Return the work of the dense layer by mode."""
     rows, n, m, passes = shape.rows, shape.n, shape.m, 1 + input_gradient
     x, y = math.prod(shape.input_shape), rows * m
     return by_mode(
@@ -184,10 +186,14 @@ def by_mode(forward: Work, backward: Work) -> dict[str, list[Work]]:
 
 
 class Form:
-    """A layer's arguments, by its factors or dense, and what its function makes of them.
+    """The tensors of a layer, by its factors or dense, and its exact results.
 
-    function: of the tensors, in the order of their names; computes what is exact, in float64. Results: "Y", and "d" and
-    the name of each tensor that requires a gradient, for the gradient G of Y.
+    Results are "Y", and "d" and the name of each tensor that requires a gradient, for the gradient G of Y.
+
+    Args:
+        function: Of the tensors in the order of their names; in float64 it gives the exact results.
+        tensors: By name.
+        G: Gradient of Y.
     """
 
     def __init__(self, function: Callable[..., Tensor], tensors: dict[str, Tensor], G: Tensor):
@@ -195,7 +201,7 @@ class Form:
         self._gradients = [f"d{name}" for name, t in tensors.items() if t.requires_grad]
 
     def calls(self, function: Callable[..., Tensor]) -> dict[str, TimedCall]:
-        """By mode."""
+        """Return the calls of a function of the tensors, by mode."""
         tensors = list(self.tensors.values())
         leaves = [t for t in tensors if t.requires_grad]
         kept = []
@@ -232,7 +238,7 @@ class Form:
         return {name: t.detach() for name, t in zip(["Y", *self._gradients], results, strict=True)}
 
     def errors(self, names: list[str], results: tuple[Tensor, ...]) -> dict[str, float]:
-        """Relative Frobenius errors."""
+        """Return relative Frobenius errors."""
         found = {}
         for name, result in zip(names, results, strict=True):
             truth = self.exact[name]
@@ -241,14 +247,15 @@ class Form:
 
 
 class LayerProblem:
-    """A layer on normal random numbers: of variance 1 in input, gradient and bias, in the factors such that U and V are
-    about orthonormal and S about the identity, and the dense weight their product. A network's first layer does without
-    the input_gradient.
+    """A layer on normal random numbers.
+
+    Input, gradient and bias have variance 1, U and V are about orthonormal, S is about the identity, and the dense
+    weight is their product. The first layer of a network needs no input_gradient.
     """
 
     def __init__(self, shape: Linear | Conv, dtype: str, device, input_gradient: bool = True):
         if dtype == "tf32" and device.kind != "cuda":
-            raise ValueError(f"bench: tf32 is an arithmetic of CUDA devices, the device is {device.name}")
+            raise ValueError(f"tf32 is an arithmetic of CUDA devices, the device is {device.name}")
         self._shape, self._dtype = shape, dtype
         m, n, r = shape.m, shape.n, shape.r
         with torch.device(device.device):
@@ -293,14 +300,14 @@ class LayerProblem:
 
     @cached_property
     def limits(self) -> dict[str, float]:
-        """Twice the largest error of the three products in eager PyTorch."""
+        """Return twice the largest error of the three products in eager PyTorch."""
         eager = self.factors.calls(self._shape.three_products)["both"]
         worst = max(eager.errors(eager.run()).values())
         least, most = BOUNDS[self._dtype]
         return {"": min(max(2 * worst, least), most)}
 
     def plan(self) -> dict:
-        """What "ours" does, and what the cost model expects of it."""
+        """Return the route and backend of "ours", and the costs that the model expects."""
         tensors = self.factors.tensors.values()
         plan, (backend, why) = self._shape.plan(*tensors), self._shape.explain(*tensors)
         costs = {"factorized": plan.factorized, "merged": plan.merged, "dense": plan.dense}
@@ -309,7 +316,7 @@ class LayerProblem:
 
 
 def on(name: str, function: Callable) -> Callable:
-    """function on the package's backend of that name."""
+    """Return the function on the package's backend of that name."""
 
     def run(*tensors):
         with backend(name):
@@ -318,9 +325,9 @@ def on(name: str, function: Callable) -> Callable:
     return run
 
 
-def plan_record(row: Row, problem: LayerProblem) -> dict:
+def plan_record(row: Row, problem) -> dict:
     start = {"kind": "plan", "op": row.operation.name, "row": str(row.shape), "shape": asdict(row.shape)}
-    return start | {"dtype": row.dtype} | problem.plan()
+    return start | {"dtype": row.dtype, "threads": torch.get_num_threads()} | problem.plan()
 
 
 def plans(row: Row, device) -> list[dict]:
@@ -344,9 +351,7 @@ def linear_shapes(size: str, device) -> list[Linear]:
 
 
 def conv_shapes(size: str, device) -> list[Conv]:
-    """Without the networks' first layers, which have no input gradient to compute; on CPUs every other one of the rest
-    by default.
-    """
+    """Return the networks' layers but the first, which have no input gradient; on CPUs by default every other one."""
     if size == "smoke":
         return [Conv(2, 4, 6, 5, 3, 2, 1, 3)]
     vgg, wrn = (CONVS[name][1:] for name in ("VGG16", "WRN16-4"))
@@ -369,9 +374,9 @@ HEADLINES = (
 )
 SUPPORTED = ("fp32", "tf32", "bf16", "fp16", "fp64")
 OPERATIONS = tuple(
-    Operation(name, what, LayerProblem, shapes, MODES, dtypes, SUPPORTED, HEADLINES.__contains__, plans)
-    for name, what, shapes in (
-        ("linear", "low-rank linear layers, forward and backward, beside the dense layer", linear_shapes),
-        ("conv", "low-rank convolutions, forward and backward, beside the dense layer", conv_shapes),
+    Operation(name, what, LayerProblem, shapes, MODES, dtypes, SUPPORTED, HEADLINES.__contains__, plans, share)
+    for name, what, shapes, share in (
+        ("linear", "low-rank linear layers, forward and backward, beside the dense layer", linear_shapes, 8.0),
+        ("conv", "low-rank convolutions, forward and backward, beside the dense layer", conv_shapes, 3.0),
     )
 )

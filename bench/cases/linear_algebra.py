@@ -1,6 +1,6 @@
-"""Core linear algebra on batches of matrices: svd, qr, polar, the clip of a spectrum, orthonormalization.
+"""Linear algebra on batches of matrices: svd, qr, polar, the clip of a spectrum, orthonormalization.
 
-A provider is right when no error of its results is more than twice that of torch.linalg at the same dtype.
+A provider is right if no error of its results is more than twice that of torch.linalg in the same dtype.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ from ..machine import DTYPES
 from ..registry import CONTEXT, OURS, SAME, Operation, Provider, TimedCall, Work
 from .baselines import clamp_by_eigh, clamp_by_svd
 
-DIFFERENT = 16  # matrices in a batch, the others are copies: their exact results are the CPU's work
-SETS = 2  # of inputs, in turn
-PATIENCE = 1.0  # seconds a call of torch.linalg may take
+DIFFERENT = 16  # matrices in a batch; the others are copies, since exact results are computed on the CPU
+SETS = 2  # of inputs, used in turn
+MAX_SECONDS = 1.0  # of a call of torch.linalg
 LARGE = 1024  # rows up to which maps by way of a square matrix are timed
-SANE = {"fp32": 1e-4, "fp64": 1e-12}  # errors that torch.linalg does not excuse either
+MAX_ERROR = {"fp32": 1e-4, "fp64": 1e-12}  # a limit, whatever the error of torch.linalg
 KAPPA = {"fp32": 5e-6, "fp64": 1e-12}  # relative excess over the bound that the package allows itself
 
 
@@ -42,11 +42,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Kind:
-    """What differs between the operations: functions of A [count, m, n] that return tuples of tensors.
+    """The differences between the operations on A [count, m, n].
 
-    errors: of (A, results, exact), all float64, by name the largest of the batch. flops: of one matrix. exact: of A in
-    float64 on the CPU. op: whose backends are compared, called with A and these arguments.
-    others: by name, from the module that has to be there, imported. numbers: read and written of one matrix.
+    Attributes:
+        op: Operator whose backends are compared, called with A and `arguments`.
+        ours: Our function; returns a tuple of tensors, as do the others.
+        torch: The same by torch.linalg.
+        errors: Largest errors of the batch by name, of (A, results, exact), all in float64.
+        flops: Of one matrix m x n.
+        arguments: Of `op` after A.
+        matrix: Makes a random matrix m x n.
+        exact: Exact result of A in float64 on the CPU, for `errors`.
+        others: (module that has to be installed, function of this module and A) by name.
+        numbers: Read and written for one matrix.
+        compiles: Whether torch's form has several ops, so that torch.compile is tried.
+        context: Makes related things by name: functions that return (function of A, errors, limits).
     """
 
     op: ops._dispatch.Op
@@ -59,7 +69,7 @@ class Kind:
     exact: Callable[[Tensor], Tensor | None] = lambda A: None
     others: dict[str, tuple[str, Callable]] | None = None
     numbers: Callable[[int, int], int] = lambda m, n: 2 * m * n
-    compiles: bool = False  # torch's form is made of several ops
+    compiles: bool = False
     context: Callable[[Tensor], dict[str, Callable[[], tuple[Callable, Callable]]]] | None = None
 
 
@@ -99,13 +109,13 @@ class MatrixProblem:
 
     def _provider(self, function: Callable, role: str, share: float = 1.0) -> Provider:
         if self._device.kind == "cuda" and role == SAME:
-            self._be_patient(function)
+            self._check_duration(function)
         sets = cycle(self._sets)
         call = TimedCall(lambda: function(next(sets)), self._errors, rewind=lambda: self._first(sets))
         return Provider({"call": call}, self._limits, role, share=share)
 
     def _first(self, sets: cycle) -> None:
-        """What is judged is what is made of the first set."""
+        """Go on with the first set, whose results are checked."""
         while next(sets) is not self._sets[-1]:
             pass
 
@@ -122,13 +132,13 @@ class MatrixProblem:
         function, errors, limits = make()
         return Provider({"call": TimedCall(lambda: function(self._A), errors)}, limits, CONTEXT, share=0.5)
 
-    def _be_patient(self, function: Callable) -> None:
-        """torch.linalg, and what is made of it, goes through a batch one matrix after the other."""
+    def _check_duration(self, function: Callable) -> None:
+        """Raise TimeoutError if a call takes too long: torch.linalg goes through a batch matrix by matrix."""
         different = self._A[:DIFFERENT]
         function(different)
         call = TimedCall(lambda: function(different), dict)
         seconds = self._device.seconds(call, 1, cold=False) * self._shape.count / len(different)
-        if seconds > PATIENCE:
+        if seconds > MAX_SECONDS:
             raise TimeoutError(f"a call would take {seconds:.0f} s")
 
     @cached_property
@@ -140,12 +150,12 @@ class MatrixProblem:
 
     @cached_property
     def _limits(self) -> dict[str, float]:
-        """Twice the errors of torch.linalg on the different matrices; two roundings are never too much."""
+        """Return twice the errors of torch.linalg on the different matrices, at least two roundings."""
         different = self._A[:DIFFERENT]
         found = errors(self._kind, different, self._kind.torch(different), self._exact)
-        eps, sane = torch.finfo(self._A.dtype).eps, SANE[self._dtype]
+        eps, most = torch.finfo(self._A.dtype).eps, MAX_ERROR[self._dtype]
         least = {key: KAPPA[self._dtype] if key == "kappa" else 2 * eps * self._shape.n**0.5 for key in found}
-        return {key: min(max(2 * error, least[key]), sane) for key, error in found.items()} | {"finite": 0.0, "": sane}
+        return {key: min(max(2 * error, least[key]), most) for key, error in found.items()} | {"finite": 0.0, "": most}
 
 
 def errors(kind: Kind, A: Tensor, out: tuple, exact: Tensor | None) -> dict[str, float]:
@@ -156,7 +166,7 @@ def errors(kind: Kind, A: Tensor, out: tuple, exact: Tensor | None) -> dict[str,
 
 
 def on(name: str, function: Callable) -> Callable:
-    """function on the package's backend of that name."""
+    """Return the function on the package's backend of that name."""
 
     def run(A):
         with backend(name):
@@ -194,7 +204,7 @@ def numpy_qr(numpy, A: Tensor):
 
 
 def one_by_one(function: Callable) -> Callable:
-    """SciPy's functions of the days when they took single matrices, as they still are in many installations."""
+    """Return a function of a batch by a SciPy function of single matrices, as all are in older versions."""
     return lambda scipy, A: tuple(map(torch.stack, zip(*(function(scipy, a) for a in A), strict=True)))
 
 
@@ -248,13 +258,13 @@ def clip_errors(A: Tensor, out: tuple, exact: Tensor) -> dict[str, Tensor]:
 
 
 def basis_errors(A: Tensor, out: tuple, _) -> dict[str, Tensor]:
-    """Of an orthonormal basis of A's columns."""
+    """Return the errors of an orthonormal basis of A's columns."""
     (Q,) = out
     return {"Q": non_orthonormality(Q), "span": relative(A - Q @ (Q.mT @ A), A)}
 
 
 def relative(E: Tensor, A: Tensor) -> Tensor:
-    """Largest ‖E‖ / ‖A‖ of the batch, Frobenius norms."""
+    """Return the largest ‖E‖ / ‖A‖ of the batch, in Frobenius norms."""
     return (torch.linalg.matrix_norm(E) / torch.linalg.matrix_norm(A)).max()
 
 
@@ -267,12 +277,12 @@ def single(function: Callable) -> Callable:
 
 
 def cube(m: int, n: int) -> float:
-    """A nominal 9 n³ for what iterates, on the triangle that QR leaves of a tall matrix."""
+    """Return the flops of an iterative method, nominally 9 n³, after the QR of a tall matrix."""
     return 9 * n**3 + (4 * m * n * n if m > n else 0)
 
 
 def correction(m: int, n: int) -> float:
-    """Of a clip: Gram matrix, its tridiagonal form, vectors and correction for a third of the singular values."""
+    """Return the flops of a clip: Gram matrix, tridiagonal form, vectors and correction for a third of the values."""
     return 4 * n**3
 
 
@@ -281,15 +291,17 @@ def householder(m: int, n: int) -> float:
 
 
 def parametrized(A: Tensor) -> dict[str, Callable]:
-    """What others do to keep a matrix orthonormal: maps of any matrix to an orthonormal one (not the nearest, nor a
-    basis of its columns), and the approximate one of torch.optim.Muon, whose singular values end somewhere around 1.
+    """Return the ways of others to keep a matrix orthonormal, for orientation.
+
+    They map any matrix to an orthonormal one, neither the nearest nor a basis of its columns; that of torch.optim.Muon
+    is approximate, with singular values around 1.
     """
     _, m, n = A.shape
 
     def errors(out: tuple) -> dict[str, float]:
         return {"Q": non_orthonormality(out[0].double()).item()}
 
-    A = A[0] / torch.linalg.matrix_norm(A[0], 2)  # a step of a sane length for the maps
+    A = A[0] / torch.linalg.matrix_norm(A[0], 2)  # scaled as a step of the maps
 
     def mapped(map_: Callable, X: Tensor):
         map_ = torch.no_grad()(map_)
@@ -336,7 +348,7 @@ CLIP = Kind(
     matrix=lambda m, n: core_after_step(n), exact=lambda A: reference.clip_spectrum(A, TAU),
     others={"torch.linalg, eigh": ("torch", lambda torch, A: (clamp_by_eigh(A, TAU),))},
 )  # fmt: skip
-WILD = Kind(**(vars(CLIP) | {"matrix": torch.randn}))
+ILL_CONDITIONED = Kind(**(vars(CLIP) | {"matrix": torch.randn}))
 SVD = Kind(
     ops.linalg.svd, linalg.svd, torch_svd, svd_errors, cube, numbers=lambda m, n: m * n + (m + n + 1) * min(m, n),
     others={"NumPy": ("numpy", numpy_svd), "SciPy": ("scipy.linalg", one_by_one(scipy_svd)),
@@ -376,8 +388,7 @@ def tall(size: str, device) -> list[Batch]:
     return [Batch(1, m, n) for m, n in shapes]
 
 
-def wild(size: str, device) -> list[Batch]:
-    """As at the first step of a training."""
+def first_step(size: str, device) -> list[Batch]:
     return [shape for shape in square(size, device) if size == "smoke" or shape.count in (16, 64)]
 
 
@@ -387,15 +398,16 @@ def bases(size: str, device) -> list[Batch]:
     return [Batch(1, m, n) for m, n in ((64, 64), (256, 32), (768, 32), (4096, 32), (4096, 128))]
 
 
+HEADLINES = Batch(16, 64, 64), Batch(64, 64, 64), Batch(64, 4096, 64)
+
+
 def operation(name: str, what: str, kind: Kind, shapes: Callable) -> Operation:
-    return Operation(
-        name, what, partial(MatrixProblem, kind), shapes, compiled=lambda shape: shape in (Batch(16, 64, 64),)
-    )
+    return Operation(name, what, partial(MatrixProblem, kind), shapes, headline=HEADLINES.__contains__)
 
 
 OPERATIONS = (
     operation("clip", "singular values of cores clipped to κ <= 1 + τ, as after a step", CLIP, square),
-    operation("clip wild", "the same on random cores, as at the first step", WILD, wild),
+    operation("clip ill-conditioned", "the same on random cores, as at the first step", ILL_CONDITIONED, first_step),
     operation("svd", "singular value decompositions of batches", SVD, square),
     operation("polar", "polar decompositions of batches", POLAR, square),
     operation("qr", "thin QR with Q, of single tall matrices and of batches", QR,

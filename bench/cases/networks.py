@@ -1,4 +1,4 @@
-"""The networks that are timed, as dense PyTorch modules with the batch they are trained on."""
+"""The timed networks, as dense PyTorch modules with a batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from condlr_ext.experiments.networks import HEAD, TransformerBlock, build
 
 @dataclass(frozen=True)
 class NetworkRank:
-    """A network whose layers are factorized. rank: as condlr_ext.factorize takes it, an int or a part of min(m, n)."""
+    """A factorized network; rank as in condlr_ext.factorize, an int or a fraction of min(m, n)."""
 
     network: str
     rank: int | float
@@ -23,7 +23,7 @@ class NetworkRank:
 
 @dataclass(frozen=True)
 class Network:
-    """A dense network; `head`, the classifier, is never factorized. Without classes the loss is mean(output²)."""
+    """A dense network. Its classifier `head` is never factorized. Without classes the loss is mean(output²)."""
 
     build: Callable[[], nn.Module]
     input_shape: tuple[int, ...]
@@ -31,8 +31,8 @@ class Network:
     head: str | None = None
 
     def batch(self) -> tuple[Tensor, Tensor | None]:
-        """Random inputs and labels. A block inside a network (no classes) owes its input a gradient."""
-        if len(self.input_shape) == 4:  # channels_last by its strides: one channel leaves the layout open otherwise
+        """Return random inputs and labels; the input of a block inside a network (no classes) requires a gradient."""
+        if len(self.input_shape) == 4:  # channels_last by its strides, also with one channel
             B, C, H, W = self.input_shape
             x = torch.randn(B, H, W, C).movedim(-1, 1)
         else:
@@ -46,7 +46,7 @@ class Network:
 
 
 def classifier(name: str, batch: int, *shape: int) -> Network:
-    """One of the networks of the experiments, on images or samples of this shape, with ten classes."""
+    """Return a network of the experiments for inputs of this shape, with ten classes."""
     return Network(lambda: build(name, shape, 10), (batch, *shape), 10, HEAD)
 
 
@@ -55,7 +55,7 @@ def mlp_block(n: int) -> nn.Module:
 
 
 def transformer() -> nn.Module:
-    """The linear layers of twelve blocks of width 768: query, key, value, output, MLP."""
+    """Return the linear layers of twelve blocks of width 768: query, key, value, output, MLP."""
     block = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
     return nn.Sequential(*(nn.Linear(n, m) for n, m in block * 12))
 
@@ -77,7 +77,7 @@ NETWORKS = {
     "GPT block": Network(lambda: gpt_block(768, 12), (2, 1024, 768)),  # that of GPT-2
     "MLP block 1024": Network(lambda: mlp_block(1024), (2048, 1024)),
     "MLP block 4096": Network(lambda: mlp_block(4096), (2048, 4096)),
-    "transformer": Network(transformer, (1, 768)),  # for the step: as a network it would make no sense
+    "transformer": Network(transformer, (1, 768)),  # for the step alone
     "small LeNet5": classifier("lenet5", 4, 1, 16, 16),
     "small ViT block": Network(lambda: vit_block(24, 2), (2, 5, 24)),
     "small GPT block": Network(lambda: gpt_block(16, 2), (2, 7, 16)),

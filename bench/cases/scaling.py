@@ -1,4 +1,4 @@
-"""How cost grows with rank, width, batch and number of layers, and what the arithmetic says that it should do."""
+"""Growth of cost with rank, width, batch and number of layers, measured and by the arithmetic."""
 
 import math
 from dataclasses import dataclass
@@ -22,9 +22,10 @@ LEAST = 3  # points of a fit
 class Point:
     """One subject at one size.
 
-    subject: "linear", a layer forward and backward; "clip", the spectra of `layers` cores; "step", the optimizer's of
-    `layers` layers of width x width; "iteration", a training iteration of these side by side. sweep: the size that is
-    varied, which `value` is of.
+    Attributes:
+        subject: "linear": a layer forward and backward; "clip": the spectra of `layers` cores; "step": the optimizer
+            step of `layers` layers of width x width; "iteration": a training iteration of these side by side.
+        sweep: The size that is varied, whose value is `value`.
     """
 
     subject: str
@@ -39,14 +40,14 @@ class Point:
         return f"{self.subject}, {self.sweep} {self.value}"
 
     def bytes(self) -> int:
-        """About what its problem takes, with copies in float64 to compare with; a step builds the dense network."""
+        """Estimate the memory of its problem, with copies in float64; a step builds the dense network."""
         weights, inputs = self.layers * self.width**2, self.batch * self.width
         copies = {"linear": 12, "clip": 0, "step": 3, "iteration": 15}[self.subject]
         return 4 * (copies * weights + 12 * inputs + 20 * self.layers * self.rank * (2 * self.width + self.rank))
 
 
 class Sum(nn.Module):
-    """Layers side by side, so that neither values nor gradients vanish with their number."""
+    """Layers side by side, scaled so that neither values nor gradients vanish with their number."""
 
     def __init__(self, layers: int, width: int):
         super().__init__()
@@ -57,7 +58,7 @@ class Sum(nn.Module):
 
 
 class Restricted:
-    """A problem with some of its providers and one of its modes."""
+    """A problem with one of its modes and some of its providers."""
 
     def __init__(self, problem: Problem, mode: str, names: tuple[str, ...]):
         self.work = {mode: problem.work[mode]}
@@ -111,11 +112,13 @@ def sweep(subject: str, name: str, values: tuple[int, ...], **fixed: int) -> lis
 
 
 def fits(results: Results) -> list[dict]:
-    """How the time of each provider grows in each sweep.
+    """Fit the time of each provider in each sweep.
 
-    {"subject", "sweep", "provider", "mode", "dtype", "cache", "threads"}; "points": [[value, seconds], ...];
-    "exponent": of the power law through the upper half of them, None for fewer than three; "theory": of the floors;
-    "estimates": [[value, seconds], ...] beyond memory, the last point carried on by the theory: nobody measured them.
+    Returns:
+        For each "subject", "sweep", "provider", "mode", "dtype", "cache" and "threads": "points" [[value, seconds],
+        ...]; the "exponent" of the power law through their upper half, None for fewer than three; "theory", that of
+        the floors; "estimates" [[value, seconds], ...] beyond memory, not measured but extrapolated from the last
+        point by the theory.
     """
     series, beyond = {}, {}
     for record in results.times:
@@ -144,7 +147,7 @@ def fits(results: Results) -> list[dict]:
 
 
 def slope(values: list[float], heights: list[float | None]) -> float | None:
-    """Exponent of the power law through the last half of the points, at least three, by least squares of logarithms."""
+    """Return the exponent of the power law through the last half of the points, by least squares of logarithms."""
     count = max(LEAST, math.ceil(len(values) / 2))
     points = [(v, h) for v, h in zip(values[-count:], heights[-count:], strict=True) if h]
     if len(points) < LEAST:
@@ -156,6 +159,6 @@ def slope(values: list[float], heights: list[float | None]) -> float | None:
 OPERATIONS = (
     Operation(
         "scaling", "cost against rank, width, batch and number of layers", problem, shapes,
-        modes=("both", "call", "iteration"), supported=("fp32",),
+        modes=("both", "call", "iteration"), supported=("fp32",), share=4.0,
     ),
 )  # fmt: skip

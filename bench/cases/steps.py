@@ -1,6 +1,6 @@
 """The optimizer step of whole networks, batch norms, biases and classifier included, with prescribed gradients.
 
-A step is right when it takes the parameters to where float64 takes them.
+A step is right if it changes the parameters as a step in float64 does.
 """
 
 import math
@@ -17,8 +17,7 @@ from ..inputs import MOVE
 from ..registry import CONTEXT, DENSE, OURS, SAME, Operation, Provider, Row, TimedCall, Work
 from ..roofline import STEP_NUMBERS
 from ..runner import attempt
-from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
-from .subjects import (
+from .network_setup import (
     STILL,
     Start,
     capturable,
@@ -33,24 +32,25 @@ from .subjects import (
     relative_error,
     released,
     released_by_formula,
-    subjects,
+    setup,
 )
+from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
 
 LIMIT = 1e-5  # relative error of the new parameters: float32 gives about 1e-6, a wrong formula about MOVE
 MUON_LIMIT = 0.1  # relative error of the movement: torch orthogonalizes in bfloat16
-PATIENCE = 1e11  # flops that a step of Muon may take on a CPU
+MAX_FLOPS = 1e11  # of a step of Muon on a CPU
 COEFFICIENTS, MUON_STEPS = (3.4445, -4.775, 2.0315), 5  # torch's
 
 
 class StepProblem:
-    """The step of one network. lr: "factors", "cores", "other"."""
+    """The step of one network, with learning rates of "factors", "cores" and "other" parameters."""
 
     def __init__(self, lr: dict[str, float], shape: NetworkRank, dtype: str, device):
-        self._subjects, self._rank, self._device, self._lr = subjects(shape.network), shape.rank, device, lr
+        self._setup, self._rank, self._device, self._lr = setup(shape.network), shape.rank, device, lr
         self._sets = cache(self._on_device)
-        self.work = {"call": self._subjects.step_work(shape.rank)}
-        kernels, chosen = kernels_on(device), self._subjects.chosen(shape.rank, device)
-        mine = self._subjects.ours(shape.rank, device)
+        self.work = {"call": self._setup.step_work(shape.rank)}
+        kernels, chosen = kernels_on(device), self._setup.chosen(shape.rank, device)
+        mine = self._setup.ours(shape.rank, device)
         self.providers = {"ours": partial(self._low_rank, mine, ours, OURS)}
         if chosen != kernels:
             strict = capturable if kernels == "triton" else ours
@@ -68,7 +68,7 @@ class StepProblem:
         self.providers["torch Muon"] = self._muon
 
     def _on_device(self, rank: float | None) -> list[dict[str, Tensor]]:
-        sets = self._subjects.gradients(rank)
+        sets = self._setup.gradients(rank)
         # a CUDA graph keeps the gradients with which it was captured
         sets = sets[:1] if self._device.kind == "cuda" else sets
         return [{name: g.to(self._device.device) for name, g in gradients.items()} for gradients in sets]
@@ -77,16 +77,16 @@ class StepProblem:
         return self._provider(self._rank, make, exact, role, name, share)
 
     def _dense(self, make: Callable, exact: Callable, numbers: str) -> Provider:
-        work = {"call": self._subjects.step_work(None, STEP_NUMBERS[numbers])}
+        work = {"call": self._setup.step_work(None, STEP_NUMBERS[numbers])}
         return self._provider(None, make, exact, DENSE, None, 1.0, work)
 
     def _provider(self, rank, make, exact, role, name, share, work=None) -> Provider:
-        """make, exact: what makes the optimizer, and the one in float64; name: of a backend of ours."""
-        model = self._subjects.subject(rank).to(self._device.device)
+        """Return the provider of an optimizer, which `make` makes, and `exact` in float64; name: of our backend."""
+        model = self._setup.model(rank).to(self._device.device)
         optimizer = make(model, self._lr)
 
         def errors(_) -> dict[str, float]:
-            right = self._subjects.exact_step(rank, exact, tuple(self._lr.items()))
+            right = self._setup.exact_step(rank, exact, tuple(self._lr.items()))
             return {"parameters": relative_error(dict(model.named_parameters()), right)}
 
         call = stepping(model, optimizer, self._sets(rank), errors)
@@ -95,13 +95,13 @@ class StepProblem:
         return Provider({"call": call}, {"parameters": LIMIT}, role, work, share)
 
     def _muon(self) -> Provider:
-        """Muon on the dense network's weights as matrices, and on nothing else."""
-        model = self._subjects.subject(None).to(self._device.device)
+        """Return the provider of Muon on the dense network's weights, as matrices, alone."""
+        model = self._setup.model(None).to(self._device.device)
         names = [name for name, p in model.named_parameters() if p.dim() > 1]
         matrices = nn.ParameterList(model.get_parameter(name).detach().flatten(1).clone() for name in names)
         shapes = [p.shape for p in matrices]
         flops = sum(newton_schulz_flops(*shape) for shape in shapes)
-        if self._device.kind == "cpu" and flops > PATIENCE:
+        if self._device.kind == "cpu" and flops > MAX_FLOPS:
             raise TimeoutError(f"a step of {flops:.0e} flops in bfloat16 takes a CPU too long")
         sets = [{str(i): g[n].flatten(1) for i, n in enumerate(names)} for g in self._sets(None)]
         start = {name: p.detach().double().cpu() for name, p in matrices.named_parameters()}
@@ -120,7 +120,7 @@ class StepProblem:
 
 
 def stepping(model: nn.Module, optimizer, sets: list[dict[str, Tensor]], errors: Callable) -> TimedCall:
-    """The optimizer's step with these gradients in turn; one set stays where it is."""
+    """Return the optimizer's step with these sets of gradients in turn; a single set stays in place."""
     start, parameters, turn = Start(model, optimizer), dict(model.named_parameters()), cycle(sets)
 
     def prepare() -> None:
@@ -144,8 +144,9 @@ def newton_schulz_flops(m: int, n: int) -> float:
 
 
 def muon_direction(G: Tensor) -> Tensor:
-    """Muon's first direction by its formula: the quintic Newton-Schulz iteration on G / ‖G‖, by way of its Gram matrix,
-    times sqrt(max(1, m / n)).
+    """Return Muon's first direction by its formula.
+
+    It is the quintic Newton-Schulz iteration on G / ‖G‖, by way of its Gram matrix, times sqrt(max(1, m / n)).
     """
     m, n = G.shape
     X = (G.mT if m > n else G) / G.norm()
@@ -160,7 +161,7 @@ def muon_direction(G: Tensor) -> Tensor:
 
 
 def launches(device, call: Callable) -> int | None:
-    """How many kernels, copies and fills a call sends to the device."""
+    """Count the kernels, copies and fills that a call sends to the device; None if the profiler sees none."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         call()
         device.synchronize()
@@ -169,9 +170,7 @@ def launches(device, call: Callable) -> int | None:
 
 
 def launch_records(row: Row, device) -> list[dict]:
-    """{"kind": "launches", "op", "row", "provider", "launches"} of ours and of torch's fused steps, where the device
-    can tell.
-    """
+    """Return records of the "launches" of ours and of torch's fused steps, on CUDA devices."""
     if device.kind != "cuda":
         return []
     providers = row.operation.problem(row.shape, row.dtype, device).providers
@@ -186,7 +185,7 @@ def launch_records(row: Row, device) -> list[dict]:
 
 def count(device, make: Callable[[], Provider]) -> int | None:
     step = make().calls["call"].run
-    for _ in range(2):  # momentum starts
+    for _ in range(2):  # the first makes the momentum
         step()
     return launches(device, step)
 
@@ -204,6 +203,10 @@ def shapes(size: str, device) -> list[NetworkRank]:
     return found + at(BLOCKS, (0.2,))
 
 
+def is_headline(shape: NetworkRank) -> bool:
+    return shape.network == "VGG16"
+
+
 def still_shapes(size: str, device) -> list[NetworkRank]:
     return SMALL[:1] if size == "smoke" else at(CLASSIC)
 
@@ -211,10 +214,11 @@ def still_shapes(size: str, device) -> list[NetworkRank]:
 OPERATIONS = (
     Operation(
         "step", "the optimizer step of a whole network, every factor, core and weight moving by 0.3 %",
-        partial(StepProblem, MOVING), shapes, supported=("fp32",), extra=launch_records,
+        partial(StepProblem, MOVING), shapes, supported=("fp32",), headline=is_headline, extra=launch_records,
     ),
     Operation(
         "step still", "the same step with learning rates of 1e-6, where the clip finds its cores as it left them",
-        partial(StepProblem, STANDING), still_shapes, supported=("fp32",), extra=launch_records,
+        partial(StepProblem, STANDING), still_shapes, supported=("fp32",), headline=is_headline,
+        extra=launch_records,
     ),
 )  # fmt: skip

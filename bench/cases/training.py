@@ -1,8 +1,8 @@
 """Training of whole networks: the forward with the loss, the backward, and the iteration of both with the step.
 
-Cores and factors of the median layer move by MOVE in a step, all else by 1e-6; dense, the median weight by MOVE. A
-provider is right when loss, gradients and the parameters after the first step are those of plain layers in float64,
-with twice the error of plain PyTorch in the same arithmetic; bf16: under autocast.
+In a step, cores and factors of the median layer move by MOVE, other parameters by 1e-6; of a dense network the median
+weight moves by MOVE. A provider is right if loss, gradients and the parameters after the first step have at most twice
+the error of plain PyTorch in the same arithmetic, against plain layers in float64. bf16 runs under autocast.
 """
 
 import copy
@@ -18,10 +18,9 @@ from ..machine import DTYPES
 from ..memory import memory_records
 from ..registry import DENSE, OURS, SAME, Operation, Provider, TimedCall, Work
 from .baselines import plain_twin
-from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
-from .subjects import (
+from .network_setup import (
     STILL,
-    Subjects,
+    NetworkSetup,
     Training,
     dense_sgd,
     exact_step,
@@ -33,12 +32,13 @@ from .subjects import (
     on,
     ours,
     relative_error,
+    setup,
     smooth,
-    subjects,
 )
+from .networks import BLOCKS, CLASSIC, MLP_BLOCKS, SMALL, NetworkRank, at
 
-# relative errors that are never too large, and those that plain PyTorch does not excuse either: a wrong term gives 1
-# through sixteen layers, a missing step MOVE
+# least and largest limits of relative errors, whatever the error of plain PyTorch: a wrong term gives 1 through sixteen
+# layers, a missing step MOVE
 ERRORS = {
     "fp32": {"loss": (1e-5, 1e-4), "gradients": (1e-4, 1e-3), "parameters": (1e-5, MOVE / 3)},
     "tf32": {"loss": (1e-4, 1e-2), "gradients": (1e-2, 5e-2), "parameters": (1e-4, MOVE / 3)},
@@ -48,10 +48,10 @@ ERRORS = {
 
 class TrainProblem:
     def __init__(self, shape: NetworkRank, dtype: str, device):
-        self._subjects, self._rank, self._dtype, self._device = subjects(shape.network), shape.rank, dtype, device
+        self._setup, self._rank, self._dtype, self._device = setup(shape.network), shape.rank, dtype, device
         self._limits, self._sgd = cache(self._make_limits), cache(self._fastest)
         self.work = self._work(shape.rank)
-        mine = self._subjects.ours(shape.rank, device)
+        mine = self._setup.ours(shape.rank, device)
         self.providers = {
             "ours": partial(self._provider, shape.rank, mine, OURS),
             "ours compiled": partial(self._provider, shape.rank, mine, OURS, compile=torch.compile),
@@ -62,9 +62,9 @@ class TrainProblem:
         }
 
     def _work(self, rank: float | None) -> dict[str, list[Work]]:
-        cost, ranks, size = self._subjects.cost, self._subjects.ranks(rank), DTYPES[self._dtype].itemsize
+        cost, ranks, size = self._setup.cost, self._setup.ranks(rank), DTYPES[self._dtype].itemsize
         work = {"forward": cost.forward(ranks, size), "backward": cost.backward(ranks, size)}
-        return work | {"iteration": work["forward"] + work["backward"] + self._subjects.step_work(rank)}
+        return work | {"iteration": work["forward"] + work["backward"] + self._setup.step_work(rank)}
 
     def _dense(self, **options) -> Provider:
         return self._provider(None, self._sgd(), DENSE, **options)
@@ -75,22 +75,22 @@ class TrainProblem:
         return Provider(calls, self._limits(rank), role, self._work(rank), share)
 
     def _training(self, rank, make, transform=None, compile=None) -> Training:
-        model = self._subjects.subject(rank)
+        model = self._setup.model(rank)
         model = (transform(model) if transform else model).to(self._device.device)
         optimizer = make(model, self._exact(rank)[1])
         forward = compile(model) if compile else None
-        return Training(self._subjects.net, model, optimizer, self._batches(), DTYPES[self._dtype], forward)
+        return Training(self._setup.net, model, optimizer, self._batches(), DTYPES[self._dtype], forward)
 
     def _batches(self) -> list[tuple[Tensor, Tensor | None]]:
         where = self._device.device
-        moved = [(x.detach().to(where), y if y is None else y.to(where)) for x, y in self._subjects.batches]
+        moved = [(x.detach().to(where), y if y is None else y.to(where)) for x, y in self._setup.batches]
         return [(x.requires_grad_(y is None), y) for x, y in moved]
 
     def _exact(self, rank: float | None) -> tuple[dict, dict[str, float]]:
-        return exact_training(self._subjects, rank, self._device.device)
+        return exact_training(self._setup, rank, self._device.device)
 
     def _make_limits(self, rank: float | None) -> dict[str, float]:
-        """Twice the errors of plain PyTorch in this arithmetic."""
+        """Return twice the errors of plain PyTorch in this arithmetic."""
         make, transform = (fast_pytorch, plain_twin) if rank is not None else (dense_sgd, None)
         training = self._training(rank, make, transform)
         training.rewind()
@@ -100,10 +100,10 @@ class TrainProblem:
         return {name: min(max(2 * errors[name], low), high) for name, (low, high) in ERRORS[self._dtype].items()}
 
     def _fastest(self) -> Callable:
-        """torch's fused SGD or its default one, whichever steps this network faster here."""
+        """Return torch's fused or default SGD, whichever steps this network faster here."""
         times = {}
         for make in (dense_sgd, fused_sgd):
-            model = self._subjects.subject(None).to(self._device.device)
+            model = self._setup.model(None).to(self._device.device)
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             step = TimedCall(make(model, dict.fromkeys(("factors", "cores", "other"), STILL)).step, dict)
@@ -113,14 +113,14 @@ class TrainProblem:
 
 
 @lru_cache(maxsize=3)
-def exact_training(subject: Subjects, rank: float | None, where: torch.device) -> tuple[dict, dict[str, float]]:
-    """Loss, gradients and stepped parameters of the plain layers in float64 on the first batch, and learning rates."""
-    source = subject.source(rank)
+def exact_training(setup: NetworkSetup, rank: float | None, where: torch.device) -> tuple[dict, dict[str, float]]:
+    """Return loss, gradients and stepped parameters of plain layers in float64 on the first batch; learning rates."""
+    source = setup.source(rank)
     model = plain_twin(source).to(where, torch.float64)
-    x, y = subject.batches[0]
+    x, y = setup.batches[0]
     x = x.detach().to(where, torch.float64).contiguous().requires_grad_(y is None)
     smooth(model, True)
-    loss = subject.net.loss(model(x), y if y is None else y.to(where))
+    loss = setup.net.loss(model(x), y if y is None else y.to(where))
     loss.backward()
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters()}
     lr = learning_rates(source, gradients)
@@ -131,7 +131,7 @@ def exact_training(subject: Subjects, rank: float | None, where: torch.device) -
 
 
 def learning_rates(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, float]:
-    """Those with which the cores and factors of the median layer move by MOVE; without any, the median parameter."""
+    """Return the rates that move cores and factors of the median layer, or without any the median weight, by MOVE."""
     rates = {"factors": [], "cores": []}
     for name, layer in low_rank_layers(model):
         norms = {role: getattr(layer, role).detach().norm() / gradients[f"{name}.{role}"].norm() for role in "USV"}
@@ -152,15 +152,15 @@ def shapes(size: str, device) -> list[NetworkRank]:
     return at(("digits MLP", *CLASSIC)) + at((*BLOCKS, "MLP block 1024"), (0.2,))
 
 
-def few(shape: NetworkRank) -> bool:
-    """Compiling takes a minute for each of the larger ones."""
+def is_headline(shape: NetworkRank) -> bool:
+    """Return whether the network is one of the few for which a minute of compiling is spent."""
     return shape in at(("LeNet5", "ViT block"), (0.2,))
 
 
 OPERATIONS = (
     Operation(
         "train", "networks in training: forward with loss, backward, and the iteration of both and the step",
-        TrainProblem, shapes, ("forward", "backward", "iteration"), supported=tuple(ERRORS), compiled=few,
-        extra=memory_records,
+        TrainProblem, shapes, ("forward", "backward", "iteration"), supported=tuple(ERRORS), headline=is_headline,
+        extra=memory_records, share=3.0,
     ),
 )  # fmt: skip

@@ -6,8 +6,8 @@ product costs more than it saves, and the rows are many, since forming W costs t
 
 Costs are in flops of a large product, so the constants are ratios, which carry over between machines better than
 seconds do; the choice hardly depends on them: halving or doubling one changes it near the crossing only.
-bench/routes.py sets it against the clock. Sizes that compiled or exported code keeps open, as of the batch, count as
-many (reference.sizes), so that one graph serves all of them. On GPUs the costs are those of cost_model_gpu, in
+`python -m bench routes` sets it against the clock. Sizes that compiled or exported code keeps open, as of the batch,
+count as many (reference.sizes), so that one graph serves all of them. On GPUs the costs are those of cost_model_gpu, in
 microseconds.
 """
 

@@ -1,6 +1,6 @@
 """What each way to run a layer costs on a GPU: as measured, where a table has the size, else as estimated.
 
-The table is measured.json beside this file, which `python bench/gpu.py --part table --write` produces. An estimate adds
+The table is measured.json beside this file, which `python -m bench --tune` produces. An estimate adds
 up kernels, each as long as its arithmetic or its memory traffic takes at the rates of the data sheet, or as a launch.
 It serves to rank the ways; it predicts no time.
 """

@@ -1,24 +1,18 @@
 """Low-rank layers in the benchmarks: what is measured, what is counted, and that nothing wrong gets a time."""
 
-import importlib
-import inspect
 import json
-import math
 import os
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.bench_devices import Host
 
 from bench.cases import layers
 from bench.cases.layers import Conv, LayerProblem, Linear
 from bench.machine import Cpu
-from bench.records import Results
 from bench.registry import DENSE, OURS, SAME, Operation, Row, Selection
 from bench.runner import Options, measure
 
@@ -27,34 +21,6 @@ QUICK = Options(seconds=0.01, rounds=2, compile="none")
 ON_CPU = {"ours", "ours: cpu", "ours: merged", "reference", "eager", "eager folded", "dense"}
 LINEAR, CONV = (33, 17, 20, 3), (2, 4, 6, 5, 3, 2, 1, 3)
 COMPILED = {"compiled", "compiled folded", "compiled dense"}
-
-
-class Host(Cpu):
-    """A stand-in for a CUDA device, on which Triton interprets."""
-
-    kind, default_cache = "cuda", "cold"
-
-    def __init__(self):
-        self.name = "Host (CPU)"
-
-    def describe(self):
-        return {"device": self.name, "capability": [0, 0]}
-
-    def seconds(self, call, number, cold):
-        if call.prepare:
-            call.prepare()
-        start = time.perf_counter()
-        call.run()
-        return time.perf_counter() - start
-
-    def graph(self, call):
-        out = call.run()
-
-        def replay():
-            for static, fresh in zip(out, call.run(), strict=True):
-                static.data.copy_(fresh)
-
-        return replay, out
 
 
 class Cuda:
@@ -117,7 +83,7 @@ def test_other_arithmetic(dtype):
 
 def test_tf32_is_refused_on_a_cpu():
     first, *_ = measured(Linear(*LINEAR), dtype="tf32")
-    assert first["reason"].startswith("ValueError: python -m bench: tf32 is an arithmetic of CUDA devices")
+    assert first["reason"].startswith("ValueError: tf32 is an arithmetic of CUDA devices")
 
 
 def test_a_backend_that_cannot_serve_says_why(monkeypatch):
@@ -288,175 +254,5 @@ def test_shapes(size, device):
     for row in rows:
         shape = row.shape
         assert 1 <= shape.r <= min(shape.m, shape.n) and shape.rows >= 1
-    compiled = sum(row.operation.compiled(row.shape) for row in rows)
+    compiled = sum(row.operation.headline(row.shape) for row in rows)
     assert 0 < compiled <= 10 or size == "smoke"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return importlib.import_module
-
-
-def test_routes(script, monkeypatch, tmp_path, capsys):
-    routes = script("routes")
-    file = tmp_path / "routes.jsonl"
-    arguments = "--networks LeNet5 --batches 1 --ranks 0.2 0.19 1.0 --seconds 0.01 --json".split()
-    monkeypatch.setattr(sys, "argv", ["routes.py", *arguments, str(file)])
-    threads = torch.get_num_threads()
-    try:
-        routes.main()
-    finally:
-        torch.set_num_threads(threads)
-    results = Results.read(file)
-    plans = results.others["plan"]
-    assert [plan["row"] for plan in plans[:2]] == [
-        "LeNet5 1 x 1 -> 20 5x5/1 @28, r 4",
-        "LeNet5 1 x 1 -> 20 5x5/1 @28, r 20",
-    ]
-    assert len(plans) == 2 + 2 + 3  # 0.19 of 20 is rank 4 too, of 50 rank 10
-    rows = list(results.rows())
-    assert all([r["provider"] for r in row] == ["ours: cpu", "ours: merged", "dense"] for row in rows)
-    assert ["dX" in row[0]["errors"] for row in rows] == [False] * 2 + [True] * 5
-    output = capsys.readouterr().out
-    assert all(plan["row"] in output for plan in plans) and "choices are the faster route" in output
-
-
-def test_regret(script, capsys):
-    routes = script("routes")
-
-    def records(row, route, *seconds):
-        costs = dict(zip(routes.PROVIDERS, (1.0, 2.0, 3.0), strict=True))
-        plan = {"kind": "plan", "row": row, "route": route, "gain": 3.0, "costs": costs}
-        times = zip(routes.PROVIDERS.values(), seconds, strict=True)
-        return [{"kind": "time", "row": row, "provider": p, "seconds": t and [0, t, 9]} for p, t in times] + [plan]
-
-    rows = routes.compared(
-        records("a", "factorized", 2.0, 1.0, 4.0) + records("b", "merged", 2.0, 1.0, 4.0)
-        + records("c", "merged", 2.0, None, 4.0)
-    )  # fmt: skip
-    assert [(r["row"], r["regret"], r["measured gain"]) for r in rows] == [("a", 1.0, 2.0), ("b", 0.0, 4.0)]
-    routes.show(rows)
-    assert "50% of 2 choices are the faster route; regret: worst 100%, mean 50.0%" in capsys.readouterr().out
-
-
-# for a process of its own: Triton decides at import whether it interprets
-DRIVER = f"""
-import json, math, pathlib, sys, time
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "bench")!r}]
-import torch
-import triton
-torch.set_num_threads(1)
-torch.manual_seed(0)
-from bench import layers, runner
-from bench.layers import Conv, LayerProblem, Linear
-from bench.machine import Cpu
-from bench.registry import Operation, Row
-from bench.runner import Options, measure
-from condlr_ext.kernels.triton import configs
-import gpu_choices
-{inspect.getsource(Host)}
-QUICK = Options(seconds=0.01, rounds=1, compile="none", providers=("ours: triton", "dense"))
-{inspect.getsource(measured)}
-runner.SHORT = math.inf  # all calls are replayed that can be
-host, forever = Host(), math.inf
-found = dict(layers=[], tune=[], table=[])
-for shape in Linear(33, 17, 20, 3), Linear(1, 16, 24, 8), Conv(2, 4, 6, 5, 3, 2, 1, 3), Conv(2, 5, 6, 4, 1, 1, 0, 4):
-    found["layers"] += measured(shape, device=host)
-
-shapes = [Linear(33, 17, 20, 3), Linear(4, 17, 20, 3), Conv(2, 5, 6, 4, 3, 1, 1, 2)]
-file = pathlib.Path("measured.json")
-left = gpu_choices.table(host, ["fp32", "fp64"], found["table"].append, forever, file=file, shapes=shapes)
-assert left == []
-
-listed = configs.of
-good = triton.Config(dict(BLOCK_B=16, BLOCK_N=16, BLOCK_M=16, CORE=16))
-bad = triton.Config(dict(BLOCK_B=16, BLOCK_N=16, BLOCK_M=16, NO_SUCH=16))
-configs.of = lambda kernel, *args: listed(kernel, *args)[:1] + ([good, bad] if kernel == "chain" else [])
-assert gpu_choices.tune(host, ["fp32"], found["tune"].append, forever, shapes=shapes[:1]) == []
-pathlib.Path("found.json").write_text(json.dumps(found))
-"""
-OTHERS = [{"device": "another", "rows": []}, {"device": "Host (CPU)", "rows": [["old"]]}]
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    """What the driver found, what it printed, and what became of measured.json."""
-    folder = tmp_path_factory.mktemp("driver")
-    (folder / "measured.json").write_text(json.dumps({"format": 1, "tables": OTHERS}))
-    environment = {k: v for k, v in os.environ.items() if k != "CONDLR_EXT_BACKEND"}
-    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", DRIVER], env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "found.json").read_text())
-    return found, done.stdout, json.loads((folder / "measured.json").read_text())
-
-
-def test_kernels_as_on_a_gpu(interpreted):
-    records = interpreted[0]["layers"]
-    rows = [[r for r in records if r["row"] == row] for row in dict.fromkeys(r["row"] for r in records)]
-    assert len(rows) == 4
-    for row in rows:
-        for mode in layers.MODES:
-            found = by_name(row, mode)
-            assert set(found) == {"ours", "ours: triton", "dense"}
-            for r in found.values():
-                assert r["seconds"][1] > 0 and r["error"] < 1e-6 and r["cache"] == "cold"
-        for mode in ("forward, graph", "both, graph"):
-            replays = by_name(row, mode)
-            assert set(replays) == set(found) and all(r["seconds"] for r in replays.values())
-        assert not by_name(row, "backward, graph")
-
-
-def test_tune(interpreted):
-    found, output, _ = interpreted
-    rows = found["tune"]
-    assert [row["kernel"] for row in rows] == ["chain", "sums", "combine"]
-    assert all(row["kind"] == "tune" and row["row"] == "33 x 17 -> 20, r 3" and row["dtype"] == "fp32" for row in rows)
-    default, other, failing = rows[0]["configs"]
-    assert default["seconds"] and other["seconds"] and default["error"] < 1e-6 and other["error"] < 1e-6
-    assert "seconds" not in failing and failing["reason"].startswith("TypeError: ")
-    assert all(row["configs"][0]["seconds"] for row in rows)
-    assert set(rows[0]["configs"][0]["errors"]) == {"Y"}
-    assert set(rows[1]["configs"][0]["errors"]) == set(rows[2]["configs"][0]["errors"]) == {"dU", "dS", "dV", "db"}
-    assert output.count("33 x 17 -> 20, r 3") == 3
-
-
-def test_table(interpreted):
-    found, output, file = interpreted
-    assert file["format"] == 1
-    another, mine = file["tables"]
-    assert another == OTHERS[0]
-    assert mine["device"] == "Host (CPU)" and mine["capability"] == [0, 0] and mine["torch"] == torch.__version__
-    assert set(mine) == {"device", "capability", "torch", "triton", "date", "commit", "columns", "rows"}
-    assert mine["columns"] == "direction layer precision rows n m r triton products merged dense".split()
-    sizes = [
-        ["conv", "float32", 32, 45, 6, 2],
-        ["linear", "float32", 4, 17, 20, 3],
-        ["linear", "float32", 33, 17, 20, 3],
-    ]
-    assert [row[:7] for row in mine["rows"]] == [[way, *size] for way in ("backward", "forward") for size in sizes]
-    for row in mine["rows"]:
-        assert all(1 < microseconds < math.inf for microseconds in row[7:])
-        assert "\t".join(map(str, row)) in output
-    written = [[r[column] for column in mine["columns"]] for r in found["table"]]
-    assert sorted(written, key=lambda row: row[:7]) == mine["rows"]
-    assert all(r["kind"] == "choice" and r["reasons"] == {} for r in found["table"])
-
-
-def test_what_cannot_serve_is_null_in_the_table(script, tmp_path):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("Triton interprets")
-    choices, found = script("gpu_choices"), []
-    assert choices.table(Host(), ["fp32"], found.append, math.inf, file=None, shapes=[Linear(*LINEAR)]) == []
-    for r in found:
-        assert r["triton"] is None and r["reasons"]["triton"].startswith("BackendError: ") and r["dense"] > 0
-    assert [r["direction"] for r in found] == ["forward", "backward"]
-
-
-def test_what_there_is_no_time_for_is_left_out(script, tmp_path):
-    choices, shapes, found = script("gpu_choices"), [Linear(33, 17, 20, r) for r in (1, 2)], []
-    left = choices.tune(Host(), ["fp32"], found.append, time.monotonic(), shapes=shapes)
-    assert left == [f"33 x 17 -> 20, r {r} fp32 {kernel}" for r in (1, 2) for kernel in choices.KERNELS]
-    left = choices.table(Host(), ["fp32"], found.append, time.monotonic(), shapes=shapes)
-    assert sorted(left) == [f"33 x 17 -> 20, r {r} fp32" for r in (1, 2)] and found == []

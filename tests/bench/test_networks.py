@@ -2,18 +2,16 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.bench_devices import CpuAsCuda
 from torch import nn
 
 import condlr_ext
 from bench import memory, profiling, runner
-from bench.cases import baselines, inference, networks, steps, subjects, training
+from bench.cases import baselines, inference, network_setup, networks, steps, training
 from bench.cases.baselines import FastPyTorch
 from bench.cases.networks import Network, NetworkRank
 from bench.machine import Cpu
@@ -36,15 +34,6 @@ PROVIDERS = {
 }
 
 
-class Host(Cpu):
-    """A stand-in for a CUDA device."""
-
-    kind = "cuda"
-
-    def graph(self, call):
-        return call.run, None
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     """The shape of a network with a convolution, a batch norm and linear layers."""
@@ -54,9 +43,9 @@ def tiny(monkeypatch):
         return nn.Sequential(conv, nn.BatchNorm2d(4), nn.Flatten(), nn.ReLU(), nn.Linear(36, 5))
 
     monkeypatch.setitem(networks.NETWORKS, "tiny", Network(layers, (6, 1, 5, 5), 5))
-    subjects.subjects.cache_clear()
+    network_setup.setup.cache_clear()
     yield NetworkRank("tiny", 0.5)
-    subjects.subjects.cache_clear()
+    network_setup.setup.cache_clear()
 
 
 def records(operation, shape, device=None, dtype="fp32", options=QUICK) -> list[dict]:
@@ -89,7 +78,7 @@ def test_default_rows():
             names = [str(row) for row in Selection(size=size).rows([operation], Cpu())]
             assert len(set(names)) == len(names)
     assert "train VGG16 20% fp32" in map(str, Selection().rows([TRAIN], Cpu()))
-    assert "step transformer rank 64 fp32" in map(str, Selection().rows([STEP], Host()))
+    assert "step transformer rank 64 fp32" in map(str, Selection().rows([STEP], CpuAsCuda()))
 
 
 def test_wrong_steps_get_no_time(tiny, monkeypatch):
@@ -112,11 +101,11 @@ def test_wrong_steps_get_no_time(tiny, monkeypatch):
 
 def test_prescribed_gradients():
     """They sum to zero, and every factor, core and bias moves by MOVE, but for what the constraint takes away."""
-    subject = subjects.subjects("digits MLP")
-    sets = subject.gradients(0.2)
+    setup = network_setup.setup("digits MLP")
+    sets = setup.gradients(0.2)
     assert all(sum(g[name] for g in sets).norm() < 1e-5 for name in sets[0])
-    stepped = subject.exact_step(0.2, subjects.ours, tuple(steps.MOVING.items()))
-    for name, p in subject.source(0.2).named_parameters():
+    stepped = setup.exact_step(0.2, network_setup.ours, tuple(steps.MOVING.items()))
+    for name, p in setup.source(0.2).named_parameters():
         moved = (stepped[name] - p).norm() / p.norm() / steps.MOVE
         assert 0.2 < moved < 1.01 if name.endswith(".S") else 0.8 < moved < 1.05, (name, moved)
 
@@ -125,7 +114,7 @@ def test_prescribed_gradients():
 def test_replays_of_steps(tiny, monkeypatch):
     """Judged from the start again; without the kernels, ours on them gets no time."""
     monkeypatch.setattr(runner, "SHORT", float("inf"))
-    found = records(STEP, tiny, Host())
+    found = records(STEP, tiny, CpuAsCuda())
     assert {r["kind"] for r in found} == {"time", "launches"}
     replayed = {r["provider"] for r in found if r["kind"] == "time" and r["mode"] == "call, graph" and r["seconds"]}
     assert replayed == PROVIDERS["step"]
@@ -135,8 +124,8 @@ def test_replays_of_steps(tiny, monkeypatch):
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_replays_that_do_nothing_get_no_time(tiny, monkeypatch):
     monkeypatch.setattr(runner, "SHORT", float("inf"))
-    monkeypatch.setattr(Host, "graph", lambda self, call: (lambda: None, None))
-    found = [r for r in records(STEP, tiny, Host()) if r["kind"] == "time" and r["mode"] == "call, graph"]
+    monkeypatch.setattr(CpuAsCuda, "graph", lambda self, call: (lambda: None, None))
+    found = [r for r in records(STEP, tiny, CpuAsCuda()) if r["kind"] == "time" and r["mode"] == "call, graph"]
     assert {r["provider"] for r in found} == PROVIDERS["step"]
     assert all(r["seconds"] is None and r["reason"].startswith("wrong: ") for r in found)
 
@@ -150,42 +139,12 @@ def test_launches(tiny, monkeypatch, found, reason):
         return found
 
     monkeypatch.setattr(steps, "launches", launches)
-    counted = steps.launch_records(Row(STEP, tiny, "fp32"), Host())
+    counted = steps.launch_records(Row(STEP, tiny, "fp32"), CpuAsCuda())
     assert [r["provider"] for r in counted] == ["ours", "dense SGD fused", "dense AdamW fused"]
     for r in counted:
         assert (r["op"], r["row"]) == ("step", "tiny 50%")
         assert r.get("reason") == reason and r["launches"] == (None if reason else 3)
     assert steps.launch_records(Row(STEP, tiny, "fp32"), Cpu()) == []
-
-
-# for a process of its own: Triton decides at import whether it interprets
-DRIVER = """
-import json, torch
-from torch import nn
-from bench import networks, steps
-from bench.machine import Cpu
-from bench.registry import Row
-from bench.runner import Options, measure
-Cpu.kind = "cuda"
-networks.NETWORKS["tiny"] = networks.Network(lambda: nn.Sequential(nn.Linear(6, 5)), (2, 6))
-torch.manual_seed(0)
-row = Row(steps.OPERATIONS[0], networks.NetworkRank("tiny", 2), "fp32")
-for record in measure(row, Cpu(), Options(seconds=0.0, rounds=1, providers=("ours: triton",))):
-    print(json.dumps(record))
-"""
-
-
-def test_the_triton_step(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "CONDLR_EXT_BACKEND"}
-    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(condlr_ext.__file__).parents[2])
-    command = [sys.executable, "-c", DRIVER]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    times = {r["provider"]: r for r in found if r["kind"] == "time"}
-    assert set(times) == {"ours", "ours: triton"}
-    assert all(r["seconds"] and 0 < r["error"] < 1e-5 for r in times.values())
 
 
 def test_wrong_training_gets_no_time(tiny, monkeypatch):
@@ -243,7 +202,7 @@ def test_wrong_inference_gets_no_time(tiny, monkeypatch):
     fold = inference.fold
 
     def without_core(model):
-        for _, layer in subjects.low_rank_layers(model):
+        for _, layer in network_setup.low_rank_layers(model):
             layer.S.data.copy_(layer.S.mean() * torch.eye(layer.rank))
         return fold(model)
 
@@ -309,9 +268,9 @@ def test_the_gpt_block_is_causal():
     assert not torch.allclose(networks.vit_block(16, 2)(x)[:, :4], networks.vit_block(16, 2)(y)[:, :4], atol=1e-3)
 
 
-def test_alone():
+def test_memory_of_a_process():
     """Weights, gradients and momentum, and what the first layer and its activation leave for the backward."""
-    found = memory.alone(NetworkRank("LeNet5", 0.2), "dense", "cpu")
+    found = memory.in_new_process(NetworkRank("LeNet5", 0.2), "dense", "cpu")
     least = 3 * 4 * 430_500 + 2 * 4 * 128 * 20 * 24 * 24
     assert least < found["bytes"] < 5 * least, found
     assert found["seconds"] > 0 and found["page_faults"] >= 0
@@ -319,12 +278,12 @@ def test_alone():
 
 def test_a_process_that_fails_is_a_reason(monkeypatch):
     monkeypatch.setattr(sys, "executable", "false")
-    assert memory.alone(NetworkRank("LeNet5", 0.2), "dense", "cpu") == {"reason": "status 1"}
+    assert memory.in_new_process(NetworkRank("LeNet5", 0.2), "dense", "cpu") == {"reason": "status 1"}
 
 
 def test_memory_records(monkeypatch):
     calls = []
-    monkeypatch.setattr(memory, "alone", lambda *args: calls.append(args) or {"bytes": 5})
+    monkeypatch.setattr(memory, "in_new_process", lambda *args: calls.append(args) or {"bytes": 5})
     found = memory.memory_records(Row(TRAIN, NetworkRank("LeNet5", 0.2), "fp32"), Cpu())
     assert [r["provider"] for r in found] == ["ours", "dense", "fast PyTorch"] == [provider for _, provider, _ in calls]
     assert all(r["kind"] == "memory" and r["row"] == "LeNet5 20%" and r["bytes"] == 5 for r in found)
@@ -341,7 +300,7 @@ def test_a_restored_start_is_no_new_model_to_the_optimizer():
     """It goes on with the arguments it has, as the capture of a step demands."""
     model = torch.nn.Sequential(condlr_ext.LowRankLinear(7, 9, rank=3))
     optimizer = CondLRSGD(model, 0.1, tau=0.1)
-    start = subjects.Start(model, optimizer)
+    start = network_setup.Start(model, optimizer)
     before = copy.deepcopy(model.state_dict())
     for _ in range(2):
         model(torch.randn(4, 7)).sum().backward()

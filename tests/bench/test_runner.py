@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import runner, tables, timing
-from bench.cases import networks, subjects
+from bench.cases import network_setup, networks
 from bench.records import FORMAT, Results, ours
 from bench.registry import OURS, SAME, Operation, Provider, Row, TimedCall, Work
 
@@ -119,6 +119,6 @@ def test_a_compiled_model_may_have_no_length():
     batches = [(torch.ones(2, 3), None)]
     net = networks.Network(lambda: model, (2, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training = subjects.Training(net, model, optimizer, batches, torch.float32, Compiled())
+    training = network_setup.Training(net, model, optimizer, batches, torch.float32, Compiled())
     training.next()
     assert training.forward().item() == 4.0

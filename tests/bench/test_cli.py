@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import command, revisions, runner
+from bench import __main__ as cli
+from bench import revisions, runner
 from bench.__main__ import main
 from bench.machine import Cpu
 from bench.records import Results
 from bench.registry import Selection
 
-SMOKE = ["clip", "qr", "--size", "smoke", "--seconds", "0.02", "--threads", "1", "--compile", "none"]
+ROOT = Path(__file__).parents[2]
+SMOKE = ["clip", "qr", "--size", "smoke", "--seconds-per-provider", "0.02", "--threads", "1", "--compile", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +82,11 @@ def test_plot(file, capsys):
 
 def test_markdown(file, capsys):
     readme = file.parent / "README.md"
-    readme.write_text(f"a\n<!-- python -m bench rows: {file.name} op=clip -->\n<!-- end -->\nb\n")
-    assert main(["--markdown", str(readme)]) == 0
+    other = file.parent / "other.md"
+    other.write_text("no table\n")
+    readme.write_text(f"a\n<!-- python -m bench rows: {file} op=clip -->\n<!-- end -->\nb\n")
+    assert main(["--markdown", str(readme), str(other)]) == 0
+    assert capsys.readouterr().out == f"{readme}: rewritten\n{other}: as it was\n"
     made = readme.read_text()
     assert "| clip 4 x 8x8 |" in made and "| qr" not in made and made.startswith("a\n") and made.endswith("\nb\n")
     assert main(["--markdown", str(readme)]) == 0
@@ -137,15 +142,14 @@ def test_an_interrupted_run_keeps_its_rows(monkeypatch, tmp_path, capsys):
 def test_a_file_is_not_overwritten_by_default(tmp_path):
     (tmp_path / "bench.jsonl").write_text("")
     (tmp_path / "bench-2.jsonl").write_text("")
-    assert command.unused(tmp_path / "bench.jsonl") == tmp_path / "bench-3.jsonl"
+    assert cli.unused(tmp_path / "bench.jsonl") == tmp_path / "bench-3.jsonl"
 
 
-def test_without_the_command_and_with_the_tuned_allocator(tmp_path):
+def test_the_tuned_allocator_elsewhere(tmp_path):
     """In a process of its own, whose arguments survive the restart."""
     file = tmp_path / "tuned.jsonl"
     arguments = [*SMOKE[1:], "--only", "4 x 8x8", "--allocator", "tuned", "--json", str(file)]
-    root = Path(command.__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     started = [sys.executable, "-m", "bench", *arguments]
     done = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -161,7 +165,7 @@ def test_revisions(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(revisions, "ROUNDS", 1)
     monkeypatch.chdir(tmp_path)
     before = revisions.git("worktree", "list")
-    arguments = ["bench", *SMOKE[1:], "--only", "4 x 8x8", "--providers", "torch.linalg", "--compare", "HEAD", "."]
+    arguments = [*SMOKE[1:], "--only", "4 x 8x8", "--providers", "torch.linalg", "--compare", "HEAD", "."]
     assert main(arguments) in (0, 1)  # whichever this machine was just now
     out = capsys.readouterr().out
     assert "qr 4 x 8x8  ours" in out and "B  working-tree: " in out
@@ -179,6 +183,9 @@ def test_revisions(tmp_path, monkeypatch, capsys):
         (["clip", "--dtypes", "fp8"], "no arithmetic 'fp8'; there are fp32"),
         (["--threads", "0"], "--threads must be >= 1, got 0"),
         (["--seconds", "0"], "--seconds must be > 0, got 0"),
+        (["--seconds-per-provider", "-1"], "--seconds-per-provider must be > 0, got -1"),
+        (["--device", "cpu", "--prepare"], "--prepare is for CUDA devices"),
+        (["--tune", "missing.jsonl"], "No such file"),
         (["--size", "huge"], "invalid choice: 'huge'"),
         (["--list", "--profile"], "not allowed with"),
         (["--table", "missing.jsonl"], "No such file"),
@@ -190,7 +197,7 @@ def test_revisions(tmp_path, monkeypatch, capsys):
 def test_errors(arguments, message, capsys):
     assert main([*arguments]) == 2
     out, err = capsys.readouterr()
-    assert message in err and err.startswith("condlr: error: ") and err.count("\n") == 1 and not out
+    assert message in err and err.startswith("bench: error: ") and err.count("\n") == 1 and not out
 
 
 def test_a_file_and_a_revision(file, capsys):
@@ -204,10 +211,10 @@ def test_no_cuda(capsys):
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
 
-def test_example_in_the_readme():
-    """The operation that bench/README.md adds is measured, and a wrong provider of it gets no time."""
-    readme = Path(__file__).parents[2] / "bench" / "README.md"
-    (code,) = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
+def test_example_in_the_guide():
+    """The operation that the guide adds is measured, and a wrong provider of it gets no time."""
+    guide = ROOT / "docs" / "guide" / "benchmarking.md"
+    (code,) = re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL)
     names = {"__name__": "example"}
     exec(code, names)
     operation, cpu = names["OPERATION"], Cpu()

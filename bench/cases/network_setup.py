@@ -1,4 +1,4 @@
-"""What the rows of whole networks share: the factorized networks as they are during training, and their optimizers."""
+"""Factorized networks as they are during training, and their optimizers, shared by the rows of whole networks."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -22,18 +22,18 @@ from .baselines import FastPyTorch, ReleasedByFormula
 from .networks import NETWORKS, Network
 
 MOMENTUM = 0.45
-STILL = 1e-6  # learning rate at which nothing moves
-SETS = 2  # of gradients, and batches, in turn
+STILL = 1e-6  # learning rate at which almost nothing moves
+SETS = 2  # of gradients, and batches, used in turn
 
 
 @lru_cache(maxsize=1)
-def subjects(name: str) -> "Subjects":
-    """A network of networks.NETWORKS, set up once for rows that follow each other."""
-    return Subjects(NETWORKS[name])
+def setup(name: str) -> "NetworkSetup":
+    """Return the setup of a network of networks.NETWORKS, made once for consecutive rows."""
+    return NetworkSetup(NETWORKS[name])
 
 
-class Subjects:
-    """A network on the CPU, dense (rank None) and factorized at any rank, with everything that providers share."""
+class NetworkSetup:
+    """A network on the CPU, dense (rank None) and factorized at any rank, with all that its providers share."""
 
     def __init__(self, net: Network):
         self.net = net
@@ -46,8 +46,8 @@ class Subjects:
     def batches(self) -> list[tuple[Tensor, Tensor | None]]:
         return [self.net.batch() for _ in range(SETS)]
 
-    def subject(self, rank: float | None) -> nn.Module:
-        """A copy to train, channels_last where there are convolutions."""
+    def model(self, rank: float | None) -> nn.Module:
+        """Return a copy to train, channels_last for convolutions."""
         return copy.deepcopy(self.source(rank)).to(memory_format=torch.channels_last)
 
     def ranks(self, rank: float | None) -> dict[str, int]:
@@ -57,7 +57,7 @@ class Subjects:
         return self.cost.step(self.ranks(rank), (p.numel() for p in self.source(rank).parameters()), *numbers)
 
     def chosen(self, rank: float, device) -> str:
-        """The backend that "auto" takes for a step on this device: that for the largest rank."""
+        """Return the backend of "auto" for a step on this device, which is that for the largest rank."""
         layers = [layer for _, layer in low_rank_layers(self.source(rank))]
         layer = max(layers, key=lambda layer: layer.rank)
         U, S, V = (t.detach().to(device.device) for t in (layer.U, layer.S, layer.V))
@@ -65,18 +65,19 @@ class Subjects:
         return ops.step.step.automatic([U, S, V, S], [], [], torch.empty(0), counter)
 
     def ours(self, rank: float, device) -> Callable:
-        """What makes our optimizer in its best form: without a wait for the device where its kernels serve."""
+        """Return the maker of our optimizer in its best form: without waits for the device where kernels serve."""
         return capturable if self.chosen(rank, device) == "triton" else ours
 
     def _source(self, rank: float | None) -> nn.Module:
-        """The model that every provider starts from."""
+        """Return the model that every provider starts from."""
         return self.net.build() if rank is None else factorized(self.net, self.source(None), rank)
 
     def _gradients(self, rank: float | None) -> list[dict[str, Tensor]]:
-        """Random sets that sum to zero, with the norm of the parameter, U's and V's times σ², which the step divides
-        by; in the layout of the parameters.
+        """Return random sets of gradients that sum to zero, in the layout of the parameters.
+
+        Each has the norm of its parameter; those of U and V times σ², by which the step divides.
         """
-        model, scales = self.subject(rank), {}
+        model, scales = self.model(rank), {}
         for name, layer in low_rank_layers(model):
             scales |= {f"{name}.{role}": mean_square(layer) for role in "UV"}
         sets = []
@@ -88,16 +89,14 @@ class Subjects:
         return sets + [{name: -g for name, g in gradients.items()} for gradients in sets]
 
     def _exact_step(self, rank: float | None, make: Callable, lr: tuple) -> dict[str, Tensor]:
-        """The parameters after the first set of gradients in float64, on the reference path where the package steps.
-        On the CPU: LAPACK knows the cores' singular values.
-        """
+        """Return the parameters after a step with the first set of gradients, in float64 on the CPU."""
         model = copy.deepcopy(self.source(rank)).double()
         return exact_step(model, self.gradients(rank)[0], make, dict(lr))
 
 
 @torch.no_grad()
 def factorized(net: Network, dense: nn.Module, rank: float) -> nn.Module:
-    """The network as it is during training: orthonormal factors, cores in the band. The classifier stays dense."""
+    """Return the network as during training: orthonormal factors, cores in the band, a dense classifier."""
     model = copy.deepcopy(dense)
     factorize(model, rank=rank, exclude=net.head, init="random")
     for _, layer in low_rank_layers(model):
@@ -110,11 +109,11 @@ def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:
 
 
 def mean_square(layer: LowRankLayer) -> float:
-    """Mean of σ² over the core's singular values: what the preconditioner divides the gradients of U and V by."""
+    """Return the mean of σ² over the core's singular values, by which the preconditioner divides gradients of U, V."""
     return layer.S.detach().square().sum().item() / layer.rank
 
 
-# Optimizers are made from (model, learning rates of "factors", "cores" and "other").
+# Functions that make optimizers of (model, learning rates of "factors", "cores" and "other" parameters).
 
 
 def constrained(make: type[torch.optim.Optimizer], model: nn.Module, lr: dict[str, float], **options):
@@ -142,12 +141,12 @@ fused_adamw = partial(dense_adamw, fused=True)
 
 
 def kernels_on(device) -> str:
-    """The backend with the package's kernels for this device."""
+    """Return the backend with the package's kernels for this device."""
     return {"cpu": "cpu", "cuda": "triton"}[device.kind]
 
 
 def on(name: str, call: Callable) -> Callable:
-    """call on the package's backend of that name."""
+    """Return the call on the package's backend of that name."""
 
     def run():
         with backend(name):
@@ -159,7 +158,7 @@ def on(name: str, call: Callable) -> Callable:
 def exact_step(
     model: nn.Module, gradients: dict[str, Tensor], make: Callable, lr: dict[str, float]
 ) -> dict[str, Tensor]:
-    """The parameters of a model in float64 after a step with these gradients."""
+    """Return the parameters of a model in float64 after a step with these gradients, on the reference path."""
     optimizer = make(model, lr)
     for name, p in model.named_parameters():
         p.grad = gradients[name].to(p)
@@ -168,7 +167,7 @@ def exact_step(
 
 
 class Start:
-    """Where a model and its optimizer, which has not stepped yet, begin."""
+    """The initial state of a model and of its optimizer, which has not stepped yet."""
 
     def __init__(self, model: nn.Module, optimizer):
         self._model, self._optimizer = model, optimizer
@@ -182,9 +181,10 @@ class Start:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """In place, as a CUDA graph needs it: buffers made since are zero, as they count before the first step.
+        """Restore in place, as a CUDA graph needs it; buffers made since become zero.
 
-        Without a new version of the weights, for which an optimizer would build its arguments again, in no capture.
+        The weights keep their version counters, since for new ones an optimizer would build its arguments again, which
+        a capture does not allow.
         """
         with torch.autograd._unsafe_preserve_version_counter(tuple(self._model.parameters())):
             self._model.load_state_dict(self._weights)
@@ -195,7 +195,7 @@ class Start:
 
 
 class Training:
-    """A model in training on batches in turn. forward: the model, or what was compiled of it."""
+    """A model in training on batches in turn; `forward`: its compiled form, if any."""
 
     def __init__(self, net, model: nn.Module, optimizer, batches, dtype: torch.dtype, forward: Callable | None = None):
         self.model, self.optimizer = model, optimizer
@@ -206,7 +206,7 @@ class Training:
         self.loss = None
 
     def next(self) -> None:
-        """The next batch."""
+        """Go on to the next batch."""
         self.x, self.y = next(self._turn)
 
     def forward(self) -> Tensor:
@@ -214,7 +214,7 @@ class Training:
             return self._net.loss(self._forward(self.x), self.y)
 
     def ready(self) -> None:
-        """All that comes before the backward of the next batch."""
+        """Do everything before the backward of the next batch."""
         self.next()
         self.zero_grad()
         self.loss = self.forward()
@@ -236,7 +236,7 @@ class Training:
         return loss.detach()
 
     def calls(self, exact: Callable[[], dict], wrap: Callable) -> dict[str, TimedCall]:
-        """By mode; exact: what makes the loss, gradients and parameters in float64."""
+        """Return the calls by mode; `exact` makes loss, gradients and parameters in float64."""
 
         def call(run: Callable, prepare: Callable, *judged: str) -> TimedCall:
             run, prepare = wrap(run), wrap(prepare)
@@ -258,13 +258,13 @@ class Training:
         }
 
     def rewind(self) -> None:
-        """To the start and the first batch, without kinks."""
+        """Return to the start and the first batch, without kinks."""
         self._start.restore()
         self._turn = cycle(self._batches)
         smooth(self.model, True)
 
     def found(self, loss: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Copies of what an iteration leaves."""
+        """Copy the loss, gradients and parameters after an iteration."""
         parameters = dict(self.model.named_parameters())
         gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
         if self.x.requires_grad and self.x.grad is not None:
@@ -274,8 +274,10 @@ class Training:
 
 
 def smooth(model: nn.Module, on: bool) -> None:
-    """The model without random masks and kinks, or with them again, so that float32 and float64 gradients can be
-    compared: one maximum or one sign that rounding decides moves VGG16's gradients by half a percent.
+    """Take random masks and kinks out of the model, or put them back.
+
+    With them float32 and float64 gradients cannot be compared: one maximum or one sign that rounding decides changes
+    VGG16's gradients by half a percent.
     """
     for m in model.modules():
         if isinstance(m, (nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.MaxPool2d)):
@@ -290,8 +292,10 @@ def identity(x):
 
 
 def relative_error(mine: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Largest ‖mine - exact‖ / ‖exact‖ over the named tensors; NaN counts as infinite. A norm below 1e-2 of the
-    largest (a gradient that cancels, as a bias's before a batch norm) counts as that.
+    """Return the largest ‖mine - exact‖ / ‖exact‖ over the named tensors.
+
+    NaN counts as infinite, and a norm below 1e-2 of the largest (a gradient that cancels, as a bias's before a batch
+    norm) as 1e-2 of it.
     """
     least = 1e-2 * max(t.norm() for t in exact.values())
     errors = [(mine[name].detach().to(t) - t).norm() / t.norm().clamp_min(least) for name, t in exact.items()]
