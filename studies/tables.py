@@ -10,8 +10,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from condlr_ext._table import markdown
 from condlr_ext.experiments.config import RunSpec
-from condlr_ext.experiments.report import NOT_APPLICABLE, grouped, markdown, percent
+from condlr_ext.experiments.report import NOT_APPLICABLE, grouped, percent
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "studies" / "results"

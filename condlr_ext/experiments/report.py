@@ -1,4 +1,4 @@
-"""Results as tables (terminal, Markdown, LaTeX), figures and JSON; over several seeds mean ± standard deviation."""
+"""Results as tables , figures and JSON; over several seeds mean ± standard deviation."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import math
 import statistics
 from pathlib import Path
 
+from .. import _table
 from .extras import require
 from .files import write_whole
 
@@ -21,12 +22,11 @@ HISTORIES = ("loss", "step_loss", "validation", "kappa", "dense_kappa", "spectra
 
 
 def write(results: dict, out: Path) -> None:
-    """results.json, summary.json (the same without HISTORIES), table.md, table.tex and figures in the folder out."""
+    """results.json, summary.json (the same without HISTORIES), table.md and figures in the folder out."""
     write_whole(out / "results.json", json.dumps(results, allow_nan=False).encode())
     runs = [{key: value for key, value in run.items() if key not in HISTORIES} for run in results["runs"]]
     write_whole(out / "summary.json", json.dumps(results | {"runs": runs}, allow_nan=False, indent=1).encode())
-    write_whole(out / "table.md", markdown(*summary(results)).encode())
-    write_whole(out / "table.tex", latex(*summary(results)).encode())
+    write_whole(out / "table.md", _table.markdown(*summary(results)).encode())
     for name, draw in (("results", _results), ("spectra", _spectra), ("parameters", _parameters)):
         write_whole(out / f"{name}.png", _png(draw, results))
 
@@ -45,7 +45,7 @@ def summary(results: dict) -> tuple[list[str], list[list[str]]]:
     attacks = [*(results["config"]["attacks"] or ("fgsm",)), "worst"]
     header = ["run", "ranks", "kept\n%", "clean\n%"]
     header += [f"{_ATTACKS.get(attack, attack)}\n{e:g}" for attack in attacks for e in eps]
-    header += ["satu-\nrated %", "max κ", "‖UᵀU−I‖\nmax", "s per\nepoch"]
+    header += ["saturated\n%", "max κ", "‖UᵀU−I‖\nmax", "s per\nepoch"]
     rows = []
     for records in grouped(results).values():
         first, attacked = records[0], [r["robustness"] for r in records if r.get("robustness")]
@@ -106,50 +106,6 @@ def spread(values: list[float | None], spec: str, deviation: bool = True) -> str
 
 def percent(shares: list[float]) -> str:
     return spread([100 * share for share in shares], ".1f")
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    titles = [_one_line(name) for name in header]
-    lines = [titles, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def latex(header: list[str], rows: list[list[str]]) -> str:
-    """A tabular of the booktabs package, for LuaLaTeX, XeLaTeX or pdfLaTeX."""
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule"]
-    lines += [" & ".join(_tex(_one_line(name)) for name in header) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(_tex, row)) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-_TEX = {
-    "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "τ": r"$\tau$", "σ": r"$\sigma$",
-    "κ": r"$\kappa$", "ϑ": r"$\vartheta$", "β": r"$\beta$", "μ": r"$\mu$", "≤": r"$\le$", "‖": r"$\|$", "−": "$-$",
-    "ᵀ": r"$^\top$", "–": "--", "ℓ": r"$\ell$", "∞": r"$\infty$", "ε": r"$\varepsilon$",
-}  # fmt: skip
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(character, character) for character in text)
-
-
-def _one_line(name: str) -> str:
-    return name.replace("-\n", "").replace("\n", " ")
-
-
-def show(header: list[str], rows: list[list[str]]) -> None:
-    """Print a table; a pipe or a file gets it in full width."""
-    console = require("rich.console").Console()
-    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    if not console.is_terminal:
-        columns = zip(header, *rows, strict=True)
-        console.width = sum(3 + max(len(line) for cell in column for line in cell.split("\n")) for column in columns)
-    console.print(table)
 
 
 # --------------------------------------------------------------------------------------------------- figures

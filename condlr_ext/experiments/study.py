@@ -58,7 +58,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
         ValueError: bad settings or data, or results of other ones in config.out; ImportError: a missing extra package;
             OSError: an unwritable folder.
     """
-    needed = ["safetensors", "matplotlib", "rich", *(["tensorboard"] if config.tensorboard else [])]
+    needed = ["safetensors", "matplotlib", *(["tensorboard"] if config.tensorboard else [])]
     for module in needed:  # before an hour of training, not after
         require(module)
     check_device("train", config.device)

@@ -360,10 +360,10 @@ def test_result_files(trained):
     results, out = trained
     assert json.loads((out / "results.json").read_text()) == results
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    names = {"results.json", "summary.json", "table.md", "table.tex", "results.png", "spectra.png", "parameters.png"}
+    names = {"results.json", "summary.json", "table.md", "results.png", "spectra.png", "parameters.png"}
     for run in results["runs"]:
         names |= {str(Path(run["checkpoint"]).with_suffix(suffix)) for suffix in (".safetensors", ".json", ".jsonl")}
-    assert {path.name for path in out.iterdir()} == names and len(names) == 19
+    assert {path.name for path in out.iterdir()} == names and len(names) == 18
     lines = (out / "table.md").read_text().splitlines()
     assert len(lines) == 2 + 4 and all(line.count("|") == 15 for line in lines)
     for title in ("ranks", "kept %", "clean %", "FGSM 0.1", "worst 0.2", "saturated %", "max κ", "s per epoch"):
@@ -518,7 +518,6 @@ def test_a_run_that_fails_leaves_no_half_written_file(tmp_path, monkeypatch):
         "results.json",
         "summary.json",
         "table.md",
-        "table.tex",
         *(f"dense-seed0.{end}" for end in ("safetensors", "json", "jsonl")),
     }
     json.loads((tmp_path / "results.json").read_text())
