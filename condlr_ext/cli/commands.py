@@ -17,7 +17,7 @@ def train(arguments: Namespace) -> None:
     config = TrainConfig.read(Path(arguments.config), **given) if arguments.config else TrainConfig(**given)
     results = run(config, progress=True)
     print(_table.text(*report.summary(results)))
-    print(f"{results['seconds']:.0f} s; results.json, figures, tables and checkpoints are in {config.out}")
+    print(f"{results['seconds']:.0f} s; results.csv, table.md, figures and checkpoints are in {config.out}")
 
 
 def evaluate(arguments: Namespace) -> None:

@@ -1,12 +1,15 @@
-"""Results as tables , figures and JSON; over several seeds mean ± standard deviation."""
+"""Results of a study: one row per run and seed as CSV, settings as TOML, a table over the seeds, figures."""
 
+import csv
 import io
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
 from .. import _table
+from ..robustness import KNOWN_ATTACKS
 from .extras import require
 from .files import write_whole
 
@@ -16,51 +19,140 @@ MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 NOT_APPLICABLE = "-"
 _ATTACKS = {"fgsm": "FGSM", "pgd-ce": "PGD", "apgd-ce": "APGD", "apgd-t": "APGD-T"}
-
-
-HISTORIES = ("loss", "step_loss", "validation", "kappa", "dense_kappa", "spectra", "settings")
+_TEXT = ("run", "label", "status", "ranks")  # columns that hold no number
+_MEASURED = ("max_kappa", "orthonormality", "seconds_per_epoch")  # to seven digits, shares to nine
+_GRADIENTS = ("saturated", "zero_gradient", "tiny_gradient", "dead_gradient")
+_NOT_SETTINGS = ("runs", "folder", "tensorboard", "out", "overwrite")
 
 
 def write(results: dict, out: Path) -> None:
-    """results.json, summary.json (the same without HISTORIES), table.md and figures in the folder out."""
-    write_whole(out / "results.json", json.dumps(results, allow_nan=False).encode())
-    runs = [{key: value for key, value in run.items() if key not in HISTORIES} for run in results["runs"]]
-    write_whole(out / "summary.json", json.dumps(results | {"runs": runs}, allow_nan=False, indent=1).encode())
-    write_whole(out / "table.md", _table.markdown(*summary(results)).encode())
+    """Write results.csv, results.toml (settings, data, versions), table.md and figures to the folder out."""
+    rows = [flat(record) for record in results["runs"]]
+    write_whole(out / "results.csv", to_csv(rows).encode())
+    write_whole(out / "results.toml", to_toml(settings(results)).encode())
+    write_whole(out / "table.md", _table.markdown(*table(rows, results["config"])).encode())
     for name, draw in (("results", _results), ("spectra", _spectra), ("parameters", _parameters)):
         write_whole(out / f"{name}.png", _png(draw, results))
 
 
-def grouped(results: dict) -> dict[str, list[dict]]:
-    """The records of each run, one for every seed."""
+def read(path: Path) -> tuple[dict, list[dict]]:
+    """Return the settings and rows that write() left in path and its neighbor with the suffix .toml.
+
+    Args:
+        path: The CSV file.
+
+    Returns:
+        The settings, and the rows as flat() gives them, but for rounding.
+    """
+    toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = [
+            {name: cell if name in _TEXT else float(cell) if cell else None for name, cell in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    return toml.loads(path.with_suffix(".toml").read_text(encoding="utf-8")), rows
+
+
+def flat(record: dict) -> dict:
+    """Return the numbers of one run and seed by column; accuracy under attack at budget e is in the column "attack@e".
+
+    Columns that begin with best_ are those of the epoch with the highest validation accuracy.
+    """
+    row = {name: record[name] for name in ("run", "label", "seed", "status")}
+    row["ranks"] = "/".join(map(str, record["ranks"].values()))
+    row |= {name: record[name] for name in ("kept", "parameters")} | _attacked(record)
+    row |= {name: (record.get("robustness") or {}).get(name) for name in _GRADIENTS}
+    row |= {name: record[name] for name in ("max_kappa", "orthonormality", "skipped", "seconds_per_epoch")}
+    if best := record.get("best"):
+        row |= {f"best_{name}": value for name, value in _attacked(best).items()}
+        row |= {"best_epoch": best["epoch"], "best_validation": best["validation"]}
+    return row
+
+
+def _attacked(record: dict) -> dict:
+    found = record.get("robustness") or {}
+    attacks = [name for name in (*KNOWN_ATTACKS, "worst") if name in found]
+    row = {"clean": found.get("clean")}
+    return row | {f"{name}@{e:g}": v for name in attacks for e, v in zip(found["eps"], found[name], strict=True)}
+
+
+def to_csv(rows: list[dict]) -> str:
+    """Return the rows as CSV, with every column that one of them has."""
+    longest = max(rows, key=len)
+    columns = dict.fromkeys(name for row in (longest, *rows) for name in row)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(name, value) for name, value in row.items()})
+    return file.getvalue()
+
+
+def _cell(name: str, value):
+    return format(value, ".7g" if name in _MEASURED else ".9g") if isinstance(value, float) else value
+
+
+def settings(results: dict) -> dict:
+    """Return what the runs have in common: the settings, the layers with a rank, the data and the versions."""
+    common = {k: v for k, v in results["config"].items() if k not in _NOT_SETTINGS and v is not None}
+    common["layers"] = max((list(record["ranks"]) for record in results["runs"]), key=len)
+    common |= {"dense_parameters": results["runs"][0]["dense_parameters"]}
+    common |= {"backend": results["backend"], "threads": results["threads"]}
+    return common | {"samples": results["data"], "versions": results["versions"]}
+
+
+def to_toml(values: dict) -> str:
+    """Return values as TOML; tables, which are last, hold no tables."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())]
+        else:
+            lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def grouped(records: list[dict]) -> dict[str, list[dict]]:
+    """Return the records, or rows, of each run, one for every seed."""
     groups = {}
-    for record in results["runs"]:
+    for record in records:
         groups.setdefault(record["run"], []).append(record)
     return groups
 
 
 def summary(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per run: of the attacks those that the settings name, or FGSM, and the worst case of all."""
-    eps = results["config"]["eps"]
-    attacks = [*(results["config"]["attacks"] or ("fgsm",)), "worst"]
-    header = ["run", "ranks", "kept\n%", "clean\n%"]
-    header += [f"{_ATTACKS.get(attack, attack)}\n{e:g}" for attack in attacks for e in eps]
-    header += ["saturated\n%", "max κ", "‖UᵀU−I‖\nmax", "s per\nepoch"]
-    rows = []
-    for records in grouped(results).values():
-        first, attacked = records[0], [r["robustness"] for r in records if r.get("robustness")]
-        row = [_label(records), _ranks(records), spread([100 * r["kept"] for r in records], ".1f")]
-        row.append(percent([a["clean"] for a in attacked]))
-        for attack in attacks:
-            row += [percent([a[attack][i] for a in attacked if attack in a]) for i in range(len(eps))]
-        row.append(percent([a["saturated"] for a in attacked]))
-        row += [
-            largest([r["max_kappa"] for r in records], ".7g" if first["method"] == "condlr" else ".3g"),
-            largest([r["orthonormality"] for r in records], ".1e"),
-            spread([r["seconds_per_epoch"] for r in records], ".3f", deviation=False),
+    """Return table() of the results of train."""
+    return table([flat(record) for record in results["runs"]], results["config"])
+
+
+def attack_columns(settings: dict) -> dict[str, str]:
+    """Return the columns under attack by title: of the attacks that the settings name, or FGSM, and the worst case."""
+    attacks = [*(settings.get("attacks") or ("fgsm",)), "worst"]
+    return {f"{_ATTACKS.get(name, name)}\n{e:g}": f"{name}@{e:g}" for name in attacks for e in settings["eps"]}
+
+
+def table(rows: list[dict], settings: dict) -> tuple[list[str], list[list[str]]]:
+    """Return titles and cells of a table with a line per run: mean ± standard deviation over its seeds.
+
+    Args:
+        rows: As flat() gives them.
+        settings: With `attacks` and `eps`.
+    """
+    attacks = attack_columns(settings)
+    titles = ["run", "ranks", "kept\n%", "clean\n%", *attacks]
+    titles += ["saturated\n%", "max κ", "‖UᵀU−I‖\nmax", "s per\nepoch"]
+    lines = []
+    for group in grouped(rows).values():
+        bounded = group[0]["run"].startswith("condlr:")
+        shares = [[row.get(name) for row in group] for name in ("kept", "clean", *attacks.values(), "saturated")]
+        line = [_label(group), _ranks(group), *map(percent, shares)]
+        line += [
+            largest([row["max_kappa"] for row in group], ".7g" if bounded else ".3g"),
+            largest([row["orthonormality"] for row in group], ".1e"),
+            spread([row["seconds_per_epoch"] for row in group], ".3f", deviation=False),
         ]
-        rows.append(row)
-    return header, rows
+        lines.append(line)
+    return titles, lines
 
 
 def _label(records: list[dict]) -> str:
@@ -74,15 +166,12 @@ def _label(records: list[dict]) -> str:
     return label + "".join(f" ({count} of {len(records)} {status})" for status, count in wrong.items())
 
 
-def _ranks(records: list[dict]) -> str:
-    lists = [list(record["ranks"].values()) for record in records]
-    if not any(lists):
+def _ranks(rows: list[dict]) -> str:
+    lists = [row["ranks"].split("/") for row in rows]
+    if lists[0] == [""]:
         return "full"
-    if all(ranks == lists[0] for ranks in lists):
-        texts = [str(rank) for rank in lists[0]]
-    else:  # methods that choose ranks themselves
-        texts = [f"{min(r)}–{max(r)}" if min(r) < max(r) else str(r[0]) for r in zip(*lists, strict=True)]
-    return ", ".join(texts)
+    layers = [sorted(set(map(int, ranks))) for ranks in zip(*lists, strict=True)]
+    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 1 else str(r[0]) for r in layers)
 
 
 def number(value: float | None, spec: str) -> str:
@@ -104,8 +193,8 @@ def spread(values: list[float | None], spec: str, deviation: bool = True) -> str
     return f"{mean} ± {statistics.stdev(values):{spec}}"
 
 
-def percent(shares: list[float]) -> str:
-    return spread([100 * share for share in shares], ".1f")
+def percent(shares: list[float | None], spec: str = ".1f") -> str:
+    return spread([100 * share for share in shares if share is not None], spec)
 
 
 # --------------------------------------------------------------------------------------------------- figures
@@ -139,7 +228,7 @@ def _results(fig, results: dict) -> None:
     """Accuracy against budget under each attack, and kappa - 1 of the first seed's low-rank layers against step."""
     fig.set_size_inches(16, 5.6)
     *accuracy, kappa_axes = fig.subplots(1, 3)
-    for i, records in enumerate(grouped(results).values()):
+    for i, records in enumerate(grouped(results["runs"]).values()):
         style = _style(i) | {"label": _label(records)}
         style |= {"lw": max(1, 3.2 - 0.35 * i), "ms": max(4, 9 - 0.7 * i)}  # coincident runs stay visible
         eps = [0.0, *results["config"]["eps"]]
@@ -173,7 +262,7 @@ def _results(fig, results: dict) -> None:
 
 def _spectra(fig, results: dict) -> None:
     """Singular values of every hidden layer at the end, of the first seed."""
-    groups = list(grouped(results).values())
+    groups = list(grouped(results["runs"]).values())
     names = list(dict.fromkeys(name for records in groups for name in records[0]["spectra"]))
     columns = min(4, max(1, len(names)))
     rows = max(1, math.ceil(len(names) / columns))
@@ -200,7 +289,7 @@ def _parameters(fig, results: dict) -> None:
     eps = results["config"]["eps"]
     fig.set_size_inches(4 * (len(eps) + 1), 5)
     panels = fig.subplots(1, len(eps) + 1, sharex=True, squeeze=False).flatten()
-    for i, records in enumerate(grouped(results).values()):
+    for i, records in enumerate(grouped(results["runs"]).values()):
         means, deviations = _means(records, lambda a: [100 * v for v in (a["clean"], *a.get("worst", []))])
         share = 100 * statistics.fmean(r["parameters"] / r["dense_parameters"] for r in records)
         for axes, mean, deviation in zip(panels, means, deviations, strict=False):

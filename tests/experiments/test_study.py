@@ -262,6 +262,8 @@ def test_best_checkpoint_has_its_own_numbers(tmp_path):
     assert best["validation"] == max(record["validation"]) == record["validation"][best["epoch"] - 1]
     again = evaluate_checkpoint(tmp_path / best["checkpoint"])
     assert {k: again[k] for k in best["robustness"]} == best["robustness"]
+    _, (row,) = report.read(tmp_path / "results.csv")
+    assert (row["best_epoch"], row["best_clean"]) == (best["epoch"], pytest.approx(again["clean"]))
     if best["epoch"] < 4:
         assert best["robustness"] != record["robustness"]
 
