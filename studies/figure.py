@@ -48,7 +48,7 @@ def draw() -> bytes:
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.subplots()
-        for (label, text, color, dashes), points in zip(LINES, data().values(), strict=True):
+        for (_, text, color, dashes), points in zip(LINES, data().values(), strict=True):
             eps, mean, deviation = zip(*points, strict=True)
             low, high = zip(*((m - d, m + d) for m, d in zip(mean, deviation, strict=True)), strict=True)
             axes.fill_between(eps, low, high, color=color, alpha=0.18, lw=0)
@@ -56,7 +56,10 @@ def draw() -> bytes:
         axes.set(
             xlim=(0, BUDGETS[-1]), ylim=(0, 100), xlabel="ℓ∞ budget of the attack", ylabel="worst-case accuracy (%)"
         )
-        axes.legend(loc="lower left", frameon=False, labelcolor=_TEXT)
+        axes.set_xticks((0, 0.05, 0.1, 0.15))
+        legend = axes.legend(loc="lower left", frameon=False, labelcolor=_TEXT, title="digits, hidden weights kept")
+        legend.get_title().set_color(_TEXT)
+        legend.set_alignment("left")
         axes.grid(color=_TEXT, alpha=0.25, lw=0.8)
         axes.tick_params(colors=_TEXT)
         for part in (axes.xaxis.label, axes.yaxis.label):

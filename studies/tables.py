@@ -9,7 +9,6 @@ gaps: A line per pair of runs: how many points the first is above the second, se
 """
 
 import re
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -60,10 +59,10 @@ def sizes(name: str, titles: list[str], rows: list[list[str]]) -> list[list[str]
     for run, group in report.grouped(records).items():
         options = dict(option.split("=") for option in run.partition(":")[2].split(",") if option)
         size = next((f"{k} {options[k]}" for k in ("rank", "keep", "budget") if k in options), "budget 0.27")
-        failed = Counter(row["status"] for row in group if row["status"] != "trained")
-        left = "".join(f" ({count} of {len(group)} {status})" for status, count in failed.items())
-        key = _SIZE.sub("", group[0]["label"]), size.replace("keep", "budget")
-        cells[key] = report.percent([row[column] for row in group]) + left
+        label = group[0]["label"]
+        failed = report.label(group).removeprefix(label)
+        key = _SIZE.sub("", label), size.replace("keep", "budget")
+        cells[key] = report.percent([row[column] for row in group]) + failed
     return [[row[0], *(cells.get((row[0], title), report.NOT_APPLICABLE) for title in titles[1:])] for row in rows]
 
 
@@ -81,6 +80,7 @@ def gap(name: str, first: str, second: str, column: str) -> list[float]:
 
 
 def points(values: list[float]) -> str:
+    """Return mean and standard deviation with the sign."""
     if not values:
         return report.NOT_APPLICABLE
     mean, *deviation = report.spread(values, "+.1f").replace("-", "−").split(" ± +")
@@ -106,5 +106,5 @@ def _columns(name: str) -> dict[str, str]:
 
 
 def _plain(label: str) -> str:
-    """The label without the note on runs that failed."""
+    """Return the label without the note on runs that failed."""
     return label.partition(" (")[0]

@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 from .. import _table
@@ -145,7 +146,7 @@ def table(rows: list[dict], settings: dict) -> tuple[list[str], list[list[str]]]
     for group in grouped(rows).values():
         bounded = group[0]["run"].startswith("condlr:")
         shares = [[row.get(name) for row in group] for name in ("kept", "clean", *attacks.values(), "saturated")]
-        line = [_label(group), _ranks(group), *map(percent, shares)]
+        line = [label(group), _ranks(group), *map(percent, shares)]
         line += [
             largest([row["max_kappa"] for row in group], ".7g" if bounded else ".3g"),
             largest([row["orthonormality"] for row in group], ".1e"),
@@ -155,15 +156,11 @@ def table(rows: list[dict], settings: dict) -> tuple[list[str], list[list[str]]]
     return titles, lines
 
 
-def _label(records: list[dict]) -> str:
-    """The label, and how many seeds went wrong."""
-    label, wrong = records[0]["label"], {}
-    for record in records:
-        if record["status"] != "trained":
-            wrong[record["status"]] = wrong.get(record["status"], 0) + 1
-    if len(records) == 1:
-        return f"{label} ({', '.join(wrong)})" if wrong else label
-    return label + "".join(f" ({count} of {len(records)} {status})" for status, count in wrong.items())
+def label(records: list[dict]) -> str:
+    """Return the label of a run and how many of its seeds failed."""
+    wrong = Counter(record["status"] for record in records if record["status"] != "trained")
+    counts = (f"{count} of {len(records)} " if len(records) > 1 else "" for count in wrong.values())
+    return records[0]["label"] + "".join(f" ({count}{status})" for count, status in zip(counts, wrong, strict=True))
 
 
 def _ranks(rows: list[dict]) -> str:
@@ -175,15 +172,17 @@ def _ranks(rows: list[dict]) -> str:
 
 
 def number(value: float | None, spec: str) -> str:
+    """Return the value as text, "-" for None."""
     return NOT_APPLICABLE if value is None else format(value, spec)
 
 
 def largest(values: list[float | None], spec: str) -> str:
+    """Return the largest value as text, "-" if one is missing."""
     return NOT_APPLICABLE if None in values or not values else format(max(values), spec)
 
 
 def spread(values: list[float | None], spec: str, deviation: bool = True) -> str:
-    """The mean and, of several, the standard deviation of the sample."""
+    """Return the mean and, for several different values, the standard deviation of the sample."""
     values = [value for value in values if value is not None]
     if not values:
         return NOT_APPLICABLE
@@ -193,8 +192,9 @@ def spread(values: list[float | None], spec: str, deviation: bool = True) -> str
     return f"{mean} ± {statistics.stdev(values):{spec}}"
 
 
-def percent(shares: list[float | None], spec: str = ".1f") -> str:
-    return spread([100 * share for share in shares if share is not None], spec)
+def percent(shares: list[float | None]) -> str:
+    """Return spread() of the shares in percent."""
+    return spread([100 * share for share in shares if share is not None], ".1f")
 
 
 # --------------------------------------------------------------------------------------------------- figures
@@ -219,17 +219,17 @@ def _style(i: int) -> dict:
 
 
 def _means(records: list[dict], values) -> tuple[list[float], list[float]]:
-    """Of what values() gives for each record under attack: means and standard deviations."""
+    """Return means and standard deviations, over the attacked records, of the list that values() returns for each."""
     columns = list(zip(*(values(r["robustness"]) for r in records if r.get("robustness")), strict=True))
     return [statistics.fmean(c) for c in columns], [statistics.stdev(c) if len(c) > 1 else 0.0 for c in columns]
 
 
 def _results(fig, results: dict) -> None:
-    """Accuracy against budget under each attack, and kappa - 1 of the first seed's low-rank layers against step."""
+    """Draw accuracy against budget, and kappa - 1 of the first seed's low-rank layers against step."""
     fig.set_size_inches(16, 5.6)
     *accuracy, kappa_axes = fig.subplots(1, 3)
     for i, records in enumerate(grouped(results["runs"]).values()):
-        style = _style(i) | {"label": _label(records)}
+        style = _style(i) | {"label": label(records)}
         style |= {"lw": max(1, 3.2 - 0.35 * i), "ms": max(4, 9 - 0.7 * i)}  # coincident runs stay visible
         eps = [0.0, *results["config"]["eps"]]
         for axes, name in zip(accuracy, ("fgsm", "worst"), strict=True):
@@ -241,13 +241,12 @@ def _results(fig, results: dict) -> None:
                 low, high = zip(*((m - d, m + d) for m, d in zip(means, deviations, strict=True)), strict=True)
                 axes.fill_between(eps, low, high, color=style["color"], alpha=0.12, lw=0)
         for j, kappa in enumerate(records[0]["kappa"].values()):
-            # kappa = 1 to the last bit has no logarithm; nothing below float32 rounding means anything
+            # log of 0 where kappa = 1 exactly; below float32 rounding nothing is significant
             excess = [max(k - 1, 1e-8) if k is not None else float("nan") for k in kappa]
             kappa_axes.plot(excess, color=style["color"], ls=LINES[j % len(LINES)], lw=style["lw"] / 1.5)
     for axes, title in zip(accuracy, ("FGSM", "Worst of the attacks, per sample"), strict=True):
         axes.set(xlabel="ℓ∞ budget (inputs in [0, 1])", ylabel="test accuracy (%)", ylim=(0, 101), title=title)
-    # a diverging run leaves by the top
-    kappa_axes.set(xlabel="step", ylabel="κ − 1 (log scale)", yscale="log", ylim=(5e-9, 1e3))
+    kappa_axes.set(xlabel="step", ylabel="κ − 1 (log scale)", yscale="log", ylim=(5e-9, 1e3))  # cuts diverging runs off
     kappa_axes.set_title("Condition number of each layer (grey: the bound)")
     for tau in sorted({run["tau"] for run in results["runs"] if run["tau"]}):
         kappa_axes.axhline(tau, color="0.5", lw=0.8, ls=(0, (6, 3)))
@@ -261,7 +260,7 @@ def _results(fig, results: dict) -> None:
 
 
 def _spectra(fig, results: dict) -> None:
-    """Singular values of every hidden layer at the end, of the first seed."""
+    """Draw the final singular values of every hidden layer, first seed."""
     groups = list(grouped(results["runs"]).values())
     names = list(dict.fromkeys(name for records in groups for name in records[0]["spectra"]))
     columns = min(4, max(1, len(names)))
@@ -272,7 +271,7 @@ def _spectra(fig, results: dict) -> None:
         for i, records in enumerate(groups):
             sigma = records[0]["spectra"].get(name)
             if sigma:
-                style = _style(i) | {"label": _label(records)}
+                style = _style(i) | {"label": label(records)}
                 axes.plot(range(1, len(sigma) + 1), sigma, ms=3, lw=1, **style)
         axes.set(title=name, xlabel="index", ylabel="singular value", yscale="log")
         axes.grid(alpha=0.25)
@@ -285,7 +284,7 @@ def _spectra(fig, results: dict) -> None:
 
 
 def _parameters(fig, results: dict) -> None:
-    """Accuracy, clean and in the worst case at every budget, against the number of parameters."""
+    """Draw clean and worst-case accuracy at every budget against the number of parameters."""
     eps = results["config"]["eps"]
     fig.set_size_inches(4 * (len(eps) + 1), 5)
     panels = fig.subplots(1, len(eps) + 1, sharex=True, squeeze=False).flatten()
@@ -293,7 +292,7 @@ def _parameters(fig, results: dict) -> None:
         means, deviations = _means(records, lambda a: [100 * v for v in (a["clean"], *a.get("worst", []))])
         share = 100 * statistics.fmean(r["parameters"] / r["dense_parameters"] for r in records)
         for axes, mean, deviation in zip(panels, means, deviations, strict=False):
-            axes.errorbar(share, mean, deviation or None, ls="", capsize=3, label=_label(records), **_style(i))
+            axes.errorbar(share, mean, deviation or None, ls="", capsize=3, label=label(records), **_style(i))
     for axes, title in zip(panels, ("clean", *(f"worst case, ε = {e:g}" for e in eps)), strict=True):
         axes.set(xlabel="parameters (% of the dense network's)", ylabel="test accuracy (%)", title=title)
         axes.grid(alpha=0.25)

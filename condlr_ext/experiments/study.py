@@ -40,9 +40,9 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
 
     Files, each whole or not there: for every run and seed <run>-seed<s>.safetensors, .json (its numbers) and .jsonl (a
     line per epoch), with a validation part also -best.safetensors, the epoch with the highest validation accuracy; then
-    results.csv, results.toml (settings), table.md and figures, see report.write. What was trained with
-    the same settings on the same data is not trained again, and a training that was interrupted goes on, bit for bit,
-    from its last half minute. What was trained otherwise is not overwritten unless config.overwrite says so.
+    results.csv, results.toml (settings), table.md and figures, see report.write. What was trained with the same
+    settings on the same data is not trained again, and a training that was interrupted goes on, bit for bit, from its
+    last half minute. What was trained otherwise is not overwritten unless config.overwrite says so.
 
     A run whose loss or weights stop being finite has status "diverged", no attacks, no checkpoint; one that ends with
     the same class for every training sample, as a spike of the loss can leave it, is "collapsed".
