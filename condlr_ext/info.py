@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from . import ops
+from . import _table, ops
 from .reference import HYPER, ROLES
 
 _SOFTWARE = (
@@ -16,7 +16,6 @@ _SOFTWARE = (
     "scikit-learn",
     "matplotlib",
     "tqdm",
-    "rich",
     "safetensors",
 )
 
@@ -53,10 +52,12 @@ def report() -> str:
     lines.append(f"{'CUDA':<14} {data['cuda'] or 'no device'}")
     lines.append(f"{'backend':<14} {data['backend']}")
     for device, table in data["ops"].items():
-        lines += ["", f"ops on {device} (small float32 tensors, backend auto)"]
+        rows = []
         for name, entry in table.items():
-            lines.append(f"  {name:<26} {entry['served_by']} ({entry['what']})")
-            lines += [f"  {'':<26}   not {other}: {'; '.join(why)}" for other, why in entry["not"].items()]
+            rows.append((name, entry["served_by"], entry["what"]))
+            rows += [("", "", f"not {other}: {'; '.join(why)}") for other, why in entry["not"].items()]
+        titles = (f"op on {device}", "served by", "that is (small float32 tensors, backend auto)")
+        lines += ["", _table.text(titles, rows)]
     return "\n".join(lines)
 
 

@@ -5,6 +5,8 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
+from .. import _table
+
 
 def train(arguments: Namespace) -> None:
     from ..experiments import TrainConfig, report
@@ -14,12 +16,12 @@ def train(arguments: Namespace) -> None:
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     config = TrainConfig.read(Path(arguments.config), **given) if arguments.config else TrainConfig(**given)
     results = run(config, progress=True)
-    report.show(*report.summary(results))
-    print(f"{results['seconds']:.0f} s; results.json, figures, tables and checkpoints are in {config.out}")
+    print(_table.text(*report.summary(results)))
+    print(f"{results['seconds']:.0f} s; results.csv, table.md, figures and checkpoints are in {config.out}")
 
 
 def evaluate(arguments: Namespace) -> None:
-    from ..experiments import evaluate_checkpoint, report
+    from ..experiments import evaluate_checkpoint
     from ..robustness import KNOWN_ATTACKS
 
     changes = {
@@ -37,7 +39,7 @@ def evaluate(arguments: Namespace) -> None:
     for i, e in enumerate(result["eps"]):
         rows.append([f"{e:g}"] + [f"{100 * result[name][i]:.2f}" for name in attacks])
     print(f"{result['run']} on {result['n']} test samples of {result['data']}, accuracy in %")
-    report.show(["eps", *attacks], rows)
+    print(_table.text(["eps", *attacks], rows))
     saturated, zero, tiny = (f"{100 * result[name]:.2f} %" for name in ("saturated", "zero_gradient", "tiny_gradient"))
     print(f"softmax = 1: {saturated}; input gradient 0: {zero}, below 1e-10: {tiny}")
     print("\n".join(["looks masked:", *result["flags"]]) if result["flags"] else "no sign of masked gradients")
@@ -60,7 +62,8 @@ def inspect(arguments: Namespace) -> None:
     ]  # fmt: skip
     metadata = result["metadata"]
     print(f"{metadata['run']}, {metadata['data']}, seed {metadata['seed']}, condlr_ext {metadata['condlr_ext']}")
-    report.show(["layer", "weight", "rank", "weights", "κ", "σ max", "σ min", "‖UᵀU−I‖", "route", "gain"], rows)
+    titles = ["layer", "weight", "rank", "weights", "κ", "σ max", "σ min", "‖UᵀU−I‖", "route", "gain"]
+    print(_table.text(titles, rows))
     print(
         f"route and gain: what a layer runs in training on batches of {result['batch_size']}, and the cost model's"
         " estimate of the dense layer's time over its own"

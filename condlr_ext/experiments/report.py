@@ -1,11 +1,16 @@
-"""Results as tables (terminal, Markdown, LaTeX), figures and JSON; over several seeds mean ± standard deviation."""
+"""Results of a study: one row per run and seed as CSV, settings as TOML, a table over the seeds, figures."""
 
+import csv
 import io
 import json
 import math
 import statistics
+import sys
+from collections import Counter
 from pathlib import Path
 
+from .. import _table
+from ..robustness import KNOWN_ATTACKS
 from .extras import require
 from .files import write_whole
 
@@ -15,86 +20,169 @@ MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
 NOT_APPLICABLE = "-"
 _ATTACKS = {"fgsm": "FGSM", "pgd-ce": "PGD", "apgd-ce": "APGD", "apgd-t": "APGD-T"}
-
-
-HISTORIES = ("loss", "step_loss", "validation", "kappa", "dense_kappa", "spectra", "settings")
+_TEXT = ("run", "label", "status", "ranks")  # columns that hold no number
+_MEASURED = ("max_kappa", "orthonormality", "seconds_per_epoch")  # to seven digits, shares to nine
+_GRADIENTS = ("saturated", "zero_gradient", "tiny_gradient", "dead_gradient")
+_NOT_SETTINGS = ("runs", "folder", "tensorboard", "out", "overwrite")
 
 
 def write(results: dict, out: Path) -> None:
-    """results.json, summary.json (the same without HISTORIES), table.md, table.tex and figures in the folder out."""
-    write_whole(out / "results.json", json.dumps(results, allow_nan=False).encode())
-    runs = [{key: value for key, value in run.items() if key not in HISTORIES} for run in results["runs"]]
-    write_whole(out / "summary.json", json.dumps(results | {"runs": runs}, allow_nan=False, indent=1).encode())
-    write_whole(out / "table.md", markdown(*summary(results)).encode())
-    write_whole(out / "table.tex", latex(*summary(results)).encode())
+    """Write results.csv, results.toml (settings, data, versions), table.md and figures to the folder out."""
+    rows = [flat(record) for record in results["runs"]]
+    write_whole(out / "results.csv", to_csv(rows).encode())
+    write_whole(out / "results.toml", to_toml(settings(results)).encode())
+    write_whole(out / "table.md", _table.markdown(*table(rows, results["config"])).encode())
     for name, draw in (("results", _results), ("spectra", _spectra), ("parameters", _parameters)):
         write_whole(out / f"{name}.png", _png(draw, results))
 
 
-def grouped(results: dict) -> dict[str, list[dict]]:
-    """The records of each run, one for every seed."""
+def read(path: Path) -> tuple[dict, list[dict]]:
+    """Return the settings and rows that write() left in path and its neighbor with the suffix .toml.
+
+    Args:
+        path: The CSV file.
+
+    Returns:
+        The settings, and the rows as flat() gives them, but for rounding.
+    """
+    toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = [
+            {name: cell if name in _TEXT else float(cell) if cell else None for name, cell in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    return toml.loads(path.with_suffix(".toml").read_text(encoding="utf-8")), rows
+
+
+def flat(record: dict) -> dict:
+    """Return the numbers of one run and seed by column; accuracy under attack at budget e is in the column "attack@e".
+
+    Columns that begin with best_ are those of the epoch with the highest validation accuracy.
+    """
+    row = {name: record[name] for name in ("run", "label", "seed", "status")}
+    row["ranks"] = "/".join(map(str, record["ranks"].values()))
+    row |= {name: record[name] for name in ("kept", "parameters")} | _attacked(record)
+    row |= {name: (record.get("robustness") or {}).get(name) for name in _GRADIENTS}
+    row |= {name: record[name] for name in ("max_kappa", "orthonormality", "skipped", "seconds_per_epoch")}
+    if best := record.get("best"):
+        row |= {f"best_{name}": value for name, value in _attacked(best).items()}
+        row |= {"best_epoch": best["epoch"], "best_validation": best["validation"]}
+    return row
+
+
+def _attacked(record: dict) -> dict:
+    found = record.get("robustness") or {}
+    attacks = [name for name in (*KNOWN_ATTACKS, "worst") if name in found]
+    row = {"clean": found.get("clean")}
+    return row | {f"{name}@{e:g}": v for name in attacks for e, v in zip(found["eps"], found[name], strict=True)}
+
+
+def to_csv(rows: list[dict]) -> str:
+    """Return the rows as CSV, with every column that one of them has."""
+    longest = max(rows, key=len)
+    columns = dict.fromkeys(name for row in (longest, *rows) for name in row)
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(name, value) for name, value in row.items()})
+    return file.getvalue()
+
+
+def _cell(name: str, value):
+    return format(value, ".7g" if name in _MEASURED else ".9g") if isinstance(value, float) else value
+
+
+def settings(results: dict) -> dict:
+    """Return what the runs have in common: the settings, the layers with a rank, the data and the versions."""
+    common = {k: v for k, v in results["config"].items() if k not in _NOT_SETTINGS and v is not None}
+    common["layers"] = max((list(record["ranks"]) for record in results["runs"]), key=len)
+    common |= {"dense_parameters": results["runs"][0]["dense_parameters"]}
+    common |= {"backend": results["backend"], "threads": results["threads"]}
+    return common | {"samples": results["data"], "versions": results["versions"]}
+
+
+def to_toml(values: dict) -> str:
+    """Return values as TOML; tables, which are last, hold no tables."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += ["", f"[{key}]", *(f"{k} = {json.dumps(v)}" for k, v in value.items())]
+        else:
+            lines.append(f"{key} = {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def grouped(records: list[dict]) -> dict[str, list[dict]]:
+    """Return the records, or rows, of each run, one for every seed."""
     groups = {}
-    for record in results["runs"]:
+    for record in records:
         groups.setdefault(record["run"], []).append(record)
     return groups
 
 
 def summary(results: dict) -> tuple[list[str], list[list[str]]]:
-    """Header and one row per run: of the attacks those that the settings name, or FGSM, and the worst case of all."""
-    eps = results["config"]["eps"]
-    attacks = [*(results["config"]["attacks"] or ("fgsm",)), "worst"]
-    header = ["run", "ranks", "kept\n%", "clean\n%"]
-    header += [f"{_ATTACKS.get(attack, attack)}\n{e:g}" for attack in attacks for e in eps]
-    header += ["satu-\nrated %", "max κ", "‖UᵀU−I‖\nmax", "s per\nepoch"]
-    rows = []
-    for records in grouped(results).values():
-        first, attacked = records[0], [r["robustness"] for r in records if r.get("robustness")]
-        row = [_label(records), _ranks(records), spread([100 * r["kept"] for r in records], ".1f")]
-        row.append(percent([a["clean"] for a in attacked]))
-        for attack in attacks:
-            row += [percent([a[attack][i] for a in attacked if attack in a]) for i in range(len(eps))]
-        row.append(percent([a["saturated"] for a in attacked]))
-        row += [
-            largest([r["max_kappa"] for r in records], ".7g" if first["method"] == "condlr" else ".3g"),
-            largest([r["orthonormality"] for r in records], ".1e"),
-            spread([r["seconds_per_epoch"] for r in records], ".3f", deviation=False),
+    """Return table() of the results of train."""
+    return table([flat(record) for record in results["runs"]], results["config"])
+
+
+def attack_columns(settings: dict) -> dict[str, str]:
+    """Return the columns under attack by title: of the attacks that the settings name, or FGSM, and the worst case."""
+    attacks = [*(settings.get("attacks") or ("fgsm",)), "worst"]
+    return {f"{_ATTACKS.get(name, name)}\n{e:g}": f"{name}@{e:g}" for name in attacks for e in settings["eps"]}
+
+
+def table(rows: list[dict], settings: dict) -> tuple[list[str], list[list[str]]]:
+    """Return titles and cells of a table with a line per run: mean ± standard deviation over its seeds.
+
+    Args:
+        rows: As flat() gives them.
+        settings: With `attacks` and `eps`.
+    """
+    attacks = attack_columns(settings)
+    titles = ["run", "ranks", "kept\n%", "clean\n%", *attacks]
+    titles += ["saturated\n%", "max κ", "‖UᵀU−I‖\nmax", "s per\nepoch"]
+    lines = []
+    for group in grouped(rows).values():
+        bounded = group[0]["run"].startswith("condlr:")
+        shares = [[row.get(name) for row in group] for name in ("kept", "clean", *attacks.values(), "saturated")]
+        line = [label(group), _ranks(group), *map(percent, shares)]
+        line += [
+            largest([row["max_kappa"] for row in group], ".7g" if bounded else ".3g"),
+            largest([row["orthonormality"] for row in group], ".1e"),
+            spread([row["seconds_per_epoch"] for row in group], ".3f", deviation=False),
         ]
-        rows.append(row)
-    return header, rows
+        lines.append(line)
+    return titles, lines
 
 
-def _label(records: list[dict]) -> str:
-    """The label, and how many seeds went wrong."""
-    label, wrong = records[0]["label"], {}
-    for record in records:
-        if record["status"] != "trained":
-            wrong[record["status"]] = wrong.get(record["status"], 0) + 1
-    if len(records) == 1:
-        return f"{label} ({', '.join(wrong)})" if wrong else label
-    return label + "".join(f" ({count} of {len(records)} {status})" for status, count in wrong.items())
+def label(records: list[dict]) -> str:
+    """Return the label of a run and how many of its seeds failed."""
+    wrong = Counter(record["status"] for record in records if record["status"] != "trained")
+    counts = (f"{count} of {len(records)} " if len(records) > 1 else "" for count in wrong.values())
+    return records[0]["label"] + "".join(f" ({count}{status})" for count, status in zip(counts, wrong, strict=True))
 
 
-def _ranks(records: list[dict]) -> str:
-    lists = [list(record["ranks"].values()) for record in records]
-    if not any(lists):
+def _ranks(rows: list[dict]) -> str:
+    lists = [row["ranks"].split("/") for row in rows]
+    if lists[0] == [""]:
         return "full"
-    if all(ranks == lists[0] for ranks in lists):
-        texts = [str(rank) for rank in lists[0]]
-    else:  # methods that choose ranks themselves
-        texts = [f"{min(r)}–{max(r)}" if min(r) < max(r) else str(r[0]) for r in zip(*lists, strict=True)]
-    return ", ".join(texts)
+    layers = [sorted(set(map(int, ranks))) for ranks in zip(*lists, strict=True)]
+    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 1 else str(r[0]) for r in layers)
 
 
 def number(value: float | None, spec: str) -> str:
+    """Return the value as text, "-" for None."""
     return NOT_APPLICABLE if value is None else format(value, spec)
 
 
 def largest(values: list[float | None], spec: str) -> str:
+    """Return the largest value as text, "-" if one is missing."""
     return NOT_APPLICABLE if None in values or not values else format(max(values), spec)
 
 
 def spread(values: list[float | None], spec: str, deviation: bool = True) -> str:
-    """The mean and, of several, the standard deviation of the sample."""
+    """Return the mean and, for several different values, the standard deviation of the sample."""
     values = [value for value in values if value is not None]
     if not values:
         return NOT_APPLICABLE
@@ -104,52 +192,9 @@ def spread(values: list[float | None], spec: str, deviation: bool = True) -> str
     return f"{mean} ± {statistics.stdev(values):{spec}}"
 
 
-def percent(shares: list[float]) -> str:
-    return spread([100 * share for share in shares], ".1f")
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    titles = [_one_line(name) for name in header]
-    lines = [titles, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def latex(header: list[str], rows: list[list[str]]) -> str:
-    """A tabular of the booktabs package, for LuaLaTeX, XeLaTeX or pdfLaTeX."""
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule"]
-    lines += [" & ".join(_tex(_one_line(name)) for name in header) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(_tex, row)) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-_TEX = {
-    "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "τ": r"$\tau$", "σ": r"$\sigma$",
-    "κ": r"$\kappa$", "ϑ": r"$\vartheta$", "β": r"$\beta$", "μ": r"$\mu$", "≤": r"$\le$", "‖": r"$\|$", "−": "$-$",
-    "ᵀ": r"$^\top$", "–": "--", "ℓ": r"$\ell$", "∞": r"$\infty$", "ε": r"$\varepsilon$",
-}  # fmt: skip
-
-
-def _tex(text: str) -> str:
-    return "".join(_TEX.get(character, character) for character in text)
-
-
-def _one_line(name: str) -> str:
-    return name.replace("-\n", "").replace("\n", " ")
-
-
-def show(header: list[str], rows: list[list[str]]) -> None:
-    """Print a table; a pipe or a file gets it in full width."""
-    console = require("rich.console").Console()
-    table = require("rich.table").Table(box=require("rich.box").SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    if not console.is_terminal:
-        columns = zip(header, *rows, strict=True)
-        console.width = sum(3 + max(len(line) for cell in column for line in cell.split("\n")) for column in columns)
-    console.print(table)
+def percent(shares: list[float | None]) -> str:
+    """Return spread() of the shares in percent."""
+    return spread([100 * share for share in shares if share is not None], ".1f")
 
 
 # --------------------------------------------------------------------------------------------------- figures
@@ -174,17 +219,17 @@ def _style(i: int) -> dict:
 
 
 def _means(records: list[dict], values) -> tuple[list[float], list[float]]:
-    """Of what values() gives for each record under attack: means and standard deviations."""
+    """Return means and standard deviations, over the attacked records, of the list that values() returns for each."""
     columns = list(zip(*(values(r["robustness"]) for r in records if r.get("robustness")), strict=True))
     return [statistics.fmean(c) for c in columns], [statistics.stdev(c) if len(c) > 1 else 0.0 for c in columns]
 
 
 def _results(fig, results: dict) -> None:
-    """Accuracy against budget under each attack, and kappa - 1 of the first seed's low-rank layers against step."""
+    """Draw accuracy against budget, and kappa - 1 of the first seed's low-rank layers against step."""
     fig.set_size_inches(16, 5.6)
     *accuracy, kappa_axes = fig.subplots(1, 3)
-    for i, records in enumerate(grouped(results).values()):
-        style = _style(i) | {"label": _label(records)}
+    for i, records in enumerate(grouped(results["runs"]).values()):
+        style = _style(i) | {"label": label(records)}
         style |= {"lw": max(1, 3.2 - 0.35 * i), "ms": max(4, 9 - 0.7 * i)}  # coincident runs stay visible
         eps = [0.0, *results["config"]["eps"]]
         for axes, name in zip(accuracy, ("fgsm", "worst"), strict=True):
@@ -196,13 +241,12 @@ def _results(fig, results: dict) -> None:
                 low, high = zip(*((m - d, m + d) for m, d in zip(means, deviations, strict=True)), strict=True)
                 axes.fill_between(eps, low, high, color=style["color"], alpha=0.12, lw=0)
         for j, kappa in enumerate(records[0]["kappa"].values()):
-            # kappa = 1 to the last bit has no logarithm; nothing below float32 rounding means anything
+            # log of 0 where kappa = 1 exactly; below float32 rounding nothing is significant
             excess = [max(k - 1, 1e-8) if k is not None else float("nan") for k in kappa]
             kappa_axes.plot(excess, color=style["color"], ls=LINES[j % len(LINES)], lw=style["lw"] / 1.5)
     for axes, title in zip(accuracy, ("FGSM", "Worst of the attacks, per sample"), strict=True):
         axes.set(xlabel="ℓ∞ budget (inputs in [0, 1])", ylabel="test accuracy (%)", ylim=(0, 101), title=title)
-    # a diverging run leaves by the top
-    kappa_axes.set(xlabel="step", ylabel="κ − 1 (log scale)", yscale="log", ylim=(5e-9, 1e3))
+    kappa_axes.set(xlabel="step", ylabel="κ − 1 (log scale)", yscale="log", ylim=(5e-9, 1e3))  # cuts diverging runs off
     kappa_axes.set_title("Condition number of each layer (grey: the bound)")
     for tau in sorted({run["tau"] for run in results["runs"] if run["tau"]}):
         kappa_axes.axhline(tau, color="0.5", lw=0.8, ls=(0, (6, 3)))
@@ -216,8 +260,8 @@ def _results(fig, results: dict) -> None:
 
 
 def _spectra(fig, results: dict) -> None:
-    """Singular values of every hidden layer at the end, of the first seed."""
-    groups = list(grouped(results).values())
+    """Draw the final singular values of every hidden layer, first seed."""
+    groups = list(grouped(results["runs"]).values())
     names = list(dict.fromkeys(name for records in groups for name in records[0]["spectra"]))
     columns = min(4, max(1, len(names)))
     rows = max(1, math.ceil(len(names) / columns))
@@ -227,7 +271,7 @@ def _spectra(fig, results: dict) -> None:
         for i, records in enumerate(groups):
             sigma = records[0]["spectra"].get(name)
             if sigma:
-                style = _style(i) | {"label": _label(records)}
+                style = _style(i) | {"label": label(records)}
                 axes.plot(range(1, len(sigma) + 1), sigma, ms=3, lw=1, **style)
         axes.set(title=name, xlabel="index", ylabel="singular value", yscale="log")
         axes.grid(alpha=0.25)
@@ -240,15 +284,15 @@ def _spectra(fig, results: dict) -> None:
 
 
 def _parameters(fig, results: dict) -> None:
-    """Accuracy, clean and in the worst case at every budget, against the number of parameters."""
+    """Draw clean and worst-case accuracy at every budget against the number of parameters."""
     eps = results["config"]["eps"]
     fig.set_size_inches(4 * (len(eps) + 1), 5)
     panels = fig.subplots(1, len(eps) + 1, sharex=True, squeeze=False).flatten()
-    for i, records in enumerate(grouped(results).values()):
+    for i, records in enumerate(grouped(results["runs"]).values()):
         means, deviations = _means(records, lambda a: [100 * v for v in (a["clean"], *a.get("worst", []))])
         share = 100 * statistics.fmean(r["parameters"] / r["dense_parameters"] for r in records)
         for axes, mean, deviation in zip(panels, means, deviations, strict=False):
-            axes.errorbar(share, mean, deviation or None, ls="", capsize=3, label=_label(records), **_style(i))
+            axes.errorbar(share, mean, deviation or None, ls="", capsize=3, label=label(records), **_style(i))
     for axes, title in zip(panels, ("clean", *(f"worst case, ε = {e:g}" for e in eps)), strict=True):
         axes.set(xlabel="parameters (% of the dense network's)", ylabel="test accuracy (%)", title=title)
         axes.grid(alpha=0.25)

@@ -40,9 +40,9 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
 
     Files, each whole or not there: for every run and seed <run>-seed<s>.safetensors, .json (its numbers) and .jsonl (a
     line per epoch), with a validation part also -best.safetensors, the epoch with the highest validation accuracy; then
-    results.json (every number), summary.json, figures, table.md and table.tex, see report.write. What was trained with
-    the same settings on the same data is not trained again, and a training that was interrupted goes on, bit for bit,
-    from its last half minute. What was trained otherwise is not overwritten unless config.overwrite says so.
+    results.csv, results.toml (settings), table.md and figures, see report.write. What was trained with the same
+    settings on the same data is not trained again, and a training that was interrupted goes on, bit for bit, from its
+    last half minute. What was trained otherwise is not overwritten unless config.overwrite says so.
 
     A run whose loss or weights stop being finite has status "diverged", no attacks, no checkpoint; one that ends with
     the same class for every training sample, as a spike of the loss can leave it, is "collapsed".
@@ -52,13 +52,14 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
         progress: whether to show a bar on stderr.
 
     Returns:
-        dict: what results.json holds, with None (null) for non-finite numbers.
+        dict: the settings ("config"), "data", "versions" and the records of all runs ("runs"), with None for non-finite
+            numbers.
 
     Raises:
         ValueError: bad settings or data, or results of other ones in config.out; ImportError: a missing extra package;
             OSError: an unwritable folder.
     """
-    needed = ["safetensors", "matplotlib", "rich", *(["tensorboard"] if config.tensorboard else [])]
+    needed = ["safetensors", "matplotlib", *(["tensorboard"] if config.tensorboard else [])]
     for module in needed:  # before an hour of training, not after
         require(module)
     check_device("train", config.device)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from .. import _table
 from .budget import stored_parameters
 
 _UNITS = {"parameters": "weights", "flops": "FLOPs", "time": "time"}
@@ -79,10 +80,11 @@ class FactorizeReport:
         return _share([(x.dense_seconds, x.seconds) for x in self.layers if x.seconds is not None])
 
     def __str__(self) -> str:
-        rows = [("layer", "weight", "rank", "κ", "parameters", "kept")]
         on_example = any(x.flops is not None for x in self.layers)
         timed = any(x.seconds is not None for x in self.layers)
-        rows[0] += ("Mflop", "route", "gain") * on_example + ("ms",) * timed
+        titles = ["layer", "weight", "rank", "κ", "parameters", "kept"]
+        titles += ["Mflop", "route", "gain"] * on_example + ["ms"] * timed
+        rows = []
         for x in self.layers:
             kept = f"{x.parameters / x.dense_parameters:.1%}" if not x.tied_to else f"as {x.tied_to}"
             row = (x.name, f"{x.m} x {x.n}", str(x.rank), f"{x.kappa:.3g}")
@@ -93,11 +95,7 @@ class FactorizeReport:
             if timed:
                 row += ("-" if x.seconds is None else f"{1e3 * x.dense_seconds:.3g} -> {1e3 * x.seconds:.3g}",)
             rows.append(row)
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = []
-        for name, *cells in rows:
-            right = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            lines.append("  ".join([name.ljust(widths[0]), *right]))
+        lines = [_table.text(titles, rows)]
         would = "would keep" if self.dry_run else "kept"
         lines.append(f"{would} {self.kept:.1%} of the factorized layers' weights")
         if self.measure != "parameters":

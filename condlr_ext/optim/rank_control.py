@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import linalg, reference
+from .. import _table, linalg, reference
 from ..errors import NonFiniteError, RankError
 from ..factorize.budget import stored_parameters
 from ..nn.layer import LowRankLayer
@@ -68,11 +68,14 @@ class RankReport:
         return sum(stored_parameters(x.rank_after, x.m, x.n) for x in self.layers)
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<24} {'weight':>13} {'rank':>10} {'dropped':>8} {'added':>6} {'expected':>11}"]
-        for x in self.layers:
-            expected = "-" if x.expected is None else f"{x.expected:+.3g}"
-            weight, rank = f"{x.m} x {x.n}", f"{x.rank_before} -> {x.rank_after}"
-            lines.append(f"{x.name:<24} {weight:>13} {rank:>10} {x.dropped:>8} {x.added:>6} {expected:>11}")
+        rows = [
+            (
+                x.name, f"{x.m} x {x.n}", f"{x.rank_before} -> {x.rank_after}", str(x.dropped), str(x.added),
+                "-" if x.expected is None else f"{x.expected:+.3g}",
+            )
+            for x in self.layers
+        ]  # fmt: skip
+        lines = [_table.text(("layer", "weight", "rank", "dropped", "added", "expected"), rows)]
         lines.append(f"loss {self.loss_before:.5g} -> {self.loss_after:.5g}, {self.parameters} parameters in use")
         if self.budget is not None and self.parameters > self.budget:
             lines.append(f"over the budget of {self.budget:.0f} parameters: update again")

@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .. import _table
 from ..attacks.apgd import apgd
 from ..attacks.balls import BALLS
 from ..attacks.checks import check_batch, check_choice, check_count, check_eps, check_logits, frozen
@@ -31,11 +32,9 @@ class Evaluation(dict):
 
     def __str__(self) -> str:
         columns = [name for name in (*KNOWN_ATTACKS, *self["others"], "transfer", "worst") if name in self]
-        width = 2 + max(6, *map(len, columns)) if columns else 0
         lines = [f"{self['n']} samples, clean accuracy {self['clean']:.2%}; accuracy in % under {self['norm']} attacks"]
-        lines.append(f"{'eps':<8}" + "".join(f"{name:>{width}}" for name in columns))
-        for i, e in enumerate(self["eps"]):
-            lines.append(f"{e:<8g}" + "".join(f"{100 * self[name][i]:{width}.2f}" for name in columns))
+        rows = [[f"{e:g}", *(f"{100 * self[name][i]:.2f}" for name in columns)] for i, e in enumerate(self["eps"])]
+        lines.append(_table.text(["eps", *columns], rows))
         lines.append(
             f"softmax = 1: {self['saturated']:.2%}; input gradient 0: {self['zero_gradient']:.2%}, "
             f"below {masking.TINY_GRADIENT:g}: {self['tiny_gradient']:.2%}, 0 for any loss: {self['dead_gradient']:.2%}"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from .. import _table
 from ..attacks.checks import frozen
 from ..errors import NonFiniteError, ShapeError
 from ..nn import LowRankLayer
@@ -47,12 +48,9 @@ class LipschitzReport:
     layers: list[LayerBound]
 
     def __str__(self) -> str:
-        lines = [f"{'layer':<24} {'kind':<16} {'sigma_max':>10} {'kappa':>10} {'bound':>10}  how"]
-        lines += [
-            f"{x.name:<24} {x.kind:<16} {x.sigma_max:>10.4g} {x.kappa:>10.4g} {x.bound:>10.4g}  {x.how}"
-            for x in self.layers
-        ]
-        return "\n".join([*lines, f"the network is {self.bound:.4g}-Lipschitz in l2"])
+        rows = [(x.name, x.kind, f"{x.sigma_max:.4g}", f"{x.kappa:.4g}", f"{x.bound:.4g}", x.how) for x in self.layers]
+        table = _table.text(("layer", "kind", "sigma_max", "kappa", "bound", "how"), rows)
+        return f"{table}\nthe network is {self.bound:.4g}-Lipschitz in l2"
 
 
 def lipschitz(model: nn.Module, x: Tensor, *, circulant: bool = True) -> LipschitzReport:

@@ -9,6 +9,7 @@ import torch
 
 import condlr_ext
 from condlr_ext.cli import commands, main
+from condlr_ext.experiments import report
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -36,12 +37,13 @@ def test_train_prints_a_table(tmp_path, capsys):
     printed = capsys.readouterr()
     assert "CondLR τ=0 rank 2" in printed.out and "2, 2" in printed.out and "max κ" in printed.out
     assert "1/1" in printed.err  # the bar
-    config = json.loads((tmp_path / "results.json").read_text())["config"]
-    assert (config["batch_size"], config["eps"], config["seeds"]) == (200, [0.1, 0.2], [3])
+    settings, (row,) = report.read(tmp_path / "results.csv")
+    assert (settings["batch_size"], settings["eps"], settings["seeds"]) == (200, [0.1, 0.2], [3])
+    assert (row["run"], row["ranks"], row["seed"]) == ("condlr:tau=0.0,rank=2", "2/2", 3)
 
 
 def test_evaluate_prints_the_numbers_of_the_run(trained, capsys):
-    run = json.loads((trained / "results.json").read_text())["runs"][1]
+    run = json.loads((trained / "condlr-tau0.1-budget0.27-seed0.json").read_text())
     path = str(trained / run["checkpoint"])
     assert main(["evaluate", path, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
@@ -135,7 +137,7 @@ def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
     assert str(tmp_path / "file") in failure(capsys, "train", "--out", str(tmp_path / "file" / "out"))
 
 
-@pytest.mark.parametrize("package", ["tqdm", "rich", "matplotlib", "safetensors", "sklearn"])
+@pytest.mark.parametrize("package", ["tqdm", "matplotlib", "safetensors", "sklearn"])
 def test_a_missing_extra_says_how_to_install_it(package, tmp_path, capsys, monkeypatch):
     for module in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)

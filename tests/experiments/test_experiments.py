@@ -358,12 +358,19 @@ def trained(tmp_path_factory):
 
 def test_result_files(trained):
     results, out = trained
-    assert json.loads((out / "results.json").read_text()) == results
+    settings, rows = report.read(out / "results.csv")
+    assert report.table(rows, settings) == report.summary(results) and settings["eps"] == results["config"]["eps"]
+    assert settings["layers"] == ["fc1", "fc2"] and settings["versions"] == results["versions"]
+    for row, record in zip(rows, results["runs"], strict=True):
+        exact = report.flat(record)
+        assert row == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in exact.items()}
+        assert row["worst@0.2"] == pytest.approx(record["robustness"]["worst"][2]) and row["seed"] == 0
+        assert json.loads((out / record["checkpoint"]).with_suffix(".json").read_text()) == record
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    names = {"results.json", "summary.json", "table.md", "table.tex", "results.png", "spectra.png", "parameters.png"}
+    names = {"results.csv", "results.toml", "table.md", "results.png", "spectra.png", "parameters.png"}
     for run in results["runs"]:
         names |= {str(Path(run["checkpoint"]).with_suffix(suffix)) for suffix in (".safetensors", ".json", ".jsonl")}
-    assert {path.name for path in out.iterdir()} == names and len(names) == 19
+    assert {path.name for path in out.iterdir()} == names and len(names) == 18
     lines = (out / "table.md").read_text().splitlines()
     assert len(lines) == 2 + 4 and all(line.count("|") == 15 for line in lines)
     for title in ("ranks", "kept %", "clean %", "FGSM 0.1", "worst 0.2", "saturated %", "max κ", "s per epoch"):
@@ -432,7 +439,9 @@ def test_a_diverged_run_is_marked_and_the_rest_go_on(tmp_path):
     assert condlr["max_kappa"] <= 1.1 * (1 + 1e-5) and condlr["orthonormality"] <= 1e-5
     table = (tmp_path / "table.md").read_text()
     assert "| vanilla UVᵀ (diverged) | 32, 20 | 25.0 | - | - |" in table and "CondLR τ=0.1" in table
-    json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)  # no NaN, no Infinity
+    _, (row, _) = report.read(tmp_path / "results.csv")
+    assert (row["status"], row["clean"]) == ("diverged", None)
+    json.loads((tmp_path / "vanilla-budget0.27-seed0.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert (tmp_path / "results.png").exists()
 
 
@@ -515,13 +524,12 @@ def test_a_run_that_fails_leaves_no_half_written_file(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no figure"):
         train(TrainConfig(runs=("dense",), epochs=1, attack_steps=1, out=tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {
-        "results.json",
-        "summary.json",
+        "results.csv",
+        "results.toml",
         "table.md",
-        "table.tex",
         *(f"dense-seed0.{end}" for end in ("safetensors", "json", "jsonl")),
     }
-    json.loads((tmp_path / "results.json").read_text())
+    report.read(tmp_path / "results.csv")
     load_checkpoint(tmp_path / "dense-seed0.safetensors")
 
 
