@@ -5,11 +5,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .balls import BALLS
-from .checks import check_batch, check_choice, check_count, check_eps, frozen
-from .gradient import spread
+from .._checks import check_batch, check_choice, check_count, check_eps
+from .._modules import frozen
+from .balls import BALLS, Ball
 from .losses import LOSSES, targeted_dlr
-from .search import Search, laid_out, untouched, where
+from .search import Search, repeat_for_budgets, sample_start, select_samples, unperturbed
 
 MOMENTUM = 0.75  # alpha of the paper: weight of the new step against the last one
 RISES_NEEDED = 0.75  # rho: share of the steps between two checkpoints that must raise the loss
@@ -40,22 +40,27 @@ def apgd(
     through the model in one batch.
 
     Args:
-        model: classifier returning logits [B, C]; attacked in eval mode, its state is restored.
-        x (Tensor): inputs in [0, 1], [B, ...], floating point.
-        y (Tensor): labels [B], integer.
-        eps (float or 1-D sequence): radii >= 0 of the ball, in the units of x.
+        model: Classifier returning logits [B, C]; attacked in eval mode, its state is restored.
+        x: Inputs in [0, 1], [B, ...], floating point.
+        y: Labels [B], integer.
+        eps: Radius >= 0 of the ball in the units of x, or a 1-D sequence of E radii.
         norm: "linf" or "l2".
         loss: "ce" (APGD-CE), "dlr" (APGD-DLR, needs 3 classes), "dlr-targeted" (APGD-T, needs 4), "log-odds" or
             "ce-rescaled".
-        steps, restarts: counts >= 1; every restart begins at a random point of the ball, as in pgd.
-        targets: of "dlr-targeted": how many classes, those of highest clean logit first, each with its own restarts.
-        generator: source of the random starts, on the device of x; default torch's global one.
+        steps: Steps >= 1 of each restart.
+        restarts: >= 1; each begins at a random point of the ball, as in pgd.
+        targets: >= 1, for "dlr-targeted": how many classes, those of highest clean logit first, each with its own
+            restarts.
+        generator: Source of the random starts, on the device of x; default torch's global one.
 
     Returns:
-        Tensor: adversarial inputs like x, [E, B, ...] for E budgets.
+        Adversarial inputs like x; [E, B, ...] for E budgets.
 
     Raises:
-        ValueError, TypeError: bad argument; ShapeError, NonFiniteError: the model's output or input gradient.
+        ValueError: An argument out of range, or a model whose output carries no gradient to its input.
+        TypeError: An argument of the wrong type.
+        ShapeError: Shapes of the arguments or of the logits.
+        NonFiniteError: NaN or Inf in the logits or the input gradient.
 
     Source: Croce and Hein (arXiv 2003.01690), algorithm 1, section 3 and, for the targeted loss, eq. 7.
     """
@@ -66,68 +71,68 @@ def apgd(
     for name, count in (("steps", steps), ("restarts", restarts), ("targets", targets)):
         check_count("apgd", name, count)
     if x.numel() == 0:
-        return untouched(x, budgets)
+        return unperturbed(x, budgets)
 
     ball = BALLS[norm]
     with frozen(model):
-        center, labels, radius = laid_out(x, y, budgets)
+        center, labels, radius = repeat_for_budgets(x, y, budgets)
         search = Search("apgd", model, labels, LOSSES.get(loss, LOSSES["dlr"]), loss, center, center)
-        targeted = _targets(search, targets) if loss == TARGETED else [None]
-        for ascent, target in enumerate(target for target in targeted for _ in range(restarts)):
-            start = (center + radius * spread(ball.noise(x, generator), center)).clamp(0, 1)
-            if ascent and not len(search.narrow()):
+        target_classes = _target_classes(search, targets) if loss == TARGETED else [None]
+        for ascent, target in enumerate(target for target in target_classes for _ in range(restarts)):
+            start = sample_start(ball, x, center, radius, generator)
+            if ascent and not len(search.drop_misclassified()):
                 break
             rows = search.rows
             if target is not None:
                 search.objective = partial(targeted_dlr, target=target[rows])
-            _climb(search, ball, center[rows], radius[rows], start[rows], steps)
+            _ascend(search, ball, center[rows], radius[rows], start[rows], steps)
         (best,) = search.strongest()
     return best.view(*budgets.shape, *x.shape)
 
 
+def _target_classes(search: Search, targets: int) -> tuple[Tensor, ...]:
+    """Return the target class [N] of each ascent, those of highest clean logit first."""
+    order = search.clean_logits.argsort(1, descending=True)
+    others = order[order != search.labels[:, None]].view(len(order), -1)
+    return others[:, :targets].unbind(1)
+
+
+def _ascend(search: Search, ball: Ball, center: Tensor, radius: Tensor, start: Tensor, steps: int) -> None:
+    """Run algorithm 1 once, for all samples of search.rows in one batch."""
+    stride = 2 * radius
+    point = previous = best = start
+    loss, grad = search.loss_and_gradient(start, start)
+    best_loss, best_grad = loss, grad
+    rises = torch.zeros_like(loss)
+    halved, checkpoint_loss, checkpoint = torch.zeros_like(loss, dtype=torch.bool), loss, 0
+    schedule = set(checkpoints(steps))
+    for k in range(1, steps + 1):
+        target = ball.move(point + stride * ball.direction(grad), center, radius)
+        if k > 1:
+            mixed = point + MOMENTUM * (target - point) + (1 - MOMENTUM) * (point - previous)
+            target = ball.move(mixed, center, radius)
+        previous, point, previous_loss = point, target, loss
+        loss, grad = search.loss_and_gradient(point, point)
+        rises += loss > previous_loss
+        better = loss > best_loss
+        best, best_grad = select_samples(better, point, best), select_samples(better, grad, best_grad)
+        best_loss = torch.maximum(loss, best_loss)
+        if k in schedule:
+            stuck = ~halved & (best_loss == checkpoint_loss)
+            halved = (rises < RISES_NEEDED * (k - checkpoint)) | stuck
+            stride = select_samples(halved, stride / 2, stride)
+            point, grad = select_samples(halved, best, point), select_samples(halved, best_grad, grad)
+            loss = torch.where(halved, best_loss, loss)
+            rises, checkpoint_loss, checkpoint = torch.zeros_like(rises), best_loss, k
+
+
 def checkpoints(steps: int) -> list[int]:
-    """Steps w_j = ceil(p_j steps) with p = 0.22, then p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06), below 1."""
+    """Return the steps w_j = ceil(p_j steps), j >= 1, for all p_j < 1.
+
+    p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06).
+    """
     previous, current, found = 0, 22, []  # in hundredths, so that ceil is exact
     while current < 100:
         found.append(-(-current * steps // 100))
         previous, current = current, current + max(current - previous - 3, 6)
     return found
-
-
-def _targets(search: Search, targets: int) -> tuple[Tensor, ...]:
-    """Target classes [N] of each ascent, those of highest clean logit first."""
-    order = search.start_logits.argsort(1, descending=True)
-    others = order[order != search.labels[:, None]].view(len(order), -1)
-    return others[:, :targets].unbind(1)
-
-
-def _climb(search: Search, ball, center: Tensor, radius: Tensor, start: Tensor, steps: int) -> None:
-    """One run of algorithm 1 for every sample of search.rows at once."""
-
-    def feasible(point: Tensor) -> Tensor:
-        return (center + ball.project(point - center, radius)).clamp(0, 1)
-
-    stride = 2 * radius
-    point = previous = best = start
-    value, grad = search.visit(start, start)
-    best_value, best_grad = value, grad
-    rises = torch.zeros_like(value)
-    halved, value_then, last = torch.zeros_like(value, dtype=torch.bool), value, 0
-    ends = set(checkpoints(steps))
-    for k in range(1, steps + 1):
-        target = feasible(point + stride * ball.direction(grad))
-        if k > 1:
-            target = feasible(point + MOMENTUM * (target - point) + (1 - MOMENTUM) * (point - previous))
-        previous, point, before = point, target, value
-        value, grad = search.visit(point, point)
-        rises += value > before
-        better = value > best_value
-        best, best_grad = where(better, point, best), where(better, grad, best_grad)
-        best_value = torch.maximum(value, best_value)
-        if k in ends:
-            stuck = ~halved & (best_value == value_then)
-            halved = (rises < RISES_NEEDED * (k - last)) | stuck
-            stride = where(halved, stride / 2, stride)
-            point, grad = where(halved, best, point), where(halved, best_grad, grad)
-            value = torch.where(halved, best_value, value)
-            rises, value_then, last = torch.zeros_like(rises), best_value, k

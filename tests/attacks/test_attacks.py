@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import condlr_ext
+from condlr_ext._modules import frozen
 from condlr_ext.attacks import apgd, fgsm, low_rank_pgd, pgd
 from condlr_ext.attacks.gradient import clean_gradient
 from condlr_ext.attacks.losses import cross_entropy, dlr, log_odds, rescaled_cross_entropy, targeted_dlr
@@ -84,7 +85,7 @@ def test_l2_random_start():
     """A uniform direction at a uniform distance; 5 standard deviations of what 4000 draws leave to chance."""
     from condlr_ext.attacks.balls import BALLS
 
-    noise = BALLS["l2"].noise(torch.zeros(4000, 3, dtype=torch.float64), None)
+    noise = BALLS["l2"].sample(torch.zeros(4000, 3, dtype=torch.float64), None)
     radius = noise.norm(dim=1)
     assert radius.max() <= 1
     for t in (0.3, 0.5, 0.8):
@@ -224,7 +225,7 @@ def test_misclassified_beats_higher_loss():
     assert model(found).argmax(1) == 1
 
 
-def test_tiny_gradients_keep_theirunit_l2():
+def test_tiny_gradients_keep_their_direction():
     w = torch.randn(8)
     model = Function(lambda x: torch.stack((1e-25 * (x @ w), -1e-25 * (x @ w)), dim=1))
     x, y = torch.full((1, 8), 0.5), torch.tensor([0])
@@ -343,7 +344,7 @@ def test_factorized_networks_are_attacked_like_their_dense_twins(kind):
     if kind is ConvNet:
         model(x)  # running statistics of its own
     dense = condlr_ext.to_dense(copy.deepcopy(model))
-    with condlr_ext.attacks.checks.frozen(model), condlr_ext.attacks.checks.frozen(dense):
+    with frozen(model), frozen(dense):
         (logits, grad), (dense_logits, dense_grad) = (clean_gradient("test", m, x, y) for m in (model, dense))
     torch.testing.assert_close(logits, dense_logits, rtol=0, atol=1e-12)
     torch.testing.assert_close(grad, dense_grad, rtol=0, atol=1e-12)
