@@ -1,14 +1,15 @@
-"""Plain low-rank layers W = A B, two unconstrained factors for any optimizer."""
+"""Plain low-rank layers W = A B with two unconstrained factors, for any optimizer."""
 
 import torch
 from torch import Tensor, nn
 
+from .._modules import replace_modules
 from ..errors import RankError
 from ..linalg import svd
 
 
 class _TwoFactor(nn.Sequential):
-    """What the layers share: `weight` = A B in the dense layer's shape, formed at each access, and `bias`."""
+    """Base of the layers: `weight` = A B in the dense layer's shape, computed at each access, and `bias`."""
 
     @property
     def weight(self) -> Tensor:
@@ -21,7 +22,7 @@ class _TwoFactor(nn.Sequential):
 
     @torch.no_grad()
     def _fill(self, dense: nn.Module) -> "_TwoFactor":
-        """A = U sqrt(sigma), B = sqrt(sigma) Vᵀ of the truncated SVD; the bias, the mode and what is trained."""
+        """Take A = U sqrt(sigma), B = sqrt(sigma) Vᵀ of the truncated SVD, bias, mode and requires_grad from dense."""
         down, up = self
         rank = len(down.weight)
         U, sigma, V = svd(dense.weight.flatten(1))
@@ -60,7 +61,7 @@ class TwoFactorConv(_TwoFactor):
 
     @classmethod
     def from_dense(cls, conv: nn.Module, rank: int) -> "TwoFactorConv":
-        """conv: an nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+        """Split an nn.Conv1d, nn.Conv2d or nn.Conv3d."""
         m, _ = _matrix_shape("TwoFactorConv", conv, rank)
         like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
         down = nn.utils.skip_init(
@@ -83,9 +84,9 @@ class TwoFactorConv(_TwoFactor):
         down, up = self
         if up.groups == 1:
             return up(down(input))
-        space = input.dim() - down.weight.dim() + 2  # where the dimensions of space begin
-        each = down(input.reshape(-1, down.in_channels, *input.shape[space:]))  # the groups as so many samples
-        return up(each.reshape(*input.shape[: space - 1], up.in_channels, *each.shape[2:]))
+        first = input.dim() - down.weight.dim() + 2  # the first spatial dimension
+        filtered = down(input.reshape(-1, down.in_channels, *input.shape[first:]))  # groups become samples
+        return up(filtered.reshape(*input.shape[: first - 1], up.in_channels, *filtered.shape[2:]))
 
 
 _TWO_FACTOR = {
@@ -101,15 +102,15 @@ def vanilla_low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
     """Replace the named linear and convolution layers of model, in place, by two-factor layers of the given ranks.
 
     Args:
-        model: any module.
+        model: Any module; unchanged after an error.
         ranks: {module name: rank}, 1 <= rank <= min(m, n) of the flattened m x n weight.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: a name that is no nn.Linear or nn.Conv1d/2d/3d of the model, or one whose weight is tied or
-        parametrized. RankError: a rank out of range. The model is unchanged then.
+        ValueError: A name is no nn.Linear or nn.Conv1d/2d/3d of the model, or its weight is tied or parametrized.
+        RankError: A rank is out of range.
     """
     layers = {name: module for name, module in model.named_modules() if name and type(module) in _TWO_FACTOR}
     for name in ranks:
@@ -119,12 +120,9 @@ def vanilla_low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
                 f" {', '.join(layers) or 'none'}"
             )
         _refuse_shared(model, name, layers[name])
-    # every new layer exists before the first one is put in, so a bad rank leaves the model whole
+    # all layers are made before the first is replaced, so that a bad rank leaves the model unchanged
     new = {layers[name]: _TWO_FACTOR[type(layers[name])].from_dense(layers[name], rank) for name, rank in ranks.items()}
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():  # named_children would pass over a module used twice
-            if child in new:
-                parent._modules[key] = new[child]
+    replace_modules(model, new)
     return model
 
 
