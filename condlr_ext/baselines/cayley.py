@@ -50,4 +50,5 @@ class CayleySGD(StiefelSGD):
         step = 1 / norm.clamp_min(1)
         identity = torch.eye(BtA.shape[0], dtype=X.dtype, device=X.device)
         Y = X + step * A @ torch.linalg.solve(identity - step / 2 * BtA, BtX)
+        # a Newton step to orthonormality, without which rounding adds up over the steps
         return Y + Y @ (identity[: X.shape[1], : X.shape[1]] - Y.mT @ Y) / 2

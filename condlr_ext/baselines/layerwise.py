@@ -138,7 +138,7 @@ class LayerSGD(Optimizer):
         return p - lr * direction
 
     def _constrain(self, new: dict[Tensor, Tensor]) -> None:
-        """Change the new values in place; they are keyed by the parameters and state tensors they will be written to."""
+        """Change the new values in place; the keys are the parameters and state tensors that will hold them."""
 
     def _check_values(self, new: dict[Tensor, Tensor]) -> None:
         if bad := not_finite(new, new.values()):
@@ -164,7 +164,7 @@ def not_finite(keys, tensors) -> list:
 
 
 def check_gradients(caller: str, params, names: dict[Tensor, str]) -> None:
-    """Raise NonFiniteError for NaN or Inf in a gradient, with the parameter's name, and RuntimeError for a sparse one."""
+    """Raise NonFiniteError, naming the parameter, if a gradient has NaN or Inf, RuntimeError if it is sparse."""
     params = [p for p in params if p.grad is not None]
     if any(p.grad.is_sparse for p in params):
         raise RuntimeError(f"{caller}.step does not take sparse gradients")

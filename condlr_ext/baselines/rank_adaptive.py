@@ -81,9 +81,7 @@ class RankAdaptiveSGD(Optimizer):
         names = dict(zip(self._options["params"], self._options["param_names"], strict=True))
         check_gradients(type(self).__name__, self._options["params"], names)
 
-    def _set_factors(
-        self, layer: TrainedLayer, U: Tensor, S: Tensor, V: Tensor, momentum: Tensor | None = None
-    ) -> None:
+    def _set_factors(self, layer: TrainedLayer, U, S, V, momentum: Tensor | None = None) -> None:
         """Give the layer these factors, as new Parameters, and the core this momentum buffer."""
         params = self._options["params"]
         position = {id(p): i for i, p in enumerate(params)}

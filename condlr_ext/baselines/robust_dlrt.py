@@ -115,7 +115,7 @@ class RobustDLRT(RankAdaptiveSGD):
 
 
 def penalty_gradient(S: Tensor) -> Tensor:
-    """Return the gradient 2 S (SᵀS - a² I) / R of R(S) = ‖SᵀS - a² I‖_F, a² = ‖S‖_F² / r; 0 where R is 0 to rounding."""
+    """Return the gradient of R(S) = ‖SᵀS - a² I‖_F, 2 S (SᵀS - a² I) / R with a² = ‖S‖_F² / r; 0 if R is rounding."""
     mean = S.square().sum() / len(S)
     excess = S.mT @ S - mean * torch.eye(len(S), dtype=S.dtype, device=S.device)
     norm = torch.linalg.matrix_norm(excess)
