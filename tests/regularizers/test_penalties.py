@@ -117,20 +117,22 @@ def test_low_precision_weights_are_penalised_in_float32(dtype):
 
 
 def test_penalties_compile_without_graph_breaks(model):
+    model = model[2:8:4].append(model[7])  # dense, and two low-rank layers of equal shape: compiling takes long
+
 
     def every(model):
         return sum(penalty(model) for penalty in PENALTIES.values()) + tsc(model)
 
-    expected = torch.autograd.grad(every(model), model[6].S)[0]
+    expected = torch.autograd.grad(every(model), model[1].S)[0]
     compiled = torch.compile(every, fullgraph=True, backend="aot_eager")
     value = compiled(model)
     torch.testing.assert_close(value, every(model))
-    torch.testing.assert_close(torch.autograd.grad(value, model[6].S)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(value, model[1].S)[0], expected)
 
 
 @pytest.mark.parametrize("sigma", [(3.0, 2.0, 1.5), (2.0, 2.0, 2.0), (0.0, 0.0, 0.0)], ids=str)
-def test_room_for_a_larger_rank_is_neutral(sigma):
-    """As RankController keeps it: zero columns of U and V, zero rows and columns of S."""
+def test_reserved_directions_are_neutral(sigma):
+    """As RankController has them: zero columns of U and V, zero rows and columns of S."""
     small = condlr_ext.LowRankLinear(9, 8, rank=3, dtype=F64)
     with torch.no_grad():
         small.S.copy_(with_spectrum(sigma))

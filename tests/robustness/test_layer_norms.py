@@ -107,7 +107,7 @@ def test_pruned_weights_and_unbatched_images():
     assert true <= lipschitz(unbatched, x).bound * EXACT <= 1.4 * true
 
 
-def test_room_for_a_larger_rank_is_no_part_of_the_weight():
+def test_reserved_directions_are_no_part_of_the_weight():
     model, x = nn.Sequential(LowRankLinear(10, 8, rank=2)), torch.rand(3, 10)
     spectra, ratios = layer_spectra(model), misalignment(model, x)
     optimizer = condlr_ext.optim.CondLRSGD(model, lr=0.1, tau=0.1)
