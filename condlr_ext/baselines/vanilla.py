@@ -38,13 +38,19 @@ class _TwoFactor(nn.Sequential):
 
 
 class TwoFactorLinear(_TwoFactor):
-    """y = A (B x) + b: a linear layer [rank, in] without bias, then one [out, rank] with the bias.
-
-    from_dense splits the truncated SVD W = U diag(sigma) Vᵀ evenly: A = U sqrt(sigma), B = sqrt(sigma) Vᵀ.
-    """
+    """y = A (B x) + b: a linear layer [rank, in] without bias, then one [out, rank] with the bias."""
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, rank: int) -> "TwoFactorLinear":
+        """Split the truncated SVD W = U diag(sigma) Vᵀ evenly: A = U sqrt(sigma), B = sqrt(sigma) Vᵀ.
+
+        Args:
+            linear: The dense layer, unchanged.
+            rank: 1 <= rank <= min(m, n).
+
+        Raises:
+            RankError: rank is out of range.
+        """
         m, n = _matrix_shape("TwoFactorLinear", linear, rank)
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         down = nn.utils.skip_init(nn.Linear, n, rank, bias=False, **like)
@@ -56,12 +62,20 @@ class TwoFactorConv(_TwoFactor):
     """A convolution with rank filters [rank, C_in / groups, *kernel_size], then a pointwise one with the bias.
 
     The weight of the dense layer, flattened to [C_out, C_in / groups * prod(kernel_size)], is A B. With groups the
-    filters are shared by the groups, and group k uses its own rows of A. from_dense as TwoFactorLinear's.
+    filters are shared by the groups, and group k uses its own rows of A.
     """
 
     @classmethod
     def from_dense(cls, conv: nn.Module, rank: int) -> "TwoFactorConv":
-        """Split an nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+        """Split the truncated SVD of the flattened weight evenly, as TwoFactorLinear.from_dense.
+
+        Args:
+            conv: An nn.Conv1d, nn.Conv2d or nn.Conv3d, unchanged.
+            rank: 1 <= rank <= min(m, n) of the flattened m x n weight.
+
+        Raises:
+            RankError: rank is out of range.
+        """
         m, _ = _matrix_shape("TwoFactorConv", conv, rank)
         like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
         down = nn.utils.skip_init(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .._checks import check_batch, check_choice, check_count, check_eps, check_logits
 from .._modules import frozen
-from ..attacks.apgd import apgd
+from ..attacks.auto_pgd import apgd
 from ..attacks.balls import BALLS
 from ..attacks.gradient import clean_gradient, fgsm, pgd
 from ..attacks.losses import CLASSES_NEEDED

@@ -23,7 +23,12 @@ BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class LayerSpectrum(NamedTuple):
-    """Largest singular value of a layer's flattened weight, and its ratio to the smallest."""
+    """Spectrum of a layer's flattened weight.
+
+    Attributes:
+        sigma_max: Largest singular value.
+        kappa: Ratio of sigma_max to the smallest singular value.
+    """
 
     sigma_max: float
     kappa: float
