@@ -119,7 +119,6 @@ def test_low_precision_weights_are_penalised_in_float32(dtype):
 def test_penalties_compile_without_graph_breaks(model):
     model = model[2:8:4].append(model[7])  # dense, and two low-rank layers of equal shape: compiling takes long
 
-
     def every(model):
         return sum(penalty(model) for penalty in PENALTIES.values()) + tsc(model)
 
