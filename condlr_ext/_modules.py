@@ -1,9 +1,10 @@
-"""Helpers for whole models: unwrap, select layers by name or type, replace modules, undo changes on error."""
+"""Helpers for whole models: unwrap, select layers by name or type, replace modules, freeze, undo changes on error."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -101,3 +102,29 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         for p, requires_grad in trained.items():
             p.requires_grad_(requires_grad)
         raise
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode, its parameters take no gradient, and gradients to inputs are recorded.
+
+    Afterwards every submodule's mode and every parameter's requires_grad are what they were.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(model)}")
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval()
+        for parameter, _ in trained:
+            parameter.requires_grad_(False)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            if type(module).train is not nn.Module.train:  # its train() does more than set the flag
+                module.train(training)
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)

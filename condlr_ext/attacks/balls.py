@@ -9,40 +9,43 @@ from torch import Tensor
 
 
 class Ball(NamedTuple):
-    """A norm ball of samples [N, ...]; radius is broadcastable against them."""
+    """The functions of a norm that attacks need; radii broadcast against samples [N, ...]."""
 
-    noise: Callable[[Tensor, torch.Generator | None], Tensor]  # a start in the unit ball around 0, like the argument
-    direction: Callable[[Tensor], Tensor]  # of steepest ascent for a gradient, 0 for 0
-    project: Callable[[Tensor, Tensor], Tensor]  # (perturbation, radius) -> perturbation
-    size: Callable[[Tensor], Tensor]  # norm of each sample, [N]
+    sample: Callable[[Tensor, torch.Generator | None], Tensor]  # random points of the unit ball around 0, shaped like x
+    direction: Callable[[Tensor], Tensor]  # steepest ascent for a gradient; 0 for 0
+    project: Callable[[Tensor, Tensor], Tensor]  # (perturbation, radius) -> perturbation in the ball around 0
+    norm: Callable[[Tensor], Tensor]  # of each sample, [N]
+
+    def move(self, point: Tensor, center: Tensor, radius: Tensor) -> Tensor:
+        """Project point onto the ball around center, then clip to [0, 1]."""
+        return (center + self.project(point - center, radius)).clamp(0, 1)
 
 
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """values [N] with the trailing dimensions that let them broadcast against like [N, ...]."""
-    return values.view(-1, *[1] * (like.ndim - 1))
+def unsqueeze_like(values: Tensor, t: Tensor) -> Tensor:
+    """View values [N] so that they broadcast against t [N, ...]."""
+    return values.view(-1, *[1] * (t.ndim - 1))
 
 
-def largest_entry(t: Tensor) -> Tensor:
-    return _flat(t).abs().amax(1)
+def linf_norm(t: Tensor) -> Tensor:
+    return _flatten(t).abs().amax(1)
+
+
+def l2_norm(t: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(_flatten(t), dim=1)
 
 
 def unit_l2(t: Tensor) -> Tensor:
-    """Each sample divided by its l2 norm; 0 stays 0. Divided by its largest entry first: squares of tiny entries
-    underflow."""
-    largest = per_sample(largest_entry(t), t)
-    scaled = t / torch.where(largest > 0, largest, 1)
-    return scaled / per_sample(_l2_size(scaled), t).clamp_min(1)
+    """Divide each sample by its l2 norm; 0 stays 0."""
+    largest = unsqueeze_like(linf_norm(t), t)
+    scaled = t / torch.where(largest > 0, largest, 1)  # the squares of tiny entries would underflow
+    return scaled / unsqueeze_like(l2_norm(scaled), t).clamp_min(1)
 
 
-def _flat(t: Tensor) -> Tensor:
-    return t.reshape(len(t), math.prod(t.shape[1:]))  # not -1, which an empty batch leaves open
+def _flatten(t: Tensor) -> Tensor:
+    return t.reshape(len(t), math.prod(t.shape[1:]))  # not -1, which is ambiguous for an empty batch
 
 
-def _l2_size(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(_flat(t), dim=1)
-
-
-def _linf_noise(x: Tensor, generator) -> Tensor:
+def _linf_sample(x: Tensor, generator) -> Tensor:
     return torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator) * 2 - 1
 
 
@@ -50,20 +53,23 @@ def _linf_project(delta: Tensor, radius: Tensor) -> Tensor:
     return delta.clamp(-radius, radius)
 
 
-def _l2_noise(x: Tensor, generator) -> Tensor:
-    """A uniform direction at a uniform distance, as in torchattacks: ascent from there ends a little higher than from
-    points uniform in the ball, in high dimensions nearly all of them on its surface."""
+def _l2_sample(x: Tensor, generator) -> Tensor:
+    """Draw a uniform direction at a uniform distance, as in torchattacks.
+
+    Ascent from these points reaches a little higher loss than from points uniform in the ball, which in high
+    dimensions are nearly all near its surface.
+    """
     like = {"dtype": x.dtype, "device": x.device, "generator": generator}
     direction = unit_l2(torch.randn(x.shape, **like))
     return direction * torch.rand(len(x), *[1] * (x.ndim - 1), **like)
 
 
 def _l2_project(delta: Tensor, radius: Tensor) -> Tensor:
-    norms = per_sample(_l2_size(delta), delta)
+    norms = unsqueeze_like(l2_norm(delta), delta)
     return torch.where(norms > radius, delta * (radius / torch.where(norms > 0, norms, 1)), delta)
 
 
 BALLS = {
-    "linf": Ball(_linf_noise, torch.sign, _linf_project, largest_entry),
-    "l2": Ball(_l2_noise, unit_l2, _l2_project, _l2_size),
+    "linf": Ball(_linf_sample, torch.sign, _linf_project, linf_norm),
+    "l2": Ball(_l2_sample, unit_l2, _l2_project, l2_norm),
 }

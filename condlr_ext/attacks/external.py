@@ -1,4 +1,4 @@
-"""Attacks of torchattacks, foolbox and AutoAttack, called like the package's own."""
+"""Attacks of torchattacks, foolbox and AutoAttack, with the signature of the package's own."""
 
 import importlib
 import math
@@ -8,58 +8,76 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_batch, check_choice, check_count, check_eps, check_logits
+from .._modules import frozen
 from ..errors import NonFiniteError, ShapeError
 from .balls import BALLS
-from .checks import check_batch, check_choice, check_count, check_eps, check_logits, frozen
-from .search import untouched
+from .search import unperturbed
 
 
 def from_torchattacks(model: nn.Module, x: Tensor, y: Tensor, eps, attack: str, *, seed: int = 0, **options) -> Tensor:
-    """An attack of torchattacks by the name of its class, such as "PGD", "PGDL2", "APGD" or "Square".
+    """Run an attack of torchattacks, given the name of its class, such as "PGD", "PGDL2", "APGD" or "Square".
 
     Args:
-        model: classifier of inputs in [0, 1] returning logits [B, C], normalization inside; attacked in eval mode, its
+        model: Classifier of inputs in [0, 1] returning logits [B, C], normalization inside; attacked in eval mode, its
             state is restored.
-        x (Tensor): inputs in [0, 1], [B, ...], floating point. Inputs that are no images [B, C, H, W] are shown to the
-            attack as images and to the model as they are.
-        y (Tensor): labels [B], integer.
-        eps (float or 1-D sequence): budgets >= 0, the attack's `eps`; one run for each.
-        attack: name of the class.
-        seed: of torch and NumPy during each run; their own random states are left alone.
-        options: of the class; a function is called with the budget, as in alpha=lambda eps: eps / 4.
+        x: Inputs in [0, 1], [B, ...], floating point. The attack sees inputs of any other shape as images
+            [B, C, H, W], the model as they are.
+        y: Labels [B], integer.
+        eps: Budget >= 0, the attack's `eps`, or a 1-D sequence of E budgets, one run for each.
+        attack: Name of the class.
+        seed: Seed of torch and NumPy during each run; their global random states are left alone.
+        options: Options of the class; a function is called with the budget, as in alpha=lambda eps: eps / 4.
 
     Returns:
-        Tensor: adversarial inputs like x, [E, B, ...] for E budgets.
+        Adversarial inputs like x; [E, B, ...] for E budgets.
 
     Raises:
-        ImportError: torchattacks is not installed. ValueError, TypeError: bad argument; ShapeError, NonFiniteError:
-        output of the model or the attack.
+        ImportError: torchattacks is not installed.
+        ValueError: An argument out of range, or an unknown attack.
+        TypeError: An argument of the wrong type.
+        ShapeError: Shapes of the arguments, the logits or the attack's result.
+        NonFiniteError: NaN or Inf in the logits or the attack's result.
     """
     library = _require("from_torchattacks", "torchattacks")
-    kind = _named("from_torchattacks", library, attack)
+    attack_class = _attack_class("from_torchattacks", library, attack)
 
-    def run(shown, images, labels, budget):
+    def run(classifier, images, labels, budget):
         chosen = {name: option(budget) if callable(option) else option for name, option in options.items()}
-        attacker = kind(shown, eps=budget, **chosen)
+        attacker = attack_class(classifier, eps=budget, **chosen)
         attacker.set_device(x.device)
         return attacker(images, labels)
 
-    return _one_by_one("from_torchattacks", model, x, y, eps, seed, run)
+    return _run_per_budget("from_torchattacks", model, x, y, eps, seed, run)
 
 
 def from_foolbox(model: nn.Module, x: Tensor, y: Tensor, eps, attack: str, *, seed: int = 0, **options) -> Tensor:
-    """An attack of foolbox.attacks by the name of its class, such as "LinfPGD", "L2PGD" or "L2CarliniWagnerAttack".
+    """Run an attack of foolbox.attacks, given the name of its class, such as "LinfPGD" or "L2CarliniWagnerAttack".
 
-    Arguments, returns and errors as for from_torchattacks.
+    Args:
+        model: As in from_torchattacks.
+        x: As in from_torchattacks.
+        y: As in from_torchattacks.
+        eps: As in from_torchattacks; foolbox's `epsilons`.
+        attack: Name of the class.
+        seed: As in from_torchattacks.
+        options: Options of the class, the same for every budget.
+
+    Returns:
+        As from_torchattacks.
+
+    Raises:
+        ImportError: foolbox is not installed.
+        ValueError: As from_torchattacks, like the other errors.
     """
     library = _require("from_foolbox", "foolbox")
-    attacker = _named("from_foolbox", library.attacks, attack)(**options)
+    attacker = _attack_class("from_foolbox", library.attacks, attack)(**options)
 
-    def run(shown, images, labels, budget):
-        bounded = library.PyTorchModel(shown, bounds=(0, 1), device=x.device)
+    def run(classifier, images, labels, budget):
+        bounded = library.PyTorchModel(classifier, bounds=(0, 1), device=x.device)
         return attacker(bounded, images, labels, epsilons=budget)[1]
 
-    return _one_by_one("from_foolbox", model, x, y, eps, seed, run)
+    return _run_per_budget("from_foolbox", model, x, y, eps, seed, run)
 
 
 def autoattack(
@@ -73,16 +91,25 @@ def autoattack(
     batch_size: int = 250,
     seed: int = 0,
 ) -> Tensor:
-    """AutoAttack: by default its standard version, APGD-CE, targeted APGD-DLR and FAB, and Square.
+    """Run AutoAttack: by default its standard version, APGD-CE, targeted APGD-DLR and FAB, and Square.
 
     Args:
-        model, x, y, eps, seed: as for from_torchattacks.
+        model: As in from_torchattacks.
+        x: As in from_torchattacks.
+        y: As in from_torchattacks.
+        eps: As in from_torchattacks.
         norm: "linf" or "l2".
-        attacks: instead of the standard version, names out of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t",
-            "square". The targeted ones want more than 9 classes, as AutoAttack says.
-        batch_size: samples at a time.
+        attacks: Names out of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square" instead of the standard
+            version. The targeted ones need more than 9 classes.
+        batch_size: Samples per batch, >= 1.
+        seed: As in from_torchattacks.
 
-    Returns and raises as from_torchattacks. Samples no attack of the set breaks come back unchanged.
+    Returns:
+        As from_torchattacks; samples that no attack of the set breaks are unchanged.
+
+    Raises:
+        ImportError: Neither autoattack nor pyautoattack is installed.
+        ValueError: As from_torchattacks, like the other errors.
 
     Source: Croce and Hein (arXiv 2003.01690); packages autoattack (from its repository) or pyautoattack.
     """
@@ -91,33 +118,57 @@ def autoattack(
     library = _require("autoattack", "autoattack", "pyautoattack")
     packaged = library.__name__ == "pyautoattack"  # the same code with other names for its arguments
 
-    def run(shown, images, labels, budget):
+    def run(classifier, images, labels, budget):
         options = {} if packaged else {"verbose": False}
         if attacks is not None:
             options |= {"attacks" if packaged else "attacks_to_run": list(attacks), "version": "custom"}
         names = {"linf": "Linf", "l2": "L2"}
-        attacker = library.AutoAttack(shown, norm=names[norm], eps=budget, seed=seed, device=x.device, **options)
+        attacker = library.AutoAttack(classifier, norm=names[norm], eps=budget, seed=seed, device=x.device, **options)
         size = {"batch_size" if packaged else "bs": batch_size}
         found = attacker.run_standard_evaluation(images, labels, **size)
         return found[0] if packaged else found  # it returns the labels too
 
-    return _one_by_one("autoattack", model, x, y, eps, seed, run)
+    return _run_per_budget("autoattack", model, x, y, eps, seed, run)
 
 
-class _Shown(nn.Module):
-    """The model as a classifier of images, whatever the shape and dtype of the inputs it was made for."""
+def _run_per_budget(caller: str, model: nn.Module, x: Tensor, y: Tensor, eps, seed: int, run) -> Tensor:
+    """Return run(classifier of images, images, labels, budget) for every budget in order, x for a budget of 0."""
+    check_batch(caller, x, y)
+    budgets = check_eps(caller, eps, x)
+    if x.numel() == 0:
+        return unperturbed(x, budgets)
+    with frozen(model):
+        x, y = x.detach().clone(), y.long().clone()
+        check_logits(caller, model(x), y)
+        images, classifier, results = _as_images(x), _ImageClassifier(model, x), []
+        for budget in budgets.reshape(-1).tolist():
+            if budget == 0:
+                results.append(x)
+                continue
+            with _seeded(seed):  # again for every budget, so that none depends on the others
+                attacked = run(classifier, images.clone(), y.clone(), budget).detach()
+            if attacked.shape != images.shape:
+                raise ShapeError(f"{caller}: the attack must return {list(images.shape)}, got {list(attacked.shape)}")
+            if not torch.isfinite(attacked).all():
+                raise NonFiniteError(f"{caller}: the attack returns NaN or Inf at eps={budget:g}")
+            results.append(attacked.view_as(x).to(x.dtype).clamp(0, 1))
+    return torch.stack(results).view(*budgets.shape, *x.shape)
 
-    def __init__(self, model: nn.Module, like: Tensor):
+
+class _ImageClassifier(nn.Module):
+    """The model as a classifier of images, whatever shape and dtype its inputs have."""
+
+    def __init__(self, model: nn.Module, x: Tensor):
         super().__init__()
-        self.model, self.shape, self.kind = model, like.shape[1:], like.dtype
+        self.model, self.input_shape, self.input_dtype = model, x.shape[1:], x.dtype
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.reshape(-1, *self.shape).to(self.kind))
+        return self.model(images.reshape(-1, *self.input_shape).to(self.input_dtype))
 
 
 def _as_images(x: Tensor) -> Tensor:
-    """x [B, ...] as [B, C, H, W]: matrices as one channel, vectors as a square if they fill one, else as channels."""
+    """View x [B, ...] as [B, C, H, W]: a matrix is one channel, a vector a square if it fills one, else C channels."""
     if x.ndim == 4:
         return x
     if x.ndim == 3:
@@ -127,33 +178,9 @@ def _as_images(x: Tensor) -> Tensor:
     return x.reshape(len(x), 1, side, side) if side * side == features else x.reshape(len(x), features, 1, 1)
 
 
-def _one_by_one(function: str, model: nn.Module, x: Tensor, y: Tensor, eps, seed: int, run) -> Tensor:
-    """run(model of images, images, labels, budget) for every budget above 0, in order; budget 0 is x."""
-    check_batch(function, x, y)
-    budgets = check_eps(function, eps, x)
-    if x.numel() == 0:
-        return untouched(x, budgets)
-    with frozen(model):
-        x, y = x.detach().clone(), y.long().clone()
-        check_logits(function, model(x), y)
-        images, shown, found = _as_images(x), _Shown(model, x), []
-        for budget in budgets.reshape(-1).tolist():
-            if budget == 0:
-                found.append(x)
-                continue
-            with _seeded(seed):  # again for every budget, so that none depends on the others
-                attacked = run(shown, images.clone(), y.clone(), budget).detach()
-            if attacked.shape != images.shape:
-                raise ShapeError(f"{function}: the attack must return {list(images.shape)}, got {list(attacked.shape)}")
-            if not torch.isfinite(attacked).all():
-                raise NonFiniteError(f"{function}: the attack returns NaN or Inf at eps={budget:g}")
-            found.append(attacked.view_as(x).to(x.dtype).clamp(0, 1))
-    return torch.stack(found).view(*budgets.shape, *x.shape)
-
-
 @contextmanager
 def _seeded(seed: int):
-    """torch's and NumPy's global generators seeded inside and as before afterwards: the libraries draw from them."""
+    """Seed the global generators of torch and NumPy, which the libraries draw from; restore them afterwards."""
     state = np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -164,19 +191,19 @@ def _seeded(seed: int):
             np.random.set_state(state)
 
 
-def _require(function: str, *names: str):
-    """The first of the packages that is installed, or an ImportError that says what to install."""
+def _require(caller: str, *names: str):
+    """Return the first of the packages that is installed; else raise ImportError with the command that installs it."""
     for name in names:
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
-    raise ImportError(f"{function} needs {names[-1]}: pip install 'condlr_ext[attacks]'")
+    raise ImportError(f"{caller} needs {names[-1]}: pip install 'condlr_ext[attacks]'")
 
 
-def _named(function: str, module, name: str):
-    kind = getattr(module, name, None)
-    if not isinstance(kind, type):
-        raise ValueError(f"{function}: {module.__name__} has no attack {name!r}")
-    return kind
+def _attack_class(caller: str, module, name: str) -> type:
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        raise ValueError(f"{caller}: {module.__name__} has no attack {name!r}")
+    return found

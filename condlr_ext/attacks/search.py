@@ -1,94 +1,107 @@
-"""What iterative attacks share: budgets laid out as one batch, calls of the model, the strongest point so far."""
+"""Shared by iterative attacks: one batch of all budgets, model calls, the strongest point of each sample so far."""
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_logits
 from ..errors import NonFiniteError
-from .balls import per_sample
-from .checks import check_logits
+from .balls import Ball, unsqueeze_like
+from .losses import check_classes
 
 
-def laid_out(x: Tensor, y: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(center [N, ...], labels [N], radius [N, 1, ...]) for N = budgets x samples, budgets outermost."""
+def repeat_for_budgets(x: Tensor, y: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (center [N, ...], labels [N], radius [N, 1, ...]) with N = budgets * samples, budgets outermost."""
     copies = max(1, budgets.numel())
     center = x.detach().repeat(copies, *[1] * (x.ndim - 1))
-    return center, y.long().repeat(copies), per_sample(budgets.reshape(-1).repeat_interleave(len(x)), center)
+    return center, y.long().repeat(copies), unsqueeze_like(budgets.reshape(-1).repeat_interleave(len(x)), center)
 
 
-def untouched(x: Tensor, budgets: Tensor) -> Tensor:
-    """x for every budget: what an attack returns for a batch without samples."""
+def repeat_like(values: Tensor, center: Tensor) -> Tensor:
+    """Repeat values [B, ...] for every budget of center [E B, ...]."""
+    return values.repeat(len(center) // len(values), *[1] * (values.ndim - 1))
+
+
+def unperturbed(x: Tensor, budgets: Tensor) -> Tensor:
+    """Return x for every budget, the result of an attack on a batch without entries."""
     return x.detach().expand(*budgets.shape, *x.shape).clone()
 
 
-def gradient(function: str, value: Tensor, x: Tensor) -> Tensor:
-    """Of the sum of value [N] with respect to x."""
-    if not value.requires_grad:
-        raise ValueError(f"{function}: the model's output carries no gradient to its input")
-    return torch.autograd.grad(value.sum(), x)[0]
+def sample_start(ball: Ball, x: Tensor, center: Tensor, radius: Tensor, generator) -> Tensor:
+    """Return a random point of each ball, [N, ...], clipped to [0, 1]; in units of radius the same for every budget."""
+    return (center + radius * repeat_like(ball.sample(x, generator), center)).clamp(0, 1)
+
+
+def input_gradient(caller: str, loss: Tensor, x: Tensor) -> Tensor:
+    """Return the gradient of the sum of loss [N] with respect to x."""
+    if not loss.requires_grad:
+        raise ValueError(f"{caller}: the model's output carries no gradient to its input")
+    return torch.autograd.grad(loss.sum(), x)[0]
 
 
 class Search:
-    """Calls a frozen model and keeps each sample's strongest state: one that is misclassified, if any was, and of
-    those (else of all) the one of highest loss. A state is any tuple of tensors [N, ...].
+    """Calls a frozen model and keeps each sample's strongest state: a misclassified one if there is any, and of those
+    (else of all) the one of highest loss. A state is any tuple of tensors [N, ...].
 
     Attributes:
-        rows: which of the N samples points and states are of, all at first; see narrow.
+        rows: Indices of the samples that points and states belong to; all at first, see drop_misclassified.
     """
 
-    def __init__(self, function: str, model: nn.Module, labels: Tensor, objective, loss: str, start, *state: Tensor):
-        """Scores the clean input `start`, whose state is `state`; checks the model's logits."""
-        self.function, self.model, self.labels, self.objective = function, model, labels, objective
+    def __init__(self, caller: str, model: nn.Module, labels: Tensor, objective, loss: str, clean: Tensor, *state):
+        """Start from the clean input, whose state is `state`; check the model's logits for the loss of that name."""
+        self.caller, self.model, self.labels, self.objective = caller, model, labels, objective
         with torch.no_grad():
-            self.start_logits = model(start)
-            check_logits(function, self.start_logits, labels, loss)
-            self.loss = objective(self.start_logits, labels)
-        self.wrong = self.start_logits.argmax(1) != labels
+            self.clean_logits = model(clean)
+            check_logits(caller, self.clean_logits, labels)
+            check_classes(caller, self.clean_logits, loss)
+            self.loss = objective(self.clean_logits, labels)
+        self.wrong = self.clean_logits.argmax(1) != labels
         self.state = tuple(part.clone() for part in state)
         self.rows = slice(None)
-        self.finite = torch.ones((), dtype=torch.bool, device=start.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=clean.device)
 
-    def visit(self, point: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss [N] at point and its gradient there; the state is kept where it is the strongest so far."""
+    def loss_and_gradient(self, point: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss [N] at point and its gradient there; keep the state where it is the strongest so far."""
         point = point.detach().requires_grad_()
-        value, wrong = self._ask(point)
-        grad, value = gradient(self.function, value, point), value.detach()
+        loss, wrong = self._forward(point)
+        grad, loss = input_gradient(self.caller, loss, point), loss.detach()
         self.finite &= torch.isfinite(grad).all()
-        self._keep(value, wrong, state)
-        return value, grad
+        self._keep_stronger(loss, wrong, state)
+        return loss, grad
 
     @torch.no_grad()
-    def score(self, point: Tensor, *state: Tensor) -> None:
-        """visit for a point that no step follows: without the gradient."""
-        self._keep(*self._ask(point), state)
+    def update(self, point: Tensor, *state: Tensor) -> None:
+        """Do what loss_and_gradient does, without the gradient."""
+        self._keep_stronger(*self._forward(point), state)
 
-    def _ask(self, point: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, point: Tensor) -> tuple[Tensor, Tensor]:
         labels = self.labels[self.rows]
         logits = self.model(point)
         return self.objective(logits, labels), logits.argmax(1) != labels
 
-    def _keep(self, value: Tensor, wrong: Tensor, state: tuple[Tensor, ...]) -> None:
-        self.finite &= torch.isfinite(value).all()
-        loss, was_wrong = self.loss[self.rows], self.wrong[self.rows]
-        better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (value > loss))
-        for new, kept in zip(state, self.state, strict=True):
-            kept[self.rows] = where(better, new, kept[self.rows])
-        self.loss[self.rows], self.wrong[self.rows] = torch.where(better, value, loss), wrong | was_wrong
+    def _keep_stronger(self, loss: Tensor, wrong: Tensor, state: tuple[Tensor, ...]) -> None:
+        self.finite &= torch.isfinite(loss).all()
+        best_loss, best_wrong = self.loss[self.rows], self.wrong[self.rows]
+        stronger = (wrong & ~best_wrong) | ((wrong == best_wrong) & (loss > best_loss))
+        for new, best in zip(state, self.state, strict=True):
+            best[self.rows] = select_samples(stronger, new, best[self.rows])
+        self.loss[self.rows], self.wrong[self.rows] = torch.where(stronger, loss, best_loss), wrong | best_wrong
 
-    def narrow(self) -> Tensor:
-        """From here on only the samples that are classified right so far; their indices [M]. Waits for the device."""
+    def drop_misclassified(self) -> Tensor:
+        """Restrict the search to samples never misclassified so far; return their indices [M]. Waits for the device."""
         self.rows = (~self.wrong).nonzero()[:, 0]
         return self.rows
 
     def check_finite(self) -> None:
-        """Raises if a loss or gradient so far was not finite; waits for the device."""
+        """Raise NonFiniteError if a loss or gradient so far was not finite. Waits for the device."""
         if not self.finite:
-            raise NonFiniteError(f"{self.function}: the loss or its gradient with respect to the input is not finite")
+            raise NonFiniteError(f"{self.caller}: the loss or its gradient with respect to the input is not finite")
 
     def strongest(self) -> tuple[Tensor, ...]:
+        """Return the strongest state of every sample; raise NonFiniteError as check_finite."""
         self.check_finite()
         return self.state
 
 
-def where(choose: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Per sample: new where choose [N], else old."""
-    return torch.where(per_sample(choose, new), new, old)
+def select_samples(choose: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Return the samples of new [N, ...] where choose [N] is True, else those of old."""
+    return torch.where(unsqueeze_like(choose, new), new, old)

@@ -1,4 +1,4 @@
-"""SGD with momentum, one parameter at a time: what the optimizers on U S Vᵀ in this folder share."""
+"""Shared by the optimizers in this folder: SGD with momentum one parameter at a time, and argument checks."""
 
 import functools
 import math
@@ -13,8 +13,8 @@ from ..errors import NonFiniteError
 from ..optim.groups import assign_roles, link_layers, module_group
 
 
-def outside_autocast(method):
-    """The optimizer's method with autocast off: bases would not be orthonormal in half precision."""
+def without_autocast(method):
+    """Turn autocast off in an optimizer's method: bases would not be orthonormal in half precision."""
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
@@ -24,15 +24,32 @@ def outside_autocast(method):
     return run
 
 
-class LayerSGD(Optimizer):
-    """Heavy-ball SGD of all parameters; subclasses change the direction, the move and what is done after it.
+def closure_loss(closure):
+    """Return the loss of an optimizer's closure, called with gradients on; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
-    Nothing is written before every new value has been computed and found finite. Low-rank layers are found as in
+
+def heavy_ball(p: Tensor, grad: Tensor, buffer: Tensor | None, group: dict) -> Tensor:
+    """Return momentum buffer + grad + weight_decay p, the direction of torch.optim.SGD."""
+    if group["weight_decay"]:
+        grad = grad + group["weight_decay"] * p
+    if group["momentum"] and buffer is not None:
+        grad = group["momentum"] * buffer + grad
+    return grad
+
+
+class LayerSGD(Optimizer):
+    """Heavy-ball SGD of all parameters; subclasses change the direction, the move and the constraint after it.
+
+    Nothing is written before all new values have been computed and found finite. Low-rank layers are found as in
     CondLRSGD: by their parameter names prefix.U, prefix.S, prefix.V.
 
     Args:
-        model: a module, or parameter groups from optim.param_groups.
-        options: of the groups that do not set them; lr, momentum and weight_decay are among them.
+        model: A module, or parameter groups from optim.param_groups.
+        options: Defaults of the groups, lr, momentum and weight_decay among them.
     """
 
     def __init__(self, model, options: dict):
@@ -70,36 +87,34 @@ class LayerSGD(Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; returns the closure's loss if one is given.
+        """Take one step.
+
+        Args:
+            closure: Optional; computes loss and gradients.
+
+        Returns:
+            The closure's loss, None without one.
 
         Raises:
-            NonFiniteError: a gradient or a new value with NaN or Inf; parameters and state are as before then.
-            RuntimeError: sparse gradients.
+            NonFiniteError: A gradient or a new value with NaN or Inf; parameters and state are then unchanged.
+            RuntimeError: Sparse gradients.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = closure_loss(closure)
         self._step()
         return loss
 
-    @outside_autocast
+    @without_autocast
     def _step(self) -> None:
         check_gradients(type(self).__name__, self._group_of, self._names)
         new: dict[Tensor, Tensor] = {}
-        buffers: dict[Tensor, Tensor] = {}  # finite if what they move is
+        buffers: dict[Tensor, Tensor] = {}  # finite if the new parameters are
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                direction = p.grad
-                if group["weight_decay"]:
-                    direction = direction + group["weight_decay"] * p
-                if group["momentum"]:
-                    buffer = self._buffer(p)
-                    direction = group["momentum"] * buffer + direction
-                direction = self._direction(p, direction)
-                if group["momentum"]:
+                buffer = self._buffer(p) if group["momentum"] else None
+                direction = self._direction(p, heavy_ball(p, p.grad, buffer, group))
+                if buffer is not None:
                     buffers[buffer] = direction
                 new[p] = self._move(p, direction, group["lr"])
         self._check_values({S: new[S] for _, _, S, _ in self._layers if S in new})  # no SVD takes NaN or Inf
@@ -115,14 +130,15 @@ class LayerSGD(Optimizer):
         return state["momentum_buffer"]
 
     def _direction(self, p: Tensor, direction: Tensor) -> Tensor:
-        """What p moves against, and what is kept as its momentum."""
+        """Return the direction p moves against, which is also its new momentum."""
         return direction
 
     def _move(self, p: Tensor, direction: Tensor, lr) -> Tensor:
+        """Return the new value of p."""
         return p - lr * direction
 
     def _constrain(self, new: dict[Tensor, Tensor]) -> None:
-        """Changes the new values of parameters and state tensors, keyed by the tensors that they will be written to."""
+        """Change the new values in place; the keys are the parameters and state tensors that will hold them."""
 
     def _check_values(self, new: dict[Tensor, Tensor]) -> None:
         if bad := not_finite(new, new.values()):
@@ -134,7 +150,7 @@ class LayerSGD(Optimizer):
 
 
 def not_finite(keys, tensors) -> list:
-    """The keys whose tensors hold NaN or Inf, at one wait for each device."""
+    """Return the keys whose tensors hold NaN or Inf; waits once for each device."""
     by_device: dict[torch.device, list] = {}
     for key, t in zip(keys, tensors, strict=True):
         if t.numel():
@@ -147,31 +163,31 @@ def not_finite(keys, tensors) -> list:
     return bad
 
 
-def check_gradients(where: str, params, names: dict[Tensor, str]) -> None:
-    """Raises NonFiniteError, naming the parameter, for NaN or Inf in a gradient, RuntimeError for a sparse one."""
+def check_gradients(caller: str, params, names: dict[Tensor, str]) -> None:
+    """Raise NonFiniteError, naming the parameter, if a gradient has NaN or Inf, RuntimeError if it is sparse."""
     params = [p for p in params if p.grad is not None]
     if any(p.grad.is_sparse for p in params):
-        raise RuntimeError(f"{where}.step does not take sparse gradients")
+        raise RuntimeError(f"{caller}.step does not take sparse gradients")
     if bad := not_finite(params, [p.grad for p in params]):
         named = ", ".join(names.get(p, "a parameter without a name") for p in bad)
         raise NonFiniteError(
-            f"{where}.step: gradients must be finite, got NaN or Inf in that of {named}; nothing was changed"
+            f"{caller}.step: gradients must be finite, got NaN or Inf in that of {named}; nothing was changed"
         )
 
 
-def check_options(where: str, options: dict) -> None:
-    """Raises ValueError unless lr, momentum and weight_decay are finite and >= 0."""
+def check_options(caller: str, options: dict) -> None:
+    """Raise ValueError unless lr, momentum and weight_decay are finite and >= 0."""
     for key in ("lr", "momentum", "weight_decay"):
         value = options[key]
         if not isinstance(value, (numbers.Real, Tensor)) or not 0 <= float(value) < math.inf:
-            raise ValueError(f"{where}: {key} must be a finite number >= 0, got {value!r}")
+            raise ValueError(f"{caller}: {key} must be a finite number >= 0, got {value!r}")
 
 
-def check_factor(where: str, what: str, X: Tensor) -> None:
-    """Raises unless X is a finite float32 or float64 matrix: the step factorizes it in its own dtype."""
+def check_factor(caller: str, what: str, X: Tensor) -> None:
+    """Raise unless X is finite and float32 or float64: the step factorizes it in its own dtype."""
     if X.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{where}: {what} must be float32 or float64, got {X.dtype}")
+        raise ValueError(f"{caller}: {what} must be float32 or float64, got {X.dtype}")
     if X.is_meta:
-        raise ValueError(f"{where}: {what} must have values, got a meta tensor")
+        raise ValueError(f"{caller}: {what} must have values, got a meta tensor")
     if not torch.isfinite(X).all():
-        raise NonFiniteError(f"{where}: {what} must be finite, got NaN or Inf")
+        raise NonFiniteError(f"{caller}: {what} must be finite, got NaN or Inf")

@@ -1,4 +1,4 @@
-"""What DLRT and RobustDLRT share: factors whose rank changes, their truncation, plain SGD of everything else."""
+"""Shared by DLRT and RobustDLRT: factors whose rank changes, their truncation, plain SGD of everything else."""
 
 import numbers
 
@@ -8,11 +8,11 @@ from torch.optim import Optimizer
 
 from .. import linalg
 from ..nn import LowRankLayer
-from .layerwise import check_factor, check_gradients, check_options
+from .layerwise import check_factor, check_gradients, check_options, heavy_ball
 
 
 class TrainedLayer:
-    """A low-rank layer in an optimizer that replaces its factors; modules that share the factors count as one."""
+    """A low-rank layer whose factors an optimizer replaces, with all modules that share these factors."""
 
     def __init__(self, name: str, module: LowRankLayer):
         self.name, self.modules = name, [module]
@@ -30,13 +30,22 @@ class TrainedLayer:
 class RankAdaptiveSGD(Optimizer):
     """SGD that replaces the Parameters U, S, V of low-rank layers by ones of other rank, in the modules and in itself.
 
-    Only layers whose U, S and V all require gradients take part. Momentum and weight decay act on cores and on what is
-    no factor (of W = U S Vᵀ too, whose norm the core has); a core's buffer is turned with the bases. Parameters of
-    before a step are no longer the model's after it: lists of parameters kept elsewhere, DistributedDataParallel
-    and CUDA graphs do not notice; torch.compile compiles again for each new rank.
+    Only layers whose U, S and V all require gradients take part. Momentum and weight decay act on cores, which have
+    the norm of W = U S Vᵀ, and on parameters that are no factors; a core's buffer is rotated with the bases. A step
+    replaces parameters of the model: lists of parameters kept elsewhere, DistributedDataParallel and CUDA graphs do
+    not notice; torch.compile compiles again for each new rank.
     """
 
-    def __init__(self, model: nn.Module, lr, momentum, weight_decay, tolerance, min_rank):
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        tolerance: float,
+        min_rank: int = 2,
+    ):
         where = type(self).__name__
         if not isinstance(model, nn.Module):
             raise TypeError(f"{where}: model must be a module, whose factors are replaced, got {type(model).__name__}")
@@ -61,7 +70,7 @@ class RankAdaptiveSGD(Optimizer):
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The present rank of every layer that takes part."""
+        """Current rank of every layer that takes part, by name."""
         return {layer.name: layer.factors[1].shape[0] for layer in self._layers}
 
     @property
@@ -72,8 +81,8 @@ class RankAdaptiveSGD(Optimizer):
         names = dict(zip(self._options["params"], self._options["param_names"], strict=True))
         check_gradients(type(self).__name__, self._options["params"], names)
 
-    def _put(self, layer: TrainedLayer, U: Tensor, S: Tensor, V: Tensor, momentum: Tensor | None = None) -> None:
-        """Gives the layer these factors, as new Parameters, and the core this momentum buffer."""
+    def _set_factors(self, layer: TrainedLayer, U, S, V, momentum: Tensor | None = None) -> None:
+        """Give the layer these factors, as new Parameters, and the core this momentum buffer."""
         params = self._options["params"]
         position = {id(p): i for i, p in enumerate(params)}
         for role, old, value in zip("USV", layer.factors, (U, S, V), strict=True):
@@ -87,52 +96,48 @@ class RankAdaptiveSGD(Optimizer):
         if momentum is not None:
             self.state[layer.factors[1]]["momentum_buffer"] = momentum
 
-    def _momentum(self, p: Tensor) -> Tensor | None:
+    def _momentum_buffer(self, p: Tensor) -> Tensor | None:
         return self.state.get(p, {}).get("momentum_buffer")
 
     def _sgd_step(self, p: Tensor, grad: Tensor) -> None:
-        """torch.optim.SGD's step of one parameter, in place."""
-        options = self._options
-        direction = grad + options["weight_decay"] * p
-        if options["momentum"]:
-            buffer = self._momentum(p)
-            if buffer is not None:
-                direction = options["momentum"] * buffer + direction
-            self.state[p]["momentum_buffer"] = direction
-        p.sub_(options["lr"] * direction)
+        """Take torch.optim.SGD's step of one parameter, in place."""
+        direction = heavy_ball(p, grad, self._momentum_buffer(p), self._options)
+        if self._options["momentum"]:
+            self.state[p]["momentum_buffer"] = direction.clone()  # it may be the gradient itself
+        p.sub_(self._options["lr"] * direction)
 
     def _step_others(self) -> None:
-        """SGD of all parameters that are not factors of the layers."""
+        """Take SGD's step of all parameters that are not factors of the layers."""
         factors = {id(X) for layer in self._layers for X in layer.factors}
         for p in self._options["params"]:
             if p.grad is not None and id(p) not in factors:
                 self._sgd_step(p, p.grad)
 
     def _augment(self, layer: TrainedLayer, to_U: Tensor, to_V: Tensor) -> None:
-        """Bases that also hold the columns of to_U [m, r] and to_V [n, r]; W, and the core's momentum, stay.
+        """Extend the bases by the columns of to_U [m, r] and to_V [n, r]; W and the core's momentum stay.
 
-        The new rank is 2 r, or min(m, n) if that is less: of the new directions the first ones then.
+        The new rank is min(2 r, m, n); the first of the new directions are taken.
         """
         U, S, V = layer.factors
         rank = min(2 * S.shape[0], layer.full_rank)
         U1, V1 = (linalg.qr(torch.cat(pair, 1)).Q[:, :rank] for pair in ((U, to_U), (V, to_V)))
         left, right = U1.mT @ U, V1.mT @ V
-        momentum = self._momentum(S)
-        self._put(layer, U1, left @ S @ right.mT, V1, None if momentum is None else left @ momentum @ right.mT)
+        momentum = self._momentum_buffer(S)
+        self._set_factors(layer, U1, left @ S @ right.mT, V1, None if momentum is None else left @ momentum @ right.mT)
 
     def _truncate(self, layer: TrainedLayer) -> None:
-        """The smallest rank with ‖dropped sigma‖ < tolerance ‖S‖_F, but at least min_rank; S becomes diag(sigma)."""
+        """Truncate to the least rank >= min_rank with ‖dropped sigma‖ < tolerance ‖S‖_F; S becomes diag(sigma)."""
         U, S, V = layer.factors
         P, sigma, Q = linalg.svd(S)
         rank = max(kept_rank(sigma, self._options["tolerance"]), min(self._options["min_rank"], len(sigma)))
-        P, Q, momentum = P[:, :rank], Q[:, :rank], self._momentum(S)
-        self._put(layer, U @ P, sigma[:rank].diag(), V @ Q, None if momentum is None else P.mT @ momentum @ Q)
+        P, Q, momentum = P[:, :rank], Q[:, :rank], self._momentum_buffer(S)
+        self._set_factors(layer, U @ P, sigma[:rank].diag(), V @ Q, None if momentum is None else P.mT @ momentum @ Q)
 
 
 def kept_rank(sigma: Tensor, tolerance: float) -> int:
-    """The smallest r >= 1 with ‖(sigma_{r+1}, ...)‖ < tolerance ‖sigma‖, or = 0, for descending sigma."""
-    squares = sigma.detach().cpu().double().square()  # the result is wanted on the host
-    tails = squares.flip(0).cumsum(0).flip(0)  # tails[r] = what rank r drops
+    """Return the least r >= 1 with ‖(sigma_{r+1}, ...)‖ < tolerance ‖sigma‖, or = 0, for descending sigma."""
+    squares = sigma.detach().cpu().double().square()
+    tails = squares.flip(0).cumsum(0).flip(0)  # tails[r]: squared norm of what rank r drops
     return max(1, int(((tails >= tolerance**2 * squares.sum()) & (tails > 0)).sum()))
 
 

@@ -1,4 +1,4 @@
-"""ReleasedCondLR: the optimizer of the code released with the CondLR paper, quirk by quirk."""
+"""ReleasedCondLR: the optimizer of the code released with the CondLR paper, with its quirks."""
 
 import math
 import numbers
@@ -10,38 +10,40 @@ from .layerwise import LayerSGD
 
 
 class ReleasedCondLR(LayerSGD):
-    """What the released research code of CondLR does in a step, so that published runs can be repeated.
+    """The step of CondLR's released research code, to repeat published runs.
 
     It is a baseline: optim.CondLRSGD does what the paper says. In one step, with k = 1 + tau:
 
-    1. every parameter: g <- grad + weight_decay * p; with momentum, g <- momentum * buffer + g (g at first);
+    1. every parameter: g <- grad + weight_decay * p; with momentum, g <- momentum * buffer + g (in the first step g);
     2. U and V: g <- c (I - U Uᵀ) g, with the n x n projector formed. tau > 0: c = 1 in the first step, then
-       (sigma_r / sigma_1)² of the core as it was clamped last. tau = 0: c = 1 / a, with a the mean singular value
-       of the core at construction, for ever;
+       (sigma_r / sigma_1)² of the last clamped core. tau = 0: always c = 1 / a, a the mean singular value of the core
+       at construction;
     3. buffer <- g, after projection and scaling, so that the momentum of U and V is momentum * c, and that of
-       directions which turn normal is lost; p <- p - lr g;
-    4. U, V <- Q of their QR, its columns times sign(diag R) (a zero there leaves a zero column), R is dropped; this
-       and 5. for every layer, also one without gradients;
-    5. tau > 0: the singular values of S are clamped, one by one, to mean ± mean (k - 1) / (k + 1), mean the
-       arithmetic one; c is renewed. tau = 0: S <- sqrt(a) Q, a = tr(S Sᵀ) / r, Q the sign-fixed QR factor of S, which
-       is not the nearest orthogonal matrix.
+       directions which become normal to the manifold is lost; p <- p - lr g;
+    4. U, V <- Q of their QR, columns times sign(diag R) (0 leaves a zero column), R dropped; 4 and 5 also for layers
+       without gradients;
+    5. tau > 0: the singular values of S are clamped, one by one, to mean ± mean (k - 1) / (k + 1) with their arithmetic
+       mean; c is computed anew. tau = 0: S <- sqrt(a) Q, a = tr(S Sᵀ) / r, Q the sign-fixed QR factor of S, which is
+       not the nearest orthogonal matrix.
 
-    Nothing is projected or clamped at construction, so that the bound holds after the first step.
+    Nothing is projected or clamped at construction: the bound holds from the first step on.
 
-    Two things differ on purpose: NaN and Inf raise, where the released code goes on or fails inside the SVD, and an
-    SVD that LAPACK fails on in float32 is taken in float64.
+    Two things differ on purpose: NaN and Inf raise, where the released code goes on or fails inside the SVD, and if
+    LAPACK's SVD fails in float32 it is computed in float64.
 
     Args:
-        model: a module with low-rank layers, or parameter groups from optim.param_groups.
-        lr, momentum, weight_decay: as torch.optim.SGD; weight decay acts on every parameter.
-        tau: finite slack >= 0; the released code's option `eps` is 1 + tau.
+        model: A module with low-rank layers, or parameter groups from optim.param_groups.
+        lr: Step size.
+        momentum: As in torch.optim.SGD.
+        weight_decay: As in torch.optim.SGD, of every parameter.
+        tau: Finite slack >= 0; the released code's option `eps` is 1 + tau.
 
     Raises:
-        ValueError: options out of range, a model without low-rank layers, factors that are not float32 or float64.
+        ValueError: Options out of range, a model without low-rank layers, factors neither float32 nor float64.
         NonFiniteError: NaN or Inf in a factor.
 
-    Source: described from the released code of Savostianova et al., Robust low-rank training via approximate
-        orthonormal constraints, NeurIPS 2023; written anew, no line of it.
+    Source: a description of the released code of Savostianova et al., Robust low-rank training via approximate
+        orthonormal constraints, NeurIPS 2023; written anew from it, without copying a line.
     """
 
     def __init__(self, model, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, *, tau: float):
@@ -71,7 +73,7 @@ class ReleasedCondLR(LayerSGD):
 
     @staticmethod
     def tangent(X: Tensor, direction: Tensor) -> Tensor:
-        """(I - X Xᵀ) direction as it is released: the n x n matrix is formed, which is most of the step's time."""
+        """Return (I - X Xᵀ) direction as released: the n x n matrix is formed, most of the step's time."""
         return (torch.eye(len(X), dtype=X.dtype, device=X.device) - X @ X.mT) @ direction
 
     def _constrain(self, new: dict[Tensor, Tensor]) -> None:
@@ -80,17 +82,17 @@ class ReleasedCondLR(LayerSGD):
                 new[X] = sign_fixed_q(new.get(X, X))
             core, tau = new.get(S, S), self._group_of[S]["tau"]
             if tau > 0:
-                new[S], new[self.state[S]["scale"]] = clamped(core, tau)
+                new[S], new[self.state[S]["scale"]] = clamp_spectrum(core, tau)
             else:
                 new[S] = (core.square().sum() / len(core)).sqrt() * sign_fixed_q(core)
 
 
-def clamped(S: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """S with its singular values in the band around their mean, and (sigma_r / sigma_1)² of the result."""
+def clamp_spectrum(S: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Return S with its singular values clamped to the band around their mean, and (sigma_r / sigma_1)² of it."""
     P, sigma, Qh = svd(S)
     mean = sigma.mean()
     half = mean * tau / (2 + tau)
-    for i in range(len(sigma)):  # one clamp for each, as it is released: benchmarks time this step
+    for i in range(len(sigma)):  # one by one as released: benchmarks time this step
         sigma[i] = torch.clamp(sigma[i], mean - half, mean + half)
     return (P * sigma) @ Qh, (sigma[-1] / sigma[0]).square()
 
@@ -101,7 +103,7 @@ def sign_fixed_q(X: Tensor) -> Tensor:
 
 
 def svd(A: Tensor):
-    """torch.linalg.svd; in float64 where LAPACK raises or returns NaN in float32, as it does on some clamped cores."""
+    """Return torch.linalg.svd(A), in float64 if LAPACK raises or returns NaN, as it does on some clamped cores."""
     try:
         result = torch.linalg.svd(A)
         if all(torch.isfinite(t).all() for t in result):

@@ -1,14 +1,15 @@
-"""Plain low-rank layers W = A B, two unconstrained factors for any optimizer."""
+"""Plain low-rank layers W = A B with two unconstrained factors, for any optimizer."""
 
 import torch
 from torch import Tensor, nn
 
+from .._modules import replace_modules
 from ..errors import RankError
 from ..linalg import svd
 
 
 class _TwoFactor(nn.Sequential):
-    """What the layers share: `weight` = A B in the dense layer's shape, formed at each access, and `bias`."""
+    """Base of the layers: `weight` = A B in the dense layer's shape, computed at each access, and `bias`."""
 
     @property
     def weight(self) -> Tensor:
@@ -21,7 +22,7 @@ class _TwoFactor(nn.Sequential):
 
     @torch.no_grad()
     def _fill(self, dense: nn.Module) -> "_TwoFactor":
-        """A = U sqrt(sigma), B = sqrt(sigma) Vᵀ of the truncated SVD; the bias, the mode and what is trained."""
+        """Take A = U sqrt(sigma), B = sqrt(sigma) Vᵀ of the truncated SVD, bias, mode and requires_grad from dense."""
         down, up = self
         rank = len(down.weight)
         U, sigma, V = svd(dense.weight.flatten(1))
@@ -37,13 +38,19 @@ class _TwoFactor(nn.Sequential):
 
 
 class TwoFactorLinear(_TwoFactor):
-    """y = A (B x) + b: a linear layer [rank, in] without bias, then one [out, rank] with the bias.
-
-    from_dense splits the truncated SVD W = U diag(sigma) Vᵀ evenly: A = U sqrt(sigma), B = sqrt(sigma) Vᵀ.
-    """
+    """y = A (B x) + b: a linear layer [rank, in] without bias, then one [out, rank] with the bias."""
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, rank: int) -> "TwoFactorLinear":
+        """Split the truncated SVD W = U diag(sigma) Vᵀ evenly: A = U sqrt(sigma), B = sqrt(sigma) Vᵀ.
+
+        Args:
+            linear: The dense layer, unchanged.
+            rank: 1 <= rank <= min(m, n).
+
+        Raises:
+            RankError: rank is out of range.
+        """
         m, n = _matrix_shape("TwoFactorLinear", linear, rank)
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         down = nn.utils.skip_init(nn.Linear, n, rank, bias=False, **like)
@@ -55,12 +62,20 @@ class TwoFactorConv(_TwoFactor):
     """A convolution with rank filters [rank, C_in / groups, *kernel_size], then a pointwise one with the bias.
 
     The weight of the dense layer, flattened to [C_out, C_in / groups * prod(kernel_size)], is A B. With groups the
-    filters are shared by the groups, and group k uses its own rows of A. from_dense as TwoFactorLinear's.
+    filters are shared by the groups, and group k uses its own rows of A.
     """
 
     @classmethod
     def from_dense(cls, conv: nn.Module, rank: int) -> "TwoFactorConv":
-        """conv: an nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+        """Split the truncated SVD of the flattened weight evenly, as TwoFactorLinear.from_dense.
+
+        Args:
+            conv: An nn.Conv1d, nn.Conv2d or nn.Conv3d, unchanged.
+            rank: 1 <= rank <= min(m, n) of the flattened m x n weight.
+
+        Raises:
+            RankError: rank is out of range.
+        """
         m, _ = _matrix_shape("TwoFactorConv", conv, rank)
         like = {"device": conv.weight.device, "dtype": conv.weight.dtype}
         down = nn.utils.skip_init(
@@ -83,9 +98,9 @@ class TwoFactorConv(_TwoFactor):
         down, up = self
         if up.groups == 1:
             return up(down(input))
-        space = input.dim() - down.weight.dim() + 2  # where the dimensions of space begin
-        each = down(input.reshape(-1, down.in_channels, *input.shape[space:]))  # the groups as so many samples
-        return up(each.reshape(*input.shape[: space - 1], up.in_channels, *each.shape[2:]))
+        first = input.dim() - down.weight.dim() + 2  # the first spatial dimension
+        filtered = down(input.reshape(-1, down.in_channels, *input.shape[first:]))  # groups become samples
+        return up(filtered.reshape(*input.shape[: first - 1], up.in_channels, *filtered.shape[2:]))
 
 
 _TWO_FACTOR = {
@@ -101,15 +116,15 @@ def vanilla_low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
     """Replace the named linear and convolution layers of model, in place, by two-factor layers of the given ranks.
 
     Args:
-        model: any module.
+        model: Any module; unchanged after an error.
         ranks: {module name: rank}, 1 <= rank <= min(m, n) of the flattened m x n weight.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: a name that is no nn.Linear or nn.Conv1d/2d/3d of the model, or one whose weight is tied or
-        parametrized. RankError: a rank out of range. The model is unchanged then.
+        ValueError: A name is no nn.Linear or nn.Conv1d/2d/3d of the model, or its weight is tied or parametrized.
+        RankError: A rank is out of range.
     """
     layers = {name: module for name, module in model.named_modules() if name and type(module) in _TWO_FACTOR}
     for name in ranks:
@@ -119,12 +134,9 @@ def vanilla_low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
                 f" {', '.join(layers) or 'none'}"
             )
         _refuse_shared(model, name, layers[name])
-    # every new layer exists before the first one is put in, so a bad rank leaves the model whole
+    # all layers are made before the first is replaced, so that a bad rank leaves the model unchanged
     new = {layers[name]: _TWO_FACTOR[type(layers[name])].from_dense(layers[name], rank) for name, rank in ranks.items()}
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():  # named_children would pass over a module used twice
-            if child in new:
-                parent._modules[key] = new[child]
+    replace_modules(model, new)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Pruning of dense layers, in place and undone by make_permanent: channel gates and top-k weight masks."""
+"""Pruning of dense layers in place, by channel gates and top-k weight masks; make_permanent ends it."""
 
 from .gates import HardConcreteGate, add_gates
 from .masks import TopKMask, add_masks, freeze_masks, kept_shares, make_permanent, top_k_mask

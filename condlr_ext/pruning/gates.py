@@ -1,4 +1,4 @@
-"""Hard-concrete gates on the output channels of dense layers: channels that training can switch off."""
+"""Hard-concrete gates, with which training can switch off output channels of dense layers."""
 
 import math
 import numbers
@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from .._modules import DENSE, select_layers
 
-LOWER, UPPER = -0.1, 1.1  # the interval the concrete variable is stretched to before it is clipped to [0, 1]
+LOWER, UPPER = -0.1, 1.1  # the concrete variable is stretched to this interval, then clipped to [0, 1]
 TEMPERATURE = 2 / 3
 LOG_ALPHA_MAX = math.log(1e2)
 
@@ -21,9 +21,13 @@ class HardConcreteGate(nn.Module):
     z = clip(sigmoid(log_alpha) (1.1 + 0.1) - 0.1, 0, 1).
 
     Args:
-        channels: the number of gates.
-        closed: in (0, 1): the gates start with sigmoid(log_alpha) = 1 - closed.
-        device, dtype: of log_alpha [channels].
+        channels: Number of gates.
+        closed: In (0, 1); the gates start with sigmoid(log_alpha) = 1 - closed.
+        device: Device of log_alpha [channels].
+        dtype: dtype of log_alpha.
+
+    Raises:
+        ValueError: closed is out of range.
 
     Source: Louizos, Welling, Kingma (arXiv 1712.01312), section 2.2; temperature 2/3 and |log_alpha| <= log 100
         as in the public TSCNC code.
@@ -37,7 +41,7 @@ class HardConcreteGate(nn.Module):
         self.log_alpha = nn.Parameter(torch.full((channels,), start, device=device, dtype=dtype))
 
     def open_probability(self) -> Tensor:
-        """P(z > 0) per channel, [channels]."""
+        """Return P(z > 0) per channel, [channels]."""
         return torch.sigmoid(_Bounded.apply(self.log_alpha) - TEMPERATURE * math.log(-LOWER / UPPER))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -67,20 +71,21 @@ class _Bounded(torch.autograd.Function):
 
 
 def add_gates(model: nn.Module, *, exclude=(), closed: float = 0.3) -> list[str]:
-    """Puts a HardConcreteGate on the weight of every nn.Linear and nn.Conv1d/2d/3d of the model, in place.
+    """Put a HardConcreteGate on the weight of every nn.Linear and nn.Conv1d/2d/3d of the model, in place.
+
+    make_permanent removes the gates and leaves the weights as eval mode has them.
 
     Args:
-        model: changed in place; its new parameters are `<layer>.parametrizations.weight.0.log_alpha`.
-        exclude: layer names or fnmatch patterns to leave alone, as the classifier.
-        closed: see HardConcreteGate.
+        model: Changed in place; its new parameters are `<layer>.parametrizations.weight.0.log_alpha`.
+        exclude: Layer names or fnmatch patterns to leave alone, such as the classifier.
+        closed: As in HardConcreteGate.
 
     Returns:
         The names of the gated layers.
 
     Raises:
-        TypeError, ValueError: bad argument, no layer, or a weight that is parametrized already or shared.
-
-    make_permanent takes the gates off again and leaves the weights as eval mode has them.
+        TypeError: model is no module.
+        ValueError: closed is out of range, no layer is left, or a weight is shared or already parametrized.
     """
     layers = select_layers("add_gates", model, DENSE, exclude)
     for name, layer in layers.items():
@@ -96,18 +101,18 @@ def add_gates(model: nn.Module, *, exclude=(), closed: float = 0.3) -> list[str]
     return list(layers)
 
 
-def check_weight(where: str, model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Raises ValueError unless the layer's weight is a parameter that nothing else in the model uses."""
-    weight = original(layer)
+def check_weight(caller: str, model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Raise ValueError unless the layer's weight is a parameter that nothing else in the model uses."""
+    weight = original_weight(layer)
     if weight is None:
-        raise ValueError(f"{where}: the weight of {name} must be one tensor, got {layer.parametrizations.weight}")
+        raise ValueError(f"{caller}: the weight of {name} must be one tensor, got {layer.parametrizations.weight}")
     owners = [key for key, p in model.named_parameters(remove_duplicate=False) if p is weight]
     if len(owners) > 1:
-        raise ValueError(f"{where}: the weight of {name} must be its own, got one shared by {', '.join(owners)}")
+        raise ValueError(f"{caller}: the weight of {name} must be its own, got one shared by {', '.join(owners)}")
 
 
-def original(layer: nn.Module) -> nn.Parameter | None:
-    """The weight as a parameter, before any parametrization; None where that has taken it apart."""
+def original_weight(layer: nn.Module) -> nn.Parameter | None:
+    """Return the weight parameter from before parametrization; None if it is kept in several tensors (weight_norm)."""
     if not parametrize.is_parametrized(layer, "weight"):
         return layer.weight
     return getattr(layer.parametrizations.weight, "original", None)

@@ -1,4 +1,4 @@
-"""Weight pruning with a learned mask: the k weights of each layer with the largest scores, straight-through."""
+"""Weight pruning by a learned mask: each layer keeps the k weights with the largest scores."""
 
 import math
 import numbers
@@ -7,15 +7,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._modules import DENSE, select_layers
-from .gates import HardConcreteGate, check_weight, original
+from .._modules import DENSE, frozen, select_layers
+from .gates import HardConcreteGate, check_weight, original_weight
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """Ones at the k largest entries of scores and zeros elsewhere; its gradient is passed on to scores unchanged.
+    """Return ones at the k largest entries of scores and zeros elsewhere; backward is the identity (straight-through).
 
     Args:
-        scores: any shape. k: 0 <= k <= scores.numel(); of equal scores, as many as are needed are taken.
+        scores: Any shape.
+        k: 0 <= k <= scores.numel(); ties are broken arbitrarily.
+
+    Returns:
+        A tensor like scores with exactly k ones.
+
+    Raises:
+        ValueError: k is out of range.
 
     Source: Ramanujan et al., What's hidden in a randomly weighted neural network (arXiv 1911.13299), section 3.
     """
@@ -37,20 +44,20 @@ class _TopK(torch.autograd.Function):
 
 
 class TopKMask(nn.Module):
-    """Keeps of a weight the share `keep` with the largest |scores|: a parametrization of torch.nn.utils.
+    """Keeps the share `keep` of a weight with the largest |scores|, a parametrization of torch.nn.utils.
 
     Args:
-        weight: the weight to be masked. scores start at √(6 / fan_in) weight / max |weight|, so that the first mask is
+        weight: The weight to mask. Scores start at √(6 / fan_in) weight / max |weight|, so that the first mask is
             that of magnitude pruning.
-        keep: share in (0, 1]; ceil(keep * numel) weights are kept.
+        keep: Share in (0, 1]; ceil(keep * numel) weights are kept.
 
-    Source: the start of the scores is HYDRA's (Sehwag et al., arXiv 2002.10509, section 4).
+    Source: HYDRA's initial scores (Sehwag et al., arXiv 2002.10509, section 4).
     """
 
     def __init__(self, weight: Tensor, keep: float):
         super().__init__()
         self.k = math.ceil(keep * weight.numel() - 1e-9)
-        self.trained = weight.requires_grad  # what freeze_masks and make_permanent give it back
+        self.trained = weight.requires_grad  # restored by freeze_masks and make_permanent
         weight = weight.detach()
         peak = weight.abs().amax()
         scale = math.sqrt(6 / weight[0].numel()) / torch.where(peak > 0, peak, 1)
@@ -61,23 +68,24 @@ class TopKMask(nn.Module):
 
 
 def add_masks(model: nn.Module, keep: float, *, exclude=()) -> list[str]:
-    """Puts a TopKMask on the weight of every nn.Linear and nn.Conv1d/2d/3d, in place, and freezes these weights.
+    """Put a TopKMask on the weight of every nn.Linear and nn.Conv1d/2d/3d, in place, and freeze these weights.
 
-    What trains now are the scores `<layer>.parametrizations.weight.<i>.scores` (and whatever is not masked): make the
-    optimizer after this call. Then freeze_masks, fine-tune, make_permanent. Gates may be there already. Low-rank
-    layers are left alone: zeros in a factor would end its orthonormality; their pruning is the rank.
+    Trained from now on are the scores `<layer>.parametrizations.weight.<i>.scores` and all that is not masked: make
+    the optimizer after this call. Then freeze_masks, fine-tune, make_permanent. Layers may have gates. Low-rank layers
+    are left alone: zeros would destroy the orthonormality of their factors, and their pruning is the rank.
 
     Args:
-        model: changed in place.
-        keep: share of each layer's weights to keep, in (0, 1].
-        exclude: layer names or fnmatch patterns to leave alone.
+        model: Changed in place; unchanged after an error.
+        keep: Share of each layer's weights to keep, in (0, 1].
+        exclude: Layer names or fnmatch patterns to leave alone.
 
     Returns:
         The names of the masked layers.
 
     Raises:
-        TypeError, ValueError: bad argument, no layer, a layer masked already, or a weight that two layers share or
-            that torch.nn.utils keeps in several tensors (weight_norm). The model is then unchanged.
+        TypeError: model is no module.
+        ValueError: keep is out of range, no layer is left, a layer already has a mask, or a weight is shared or kept in
+            several tensors (weight_norm).
     """
     if not isinstance(keep, numbers.Real) or not 0 < keep <= 1:
         raise ValueError(f"add_masks: keep must be a number in (0, 1], got {keep!r}")
@@ -87,36 +95,42 @@ def add_masks(model: nn.Module, keep: float, *, exclude=()) -> list[str]:
             raise ValueError(f"add_masks: {name} has a mask already; make_permanent first")
         check_weight("add_masks", model, name, layer)
     for layer in layers.values():
-        mask = TopKMask(original(layer), keep).train(layer.training)
+        mask = TopKMask(original_weight(layer), keep).train(layer.training)
         parametrize.register_parametrization(layer, "weight", mask)
-        original(layer).requires_grad_(False)
+        original_weight(layer).requires_grad_(False)
     return list(layers)
 
 
 def freeze_masks(model: nn.Module) -> None:
-    """Ends the search for masks: the scores stay as they are, the masked weights train again.
+    """End the search for masks: freeze the scores and train the masked weights again.
+
+    Args:
+        model: Changed in place.
 
     Raises:
-        ValueError: a model without masks.
+        ValueError: The model has no masks.
     """
     layers = [layer for layer in model.modules() if _mask(layer) is not None]
     if not layers:
         raise ValueError("freeze_masks: the model must have masks (add_masks), got none")
     for layer in layers:
         _mask(layer).scores.requires_grad_(False)
-        original(layer).requires_grad_(_mask(layer).trained)
+        original_weight(layer).requires_grad_(_mask(layer).trained)
 
 
 def make_permanent(model: nn.Module) -> list[str]:
-    """Takes masks and gates off again: the weights become what eval mode makes of them, zeros included.
+    """Remove masks and gates and leave the weights as eval mode has them, zeros included.
+
+    Args:
+        model: Changed in place.
 
     Returns:
-        The names of the layers changed.
+        The names of the changed layers.
 
     Raises:
-        ValueError: a model without masks and gates.
+        ValueError: The model has neither masks nor gates.
     """
-    layers = {name: layer for name, layer in model.named_modules() if _pruned(layer)}
+    layers = {name: layer for name, layer in model.named_modules() if _has_mask_or_gate(layer)}
     if not layers:
         raise ValueError("make_permanent: the model must have masks or gates, got none")
     for layer in layers.values():
@@ -126,7 +140,7 @@ def make_permanent(model: nn.Module) -> list[str]:
         members = {key: value for key, value in vars(shared).items() if key not in ("__dict__", "__weakref__")}
         layer.__class__ = type(shared.__name__, shared.__bases__, members)
         mask = _mask(layer)
-        trained = original(layer).requires_grad if mask is None else mask.trained
+        trained = original_weight(layer).requires_grad if mask is None else mask.trained
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
         layer.weight.requires_grad_(trained)
     return list(layers)
@@ -134,22 +148,25 @@ def make_permanent(model: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def kept_shares(model: nn.Module, *, exclude=()) -> dict[str, float]:
-    """{layer: share of its weights that are not zero} of every nn.Linear and nn.Conv1d/2d/3d, as eval mode has them."""
-    shares = {}
-    for name, layer in select_layers("kept_shares", model, DENSE, exclude).items():
-        if parametrize.is_parametrized(layer, "weight"):
-            modes = [(module, module.training) for module in layer.parametrizations.weight.modules()]
-            layer.parametrizations.weight.eval()
-            weight = layer.weight
-            for module, training in modes:
-                module.training = training
-        else:
-            weight = layer.weight
-        shares[name] = (weight != 0).double().mean().item()
-    return shares
+    """Return the share of non-zero weights of every nn.Linear and nn.Conv1d/2d/3d, as eval mode has them.
+
+    Args:
+        model: Any module; its state is restored.
+        exclude: Layer names or fnmatch patterns to leave out.
+
+    Returns:
+        {layer name: share in [0, 1]}.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: A pattern matches no layer, or no layer is left.
+    """
+    layers = select_layers("kept_shares", model, DENSE, exclude)
+    with frozen(model):
+        return {name: (layer.weight != 0).double().mean().item() for name, layer in layers.items()}
 
 
-def _pruned(layer: nn.Module) -> bool:
+def _has_mask_or_gate(layer: nn.Module) -> bool:
     return parametrize.is_parametrized(layer, "weight") and any(
         isinstance(module, (TopKMask, HardConcreteGate)) for module in layer.parametrizations.weight
     )

@@ -1,4 +1,4 @@
-"""Penalties on the spread of the singular values: the log-volume bound on kappa and RobustDLRT's."""
+"""Penalties on unequal singular values: the log-volume, which bounds kappa, and that of RobustDLRT."""
 
 import math
 import numbers
@@ -8,47 +8,52 @@ from torch import Tensor
 
 from .. import linalg
 from ..errors import ShapeError
-from .matrices import Matrices, total
+from .matrices import Matrices, sum_penalty
 
 
 def log_volume(matrices: Matrices, floor: float = 1e-3) -> Tensor:
-    """Σ log K with K = mean(σ²)^r / Π σ² = (tr A / r)^r / det A, A = S Sᵀ: 0 iff all σ are equal.
+    """Return Σ log K, K = mean(σ²)^r / Π σ² = (tr A / r)^r / det A, A = S Sᵀ: 0 iff all σ are equal.
 
     Invariant under scaling and smooth, also at repeated singular values; kappa <= √K + √(K−1) (see kappa_bound).
 
     Args:
-        matrices: a module (all its nn.Linear, nn.Conv and low-rank layers, see layer_matrices), one tensor [*, m, n],
+        matrices: A module (all its nn.Linear, nn.Conv and low-rank layers, see layer_matrices), one tensor [*, m, n],
             or a mapping or list of such; r = min(m, n).
-        floor: >= 0, added in square to each σ² / mean(σ²), so that singular matrices have a finite value and gradient:
-            σ below floor times the rms are pulled up less and less, and exact zeros not at all. 0: none.
+        floor: In [0, 1); its square is added to each σ² / mean(σ²), so that singular matrices have a finite value and
+            gradient. The further σ is below floor times the rms, the less it is pulled up; exact zeros not at all.
 
     Returns:
         A scalar. A zero matrix counts as one with every σ at the floor, with gradient 0.
 
     Raises:
-        TypeError, ShapeError, ValueError: no matrices, floor < 0. NonFiniteError: NaN or Inf in a matrix, or floor = 0
-            and a singular one, by name.
+        TypeError: A matrix is no real floating-point tensor.
+        ShapeError: A matrix is empty or not [*, m, n].
+        ValueError: No matrices, or floor out of range.
+        NonFiniteError: NaN or Inf in a matrix, or a singular one and floor = 0, by name.
 
-    Notes: one batched SVD per shape, differentiated through σ alone. A second derivative needs distinct σ.
+    Notes:
+        One batched SVD per shape, differentiated through σ alone. A second derivative needs distinct σ.
+
     Source: the arithmetic and the geometric mean of the eigenvalues of A; see kappa_bound.
     """
     check_floor("regularizers.log_volume", floor)
-    return total("regularizers.log_volume", matrices, lambda A: log_volumes(A, floor))
+    return sum_penalty("regularizers.log_volume", matrices, lambda A: log_volumes(A, floor))
 
 
 def kappa_bound(A: Tensor) -> Tensor:
-    """An upper bound on the condition number without an eigenvalue: √K + √(K−1), K = mean(σ²)^r / Π σ².
+    """Return the upper bound √K + √(K−1) on the condition number, K = mean(σ²)^r / Π σ², without computing σ.
 
     Exact for r = 2.
 
     Args:
-        A: [*, m, n].
+        A: [*, m, n], floating point.
 
     Returns:
-        [*], float64, Inf for a singular matrix. Not differentiable; log_volume is.
+        [*], float64; Inf for a singular matrix. Not differentiable; log_volume is.
 
     Raises:
-        NonFiniteError: NaN or Inf in A. ShapeError: no matrix, or one without rows or columns.
+        ShapeError: A is no matrix, or has no rows or columns.
+        NonFiniteError: NaN or Inf in A.
 
     Source: Merikoski, Urpala, Virtanen, Tam, Uhlig, A best upper bound for the 2-norm condition number of a matrix,
         Linear Algebra and its Applications 254 (1997).
@@ -66,19 +71,22 @@ def kappa_bound(A: Tensor) -> Tensor:
 
 
 def robust_dlrt(matrices: Matrices) -> Tensor:
-    """RobustDLRT's spectral penalty, Σ ‖SᵀS − a² I‖_F with a² = ‖S‖²_F / r: √r standard deviations of the σ².
+    """Return RobustDLRT's penalty Σ ‖SᵀS − a² I‖_F, a² = ‖S‖²_F / r: √r standard deviations of the σ².
 
-    kappa <= exp(penalty / (√2 σ_r²)). Not scale-invariant: of degree 2. A norm, not its square: near 0 the gradient
-    keeps the size 2‖S‖ and the optimizer's step decides how near it gets.
+    kappa <= exp(penalty / (√2 σ_r²)). Of degree 2 in the scale of S. It is a norm, not its square: near 0 the gradient
+    keeps the size 2‖S‖, and the optimizer's step decides how near 0 the penalty gets.
 
     Args:
-        matrices: as in log_volume; the smaller of the two Gram matrices is taken.
+        matrices: As in log_volume; the smaller of the two Gram matrices is taken.
 
     Returns:
-        A scalar. Where the residual is rounding of SᵀS, its direction is noise: value and gradient are then 0.
+        A scalar. Value and gradient are 0 if the residual is within the rounding of SᵀS, its direction being noise.
 
     Raises:
-        TypeError, ShapeError, ValueError: no matrices. NonFiniteError: NaN, Inf or overflow, by name.
+        TypeError: A matrix is no real floating-point tensor.
+        ShapeError: A matrix is empty or not [*, m, n].
+        ValueError: No matrices.
+        NonFiniteError: NaN, Inf or overflow, by name.
 
     Source: Schotthöfer, Yang, Schnake (arXiv 2505.08022), section 3.
     """
@@ -92,16 +100,16 @@ def robust_dlrt(matrices: Matrices) -> Tensor:
         noise = torch.linalg.matrix_norm(residual.detach()) <= 2 * torch.finfo(A.dtype).eps * energy.detach()
         return torch.linalg.vector_norm(torch.where(noise[..., None, None], 0, residual), dim=(-2, -1))
 
-    return total("regularizers.robust_dlrt", matrices, penalty)
+    return sum_penalty("regularizers.robust_dlrt", matrices, penalty)
 
 
-def check_floor(where: str, floor) -> None:
+def check_floor(caller: str, floor) -> None:
     if not isinstance(floor, numbers.Real) or not 0 <= floor < 1:
-        raise ValueError(f"{where}: floor must be a number in [0, 1), got {floor!r}")
+        raise ValueError(f"{caller}: floor must be a number in [0, 1), got {floor!r}")
 
 
 def log_volumes(A: Tensor, floor: float) -> Tensor:
-    """log K [*] of A [*, m, n], m >= n."""
+    """Return log K [*] of A [*, m, n], m >= n."""
     sigma = linalg.svd(A).sigma
     peak = sigma.detach()[..., :1]
     relative = sigma / torch.where(peak > 0, peak, 1)  # K does not change, squares do not underflow

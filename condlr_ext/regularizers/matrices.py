@@ -1,4 +1,4 @@
-"""The matrices that stand for a model's weights, and sums of penalties over them, equal shapes in one batch."""
+"""One matrix per layer with the spectrum of its weight, and sums of penalties over matrices, batched by shape."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -14,18 +14,22 @@ Matrices = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor]
 
 
 def layer_matrices(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[str, Tensor]:
-    """By layer name, the matrix whose singular values are those of the layer's weight, differentiable.
+    """Return for each layer a matrix with the singular values of its weight, differentiable.
 
-    A low-rank layer gives its core S [r, r], which has them while U and V are orthonormal (the optimizers keep them
-    so), and their root mean square for each direction that a RankController keeps room for; nn.Linear and nn.Conv give
-    the weight flattened to [m, n], for a convolution [C_out, C_in / groups * kernel].
+    For a low-rank layer that is its core S [r, r] (U and V are orthonormal under the optimizers here); each direction
+    that a RankController holds in reserve has the root mean square of the others. For nn.Linear and nn.Conv it is the
+    weight flattened to [m, n], for a convolution [C_out, C_in / groups * kernel].
 
     Args:
-        model: any module.
-        exclude: layer names or fnmatch patterns to leave out, as the classifier.
+        model: Any module.
+        exclude: Layer names or fnmatch patterns to leave out, such as the classifier.
+
+    Returns:
+        {layer name: matrix}.
 
     Raises:
-        TypeError: no module. ValueError: a pattern that matches no layer, or no layer left.
+        TypeError: model is no module.
+        ValueError: A pattern matches no layer, or no layer is left.
     """
     layers = select_layers("layer_matrices", model, (LowRankLayer, *DENSE), exclude)
     return {
@@ -35,9 +39,9 @@ def layer_matrices(model: nn.Module, exclude: str | Iterable[str] = ()) -> dict[
 
 
 def _core(layer: LowRankLayer) -> Tensor:
-    """S; where a RankController keeps room, with the root mean square of its singular values on the diagonal there.
+    """Return S with the rms of its singular values on the diagonal of unused directions (RankController's reserve).
 
-    That is neutral in penalties on their spread, in value and gradient, and below σ₁; and shapes stay as they are.
+    The rms is at most σ₁ and changes neither value nor gradient of penalties on unequal σ; the shape of S stays.
     """
     S = layer.S
     with torch.no_grad():
@@ -50,18 +54,28 @@ def _core(layer: LowRankLayer) -> Tensor:
     return torch.where(used[:, None] & used, S, torch.where(used, 0, rms).to(S.dtype).diag())
 
 
-def total(where: str, matrices: Matrices, penalty: Callable[[Tensor], Tensor], *, transposed: bool = True) -> Tensor:
-    """The sum of penalty([k, m, n]) -> [k] over all matrices, in one batch per shape.
+def sum_penalty(
+    caller: str, matrices: Matrices, penalty: Callable[[Tensor], Tensor], *, transposable: bool = True
+) -> Tensor:
+    """Sum penalty([k, m, n]) -> [k] over all matrices, in one batch per shape.
 
-    The penalty runs in at least float32 and outside of autocast. transposed: it does not tell A from its transpose and
-    is handed m >= n.
+    The penalty runs in at least float32 and without autocast.
+
+    Args:
+        caller: Name of the function, for errors.
+        matrices: As in log_volume.
+        penalty: The penalty of each matrix.
+        transposable: A and Aᵀ have the same penalty, which then only sees m >= n.
 
     Raises:
-        TypeError, ShapeError, ValueError: no matrices. NonFiniteError: a penalty that is not finite, by name on CPUs.
+        TypeError: A matrix is no real floating-point tensor.
+        ShapeError: A matrix is empty or not [*, m, n].
+        ValueError: No matrices.
+        NonFiniteError: A penalty is not finite; names the matrix on CPUs.
     """
     batches: dict[tuple, list[tuple[str, Tensor]]] = {}
-    for name, A in _named(where, matrices):
-        A = A.mT if transposed and A.shape[-2] < A.shape[-1] else A
+    for name, A in _check_and_name(caller, matrices):
+        A = A.mT if transposable and A.shape[-2] < A.shape[-1] else A
         A = A.to(torch.promote_types(A.dtype, torch.float32)).reshape(-1, *A.shape[-2:])
         batches.setdefault((A.shape[1:], A.dtype, A.device), []).append((name, A))
     sums = []
@@ -75,12 +89,12 @@ def total(where: str, matrices: Matrices, penalty: Callable[[Tensor], Tensor], *
         if ops.can_check(values) and not torch.isfinite(values).all():
             finite = torch.isfinite(values).split([len(A) for _, A in members])
             bad = [name for (name, _), ok in zip(members, finite, strict=True) if not ok.all()]
-            raise NonFiniteError(f"{where}: the penalty of {', '.join(bad)} is not finite")
+            raise NonFiniteError(f"{caller}: the penalty of {', '.join(bad)} is not finite")
         sums.append(values.sum())
     return torch.stack([s.to(sums[0]) for s in sums]).sum()
 
 
-def _named(where: str, matrices: Matrices) -> list[tuple[str, Tensor]]:
+def _check_and_name(caller: str, matrices: Matrices) -> list[tuple[str, Tensor]]:
     if isinstance(matrices, nn.Module):
         matrices = layer_matrices(matrices)
     elif isinstance(matrices, Tensor):
@@ -88,11 +102,11 @@ def _named(where: str, matrices: Matrices) -> list[tuple[str, Tensor]]:
     elif not isinstance(matrices, Mapping):
         matrices = {f"matrix {i}": A for i, A in enumerate(matrices)}
     if not matrices:
-        raise ValueError(f"{where}: matrices must hold at least one matrix, got none")
+        raise ValueError(f"{caller}: matrices must hold at least one matrix, got none")
     for name, A in matrices.items():
         if not isinstance(A, Tensor) or not A.is_floating_point():
             got = A.dtype if isinstance(A, Tensor) else type(A).__name__
-            raise TypeError(f"{where}: {name} must be a real floating-point tensor, got {got}")
+            raise TypeError(f"{caller}: {name} must be a real floating-point tensor, got {got}")
         if A.dim() < 2 or A.numel() == 0:
-            raise ShapeError(f"{where}: {name} must be [*, m, n] and not empty, got shape {list(A.shape)}")
+            raise ShapeError(f"{caller}: {name} must be [*, m, n] and not empty, got shape {list(A.shape)}")
     return list(matrices.items())

@@ -1,4 +1,4 @@
-"""How accurate a classifier stays under attack, how to train for it, and what can be proved about it."""
+"""Accuracy under attack, adversarial training, and certificates of robustness."""
 
 from .adversarial_training import adversarial_loss, kl_pgd, trades_loss, train_epoch
 from .certificates import certified_radius, misalignment

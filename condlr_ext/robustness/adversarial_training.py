@@ -1,4 +1,4 @@
-"""Adversarial training: losses at attacked inputs (PGD's and TRADES'), for any attack, and one epoch with them."""
+"""Adversarial training: the losses of Madry et al. and TRADES, for any attack, and one epoch with them."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attacks.checks import check_batch, check_count, check_eps, check_logits, check_step_size, frozen
-from ..attacks.search import gradient
+from .._checks import check_batch, check_count, check_eps, check_logits, check_step_size
+from .._modules import frozen
+from ..attacks.balls import BALLS
+from ..attacks.search import input_gradient
 from ..errors import NonFiniteError, ShapeError
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, x, y) -> x_adv like x
@@ -19,12 +21,18 @@ def adversarial_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> 
     """Mean cross-entropy at attacked inputs, CE(f(attack(x)), y).
 
     Args:
-        model: classifier returning logits [B, C], in the mode it trains in.
-        x: [B, ...] in [0, 1]. y: [B].
+        model: Classifier returning logits [B, C], in the mode it trains in.
+        x: Inputs in [0, 1], [B, ...], floating point.
+        y: Labels [B], integer.
         attack: (model, x, y) -> x_adv like x; functools.partial of any function of condlr_ext.attacks with one budget.
 
+    Returns:
+        A scalar, differentiable in the model's parameters.
+
     Raises:
-        ValueError: no samples. ShapeError, NonFiniteError: what the attack returns.
+        ValueError: No samples.
+        ShapeError: The attack's result is not like x.
+        NonFiniteError: The attack's result has NaN or Inf.
 
     Source: Madry et al. (arXiv 1706.06083), eq. 2.1.
     """
@@ -35,21 +43,28 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, beta: fl
     """TRADES: CE(f(x), y) + beta KL(softmax f(x) ‖ softmax f(x_adv)), means over the batch.
 
     Args:
-        model, x, y: as in adversarial_loss.
+        model: Classifier returning logits [B, C], in the mode it trains in; called on clean and attacked inputs
+            separately, so that their batch statistics do not mix.
+        x: Inputs in [0, 1], [B, ...], floating point.
+        y: Labels [B], integer.
         attack: (model, x, y) -> x_adv like x; the paper's ascends the KL term: functools.partial(kl_pgd, eps=...).
         beta: >= 0; the paper uses 1 to 6.
 
-    Raises:
-        ValueError: beta < 0, no samples. ShapeError, NonFiniteError: what the attack returns.
+    Returns:
+        A scalar, differentiable in the model's parameters.
 
-    Notes: clean and attacked inputs pass in two calls, so batch statistics do not mix.
+    Raises:
+        ValueError: beta < 0 or no samples.
+        ShapeError: The attack's result is not like x.
+        NonFiniteError: The attack's result has NaN or Inf.
+
     Source: Zhang et al. (arXiv 1901.08573), eq. 5.
     """
     if not 0 <= beta < math.inf:
         raise ValueError(f"trades_loss: beta must be a finite number >= 0, got {beta!r}")
     attacked = _attacked("trades_loss", attack, model, x, y)
     clean = model(x)
-    return F.cross_entropy(clean, y.long()) + beta * _divergence(clean, model(attacked)).mean()
+    return F.cross_entropy(clean, y.long()) + beta * _kl(clean, model(attacked)).mean()
 
 
 def kl_pgd(
@@ -65,18 +80,22 @@ def kl_pgd(
     """TRADES' attack: l-infinity ascent on KL(softmax f(x) ‖ softmax f(x')), the last iterate.
 
     Args:
-        model: classifier returning logits [B, C]; attacked in eval mode, its state is restored.
-        x (Tensor): inputs in [0, 1], [B, ...], floating point.
-        y (Tensor): labels [B], integer; only checked, the attack does without.
+        model: Classifier returning logits [B, C]; attacked in eval mode, its state is restored.
+        x: Inputs in [0, 1], [B, ...], floating point.
+        y: Labels [B], integer; checked, but not used.
         eps: l-infinity budget >= 0, one number, in the units of x.
-        steps: >= 1. step_size: > 0; default 2.5 eps / steps, as in pgd.
-        generator: source of the start, x + 0.001 N(0, 1) (at x itself the gradient is 0); default torch's global one.
+        steps: >= 1.
+        step_size: > 0; default 2.5 eps / steps, as in pgd.
+        generator: Source of the start, x + 0.001 N(0, 1) (at x itself the gradient is 0); default torch's global one.
 
     Returns:
-        Tensor: like x, within eps of it and in [0, 1].
+        Adversarial inputs like x, within eps of it and in [0, 1].
 
     Raises:
-        ValueError, TypeError: bad argument; ShapeError, NonFiniteError: the model's output.
+        ValueError: An argument out of range, or a model whose output carries no gradient to its input.
+        TypeError: An argument of the wrong type.
+        ShapeError: Shapes of the arguments or of the logits.
+        NonFiniteError: NaN or Inf in the logits or the input gradient.
 
     Source: Zhang et al. (arXiv 1901.08573), algorithm 1.
     """
@@ -100,11 +119,10 @@ def kl_pgd(
         check_logits("kl_pgd", clean, y)
         for _ in range(steps):
             point.requires_grad_()
-            grad = gradient("kl_pgd", _divergence(clean, model(point)), point)
+            grad = input_gradient("kl_pgd", _kl(clean, model(point)), point)
             if not torch.isfinite(grad).all():
                 raise NonFiniteError("kl_pgd: the gradient with respect to the input is not finite")
-            moved = (point.detach() + step_size * grad.sign() - x).clamp(-budget, budget)
-            point = (x + moved).clamp(0, 1)
+            point = BALLS["linf"].move(point.detach() + step_size * grad.sign(), x, budget)
     return point
 
 
@@ -115,20 +133,21 @@ def train_epoch(
     loss: Loss,
     penalty: Callable[[nn.Module], Tensor] | None = None,
 ) -> float:
-    """One epoch in train mode, a step of optimizer per batch on loss(model, x, y) + penalty(model).
+    """Train one epoch, in train mode, with one step of the optimizer per batch on loss(model, x, y) + penalty(model).
 
     Args:
-        model: trained in place.
-        batches: pairs (x, y), as a DataLoader's.
-        optimizer: any torch optimizer over the model's parameters.
-        loss: (model, x, y) -> mean over the batch; as functools.partial(trades_loss, attack=attack).
-        penalty: model -> scalar, from condlr_ext.regularizers; it is not part of what is returned.
+        model: Trained in place.
+        batches: Pairs (x, y), such as those of a DataLoader.
+        optimizer: Any torch optimizer over the model's parameters.
+        loss: (model, x, y) -> mean over the batch, such as functools.partial(trades_loss, attack=attack).
+        penalty: model -> scalar, such as those of condlr_ext.regularizers.
 
     Returns:
-        The mean loss per sample.
+        The mean loss per sample, without the penalty.
 
     Raises:
-        NonFiniteError: the loss or the penalty is not finite; that step is not taken. ValueError: no batch.
+        NonFiniteError: The loss or the penalty is not finite; that step is not taken.
+        ValueError: No batch.
     """
     model.train()
     sum_of_losses, samples = 0.0, 0
@@ -146,19 +165,19 @@ def train_epoch(
     return sum_of_losses / samples
 
 
-def _attacked(function: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def _attacked(caller: str, attack: Attack, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     if not len(x):
-        raise ValueError(f"{function}: x must hold at least one sample, got shape {list(x.shape)}")
+        raise ValueError(f"{caller}: x must hold at least one sample, got shape {list(x.shape)}")
     attacked = attack(model, x, y)
     if not isinstance(attacked, Tensor) or attacked.shape != x.shape:
         got = list(attacked.shape) if isinstance(attacked, Tensor) else type(attacked).__name__
-        raise ShapeError(f"{function}: attack must return a tensor like x {list(x.shape)}, got {got}")
+        raise ShapeError(f"{caller}: attack must return a tensor like x {list(x.shape)}, got {got}")
     if not torch.isfinite(attacked).all():
-        raise NonFiniteError(f"{function}: attack must return finite inputs, got NaN or Inf")
+        raise NonFiniteError(f"{caller}: attack must return finite inputs, got NaN or Inf")
     return attacked.detach()
 
 
-def _divergence(logits: Tensor, other: Tensor) -> Tensor:
-    """KL(softmax logits ‖ softmax other) per sample, [B]."""
+def _kl(logits: Tensor, other: Tensor) -> Tensor:
+    """Return KL(softmax logits ‖ softmax other) per sample, [B]."""
     log_p, log_q = logits.log_softmax(1), other.log_softmax(1)
     return (log_p.exp() * (log_p - log_q)).sum(1)

@@ -1,4 +1,4 @@
-"""What a Lipschitz bound proves about single samples, and what a bound on kappa leaves open: measured on data."""
+"""Certified radii of samples, and the factor of a layer's condition number that kappa does not bound."""
 
 import math
 import numbers
@@ -8,30 +8,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import linalg
-from ..attacks.checks import check_batch, check_logits, frozen
+from .._checks import check_batch, check_logits
+from .._modules import frozen
 from ..nn import LowRankLayer
 from .layer_norms import CONV, LINEAR, flat_padding, is_plain
 from .lipschitz_bound import LipschitzReport, lipschitz
 
 
 def certified_radius(model: nn.Module, x: Tensor, y: Tensor, bound: float | LipschitzReport | None = None) -> Tensor:
-    """The l2 radius around each sample within which no input changes the class, margin / (√2 bound).
+    """Return the l2 radius around each sample within which no input changes the class, margin / (√2 bound).
 
-    The margin is z_y − max z_j, j ≠ y; a difference of two logits is √2 bound-Lipschitz. 0 where the sample is
-    misclassified. The share of samples with radius > eps is the certified accuracy at eps.
+    The margin is z_y − max z_j, j ≠ y; a difference of two logits is √2 bound-Lipschitz. The share of samples with
+    radius > eps is the certified accuracy at eps.
 
     Args:
-        model: classifier returning logits [B, C >= 2]; in eval mode, its state is restored.
-        x (Tensor): inputs in [0, 1], [B, ...]. y (Tensor): labels [B], integer.
-        bound: of the logits in l2, > 0; default lipschitz(model, x).
+        model: Classifier returning logits [B, C >= 2]; run in eval mode, its state is restored.
+        x: Inputs in [0, 1], [B, ...], floating point.
+        y: Labels [B], integer.
+        bound: Lipschitz constant of the logits in l2, >= 0, or the report of lipschitz; default lipschitz(model, x).
 
     Returns:
-        Tensor: [B], float64, in the units of x.
+        Radii [B], float64, in the units of x; 0 for misclassified samples.
 
     Raises:
-        ValueError, TypeError, ShapeError, NonFiniteError: bad argument, the model's output, or from lipschitz.
+        ValueError: An argument out of range, or one class only; without bound, a model that lipschitz cannot bound.
+        TypeError: An argument of the wrong type.
+        ShapeError: Shapes of the arguments or of the logits.
+        NonFiniteError: NaN or Inf in the logits or, without bound, in a layer.
 
-    Notes: a proof in real arithmetic; the rounding of the logits, relative 1e-6 or so in float32, is not in it.
+    Notes:
+        The proof is in real arithmetic: it leaves out the rounding of the logits, about 1e-6 relative in float32.
+
     Source: Tsuzuku, Sato, Sugiyama, Lipschitz-margin training (arXiv 1802.04034), proposition 1.
     """
     check_batch("certified_radius", x, y)
@@ -52,26 +59,26 @@ def certified_radius(model: nn.Module, x: Tensor, y: Tensor, bound: float | Lips
 
 
 def misalignment(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """How far each layer's inputs are from the layer's row space: |z| / |Vᵀ z|, by layer name and sample.
+    """Measure how far each layer's inputs z are from the layer's row space: |z| / |Vᵀ z|, by layer name and sample.
 
     The condition number of a layer at z is |W| |z| / |W z| <= kappa |z| / |Vᵀ z|: bounding kappa bounds the first
-    factor only. The second is 1 where z lies in the row space, infinite where the layer does not see z at all.
+    factor only. The second is 1 for z in the row space and infinite for z orthogonal to it.
 
     Args:
-        model: any module with nn.Linear, nn.Conv or low-rank layers; run in eval mode, its state is restored.
-        x: inputs [B, ...] of the model.
+        model: Any module with nn.Linear, nn.Conv or low-rank layers; run in eval mode, its state is restored.
+        x: Inputs [B, ...] of the model.
 
     Returns:
-        {name: Tensor}, float64 [B'] per layer, B' the first dimension of the layer's inputs over all its calls. z is
-        all of a sample that goes into the layer: for a sequence the tokens together, for a convolution the patches
-        (its norm over |Vᵀ patches|; the patches' own norm is between |x| and √(prod(kernel_size)) |x| at stride 1).
-        Of a zero input 1. Layers that are not called are missing.
+        {name: ratios [B'], float64}, B' the first dimension of the layer's inputs over all its calls. z is a sample's
+        whole input of the layer: of a sequence all tokens, of a convolution all patches (whose norm is between |x| and
+        √(prod(kernel_size)) |x| at stride 1). A zero input has ratio 1. Layers that are not called are missing.
 
     Raises:
-        ValueError: no such layer was called. TypeError: no module.
+        ValueError: No such layer was called.
+        TypeError: model is no module.
 
-    Source: the factor left out where kappa stands for the relative sensitivity of a layer, as in Savostianova et al.,
-        NeurIPS 2023, section 2; for fat and low-rank weights it is not 1.
+    Source: Savostianova et al., NeurIPS 2023, section 2, takes kappa for the relative sensitivity of a layer, which
+        leaves this factor out; for wide and low-rank weights it is not 1.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"misalignment: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -79,7 +86,7 @@ def misalignment(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     handles = []
     for name, module in model.named_modules():
         if is_plain(module, (*LINEAR, *CONV)):
-            hook = _hook(found.setdefault(name, []))
+            hook = _ratio_hook(found.setdefault(name, []))
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         with frozen(model), torch.no_grad():
@@ -93,19 +100,22 @@ def misalignment(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return ratios
 
 
-def _hook(ratios: list[Tensor]):
-    def measure(module: nn.Module, args, kwargs) -> None:
+def _ratio_hook(ratios: list[Tensor]):
+    """Return a forward pre-hook that appends the ratios of the layer's input."""
+
+    def append_ratio(module: nn.Module, args, kwargs) -> None:
         z = args[0] if args else kwargs["input"]
         ratios.append(_ratio(module, z.detach().double()))
 
-    return measure
+    return append_ratio
 
 
 def _ratio(module: nn.Module, z: Tensor) -> Tensor:
+    """Return |z| / |Vᵀ z| per sample, z the layer's input in float64."""
     V = _row_basis(module)
     if is_plain(module, LINEAR):
         z = z.reshape(-1, z.shape[-1]) if z.ndim == 1 else z
-        whole, seen = z.square(), (z @ V).square()
+        total, projected = z.square(), (z @ V).square()
     else:
         kernel, groups = module.kernel_size, module.groups
         z = z[None] if z.ndim == len(kernel) + 1 else z
@@ -114,15 +124,15 @@ def _ratio(module: nn.Module, z: Tensor) -> Tensor:
         geometry = {"stride": module.stride, "dilation": module.dilation, "groups": groups}
         repeat = (groups, *[1] * (1 + len(kernel)))
         filters = V.mT.reshape(-1, z.shape[1] // groups, *kernel)
-        whole = conv(z.square(), torch.ones_like(filters[:1]).repeat(repeat), **geometry)
-        seen = conv(z, filters.repeat(repeat), **geometry).square()
-    whole, seen = (t.flatten(1).sum(1) for t in (whole, seen))
-    ratio = (whole / torch.where(seen > 0, seen, 1)).sqrt().clamp_min(1)
-    return torch.where(seen > 0, ratio, torch.where(whole > 0, torch.inf, 1.0))
+        total = conv(z.square(), torch.ones_like(filters[:1]).repeat(repeat), **geometry)
+        projected = conv(z, filters.repeat(repeat), **geometry).square()
+    total, projected = (t.flatten(1).sum(1) for t in (total, projected))
+    ratio = (total / torch.where(projected > 0, projected, 1)).sqrt().clamp_min(1)
+    return torch.where(projected > 0, ratio, torch.where(total > 0, torch.inf, 1.0))
 
 
 def _row_basis(module: nn.Module) -> Tensor:
-    """[n, k] in float64: an orthonormal basis of the row space of the flattened weight, and zero columns."""
+    """Return an orthonormal basis [n, k] of the row space of the flattened weight in float64, with zero columns."""
     if isinstance(module, LowRankLayer):
         return linalg.orthonormalize(module.V.detach()[:, : module.active_rank].double())
     _, sigma, V = linalg.svd(module.weight.detach().flatten(1).double())

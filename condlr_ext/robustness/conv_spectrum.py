@@ -12,26 +12,30 @@ from ..functional import as_ints
 
 @torch.no_grad()
 def conv_singular_values(weight: Tensor, size, *, stride=1, dilation=1, groups: int = 1) -> Tensor:
-    """All singular values of a circularly padded convolution, as the linear map from images to images that it is.
+    """Return all singular values of a circularly padded convolution as a linear map from images to images.
 
-    For stride 1 the map is block-circulant: on an N x N image its singular values are those of the N² matrices
-    [C_out, C_in] that the Fourier transform of the kernel holds, one per frequency. With a stride s, which must divide
-    the size, the s² frequencies that the subsampling aliases stand side by side in one matrix, divided by s.
+    For stride 1 the map is block-circulant: on an N x N image its singular values are those of N² matrices
+    [C_out, C_in], the Fourier transform of the kernel at each frequency. With a stride s, which must divide the size,
+    the matrices of the s² frequencies that subsampling aliases are concatenated and divided by s.
 
-    A zero-padded convolution is this map on a ring wide enough that nothing wraps around, between an embedding and a
-    restriction, both of norm 1: the largest value for size = image + padding bounds its norm, and the others bound
+    A zero-padded convolution is this map on a torus so large that nothing wraps around, between an embedding and a
+    restriction, both of norm 1: the largest value for size = image + padding bounds its norm; the others bound
     nothing. On the image's own size the circular norm is near the zero-padded one, but may be below it.
 
     Args:
         weight: [C_out, C_in / groups, *kernel_size], of a convolution in 1 to 3 dimensions.
-        size: of the image, an int or one per dimension, each a multiple of the stride.
-        stride, dilation: int or one int per dimension. groups: as in torch.
+        size: Size of the image, an int or one per dimension, each a multiple of the stride.
+        stride: An int or one per dimension.
+        dilation: An int or one per dimension.
+        groups: As in torch.
 
     Returns:
-        Tensor: float64, descending, min(C_out / groups, C_in / groups · prod(stride)) · groups · prod(size / stride).
+        min(C_out / groups, C_in / groups · prod(stride)) · groups · prod(size / stride) values, float64, descending.
 
     Raises:
-        ShapeError, ValueError: sizes that do not fit. NonFiniteError: NaN or Inf in weight.
+        ShapeError: weight has no 1 to 3 dimensions of a kernel.
+        ValueError: Sizes that do not fit.
+        NonFiniteError: NaN or Inf in weight.
 
     Source: Sedghi, Gupta, Long, The singular values of convolutional layers (arXiv 1805.10408), theorem 6.
     """
@@ -55,32 +59,35 @@ def conv_singular_values(weight: Tensor, size, *, stride=1, dilation=1, groups: 
 
 
 def circulant_norm(weight: Tensor, size, stride, dilation) -> float:
-    """The largest of conv_singular_values, for weight [groups, C_out / groups, C_in / groups, *kernel] in float64."""
+    """Return the largest of conv_singular_values; weight [groups, C_out / groups, C_in / groups, *kernel], float64."""
     return largest_singular_value(frequency_blocks(weight, size, stride, dilation, half=True))
 
 
 def largest_singular_value(A: Tensor) -> float:
-    """The largest over all matrices A [*, m, n], real or complex, to the rounding of float64.
+    """Return the largest singular value of all matrices A [*, m, n], real or complex, to the rounding of float64.
 
-    From the Gram matrix's eigenvalues, of which the largest loses nothing by the squaring.
+    It comes from the Gram matrix, whose largest eigenvalue loses nothing by the squaring.
     """
     gram = A @ A.mH if A.shape[-2] <= A.shape[-1] else A.mH @ A
     return torch.linalg.eigvalsh(gram).amax().clamp_min(0).sqrt().item()
 
 
-def ring(size, kernel_size, stride, dilation, pads) -> list[int]:
-    """The size on which circular padding does to a zero-padded image what zeros do; pads are (left, right) pairs."""
-    rings = []
+def equivalent_torus(size, kernel_size, stride, dilation, pads) -> list[int]:
+    """Return the size on which circular padding acts on an image of this size as zero padding does.
+
+    pads are (left, right) pairs, one per dimension.
+    """
+    torus = []
     for n, k, s, dl, (left, right) in zip(size, kernel_size, stride, dilation, pads, strict=True):
         least = max(n + max(left, right), n + left + right - dl * (k - 1))
-        rings.append(math.ceil(least / s) * s)
-    return rings
+        torus.append(math.ceil(least / s) * s)
+    return torus
 
 
 def frequency_blocks(weight: Tensor, size, stride, dilation, half: bool = False) -> Tensor:
-    """The blocks [groups, frequencies, C_out / groups, C_in / groups · prod(stride)], complex.
+    """Return the blocks [groups, frequencies, C_out / groups, C_in / groups · prod(stride)], complex.
 
-    half: without those that are the complex conjugates of others, whose singular values are the same.
+    half: Leave out blocks that are complex conjugates of others, whose singular values are the same.
     """
     groups, m, c, *kernel_size = weight.shape
     d = len(kernel_size)

@@ -7,24 +7,26 @@ import torch
 from torch import Tensor, nn
 
 from .. import _table
-from ..attacks.apgd import apgd
+from .._checks import check_batch, check_choice, check_count, check_eps, check_logits
+from .._modules import frozen
+from ..attacks.auto_pgd import apgd
 from ..attacks.balls import BALLS
-from ..attacks.checks import check_batch, check_choice, check_count, check_eps, check_logits, frozen
 from ..attacks.gradient import clean_gradient, fgsm, pgd
 from ..attacks.losses import CLASSES_NEEDED
 from . import masking
 
 ATTACKS = ("fgsm", "pgd-ce", "pgd-dlr")
+_FUNCTIONS = {  # name -> attack and loss
+    "fgsm": (fgsm, "ce"), "fgsm64": (fgsm, "log-odds"), "pgd-ce": (pgd, "ce"), "pgd64": (pgd, "log-odds"),
+    "pgd-rescaled": (pgd, "ce-rescaled"), "pgd-dlr": (pgd, "dlr"), "apgd-ce": (apgd, "ce"), "apgd-dlr": (apgd, "dlr"),
+    "apgd-t": (apgd, "dlr-targeted"),
+}  # fmt: skip
+KNOWN_ATTACKS = tuple(_FUNCTIONS)
 _RESERVED = (
     "n", "norm", "others", "eps", "clean", "worst", "transfer", "transfer_only", "at_zero", "flags", "saturated",
     "zero_gradient", "tiny_gradient", "dead_gradient",
 )  # fmt: skip
-_STREAM = 1_000_003  # between the seeds of two attacks
-_ASCENTS = {  # name -> attack and loss
-    "pgd-ce": (pgd, "ce"), "pgd64": (pgd, "log-odds"), "pgd-rescaled": (pgd, "ce-rescaled"), "pgd-dlr": (pgd, "dlr"),
-    "apgd-ce": (apgd, "ce"), "apgd-dlr": (apgd, "dlr"), "apgd-t": (apgd, "dlr-targeted"),
-}  # fmt: skip
-KNOWN_ATTACKS = ("fgsm", "fgsm64", *_ASCENTS)
+_SEED_STRIDE = 1_000_003  # between the seeds of two attacks
 
 
 class Evaluation(dict):
@@ -62,30 +64,31 @@ def evaluate(
     surrogate: nn.Module | None = None,
     others: Mapping[str, Callable] | None = None,
 ) -> Evaluation:
-    """Clean accuracy and accuracy under attack at each budget: the share with argmax = label.
+    """Measure clean accuracy and accuracy under attack at each budget: the share of samples with argmax = label.
 
-    The model is attacked in eval mode and its state is restored. The random starts of each attack come from `seed` and
-    its name alone, the global random state is neither read nor changed. A result that is not in the ball of its
-    budget, or not in [0, 1], is an error.
+    The model is attacked in eval mode and its state is restored. The random starts of each attack depend on `seed` and
+    its name alone; the global random state is neither read nor changed. A result outside the ball of its budget, or
+    outside [0, 1], is an error.
 
     Args:
-        model: classifier returning logits [B, C].
-        x (Tensor): inputs in [0, 1], [N, ...], floating point, N >= 1.
-        y (Tensor): labels [N], integer.
-        eps (float or 1-D sequence): budgets >= 0 in the units of x.
-        attacks: names out of "fgsm", "pgd-ce", "fgsm64" and "pgd64" (the same on the log-odds in float64, which do
+        model: Classifier returning logits [B, C].
+        x: Inputs in [0, 1], [N, ...], floating point, N >= 1.
+        y: Labels [N], integer.
+        eps: Budget >= 0 in the units of x, or a 1-D sequence of budgets.
+        attacks: Names out of "fgsm", "pgd-ce", "fgsm64" and "pgd64" (the same on the log-odds in float64, which do
             not saturate), "pgd-rescaled" (cross-entropy of rescaled logits), "pgd-dlr" (needs 3 classes), "apgd-ce",
-            "apgd-dlr" (3 classes), "apgd-t" (targeted DLR, 4 classes; the strongest, and the cost of nine others).
-            Default: those of ATTACKS for which there are classes enough.
+            "apgd-dlr" (3 classes), "apgd-t" (targeted DLR, 4 classes; the strongest, at the cost of nine others).
+            Default: those of ATTACKS that the number of classes allows.
         norm: "linf" or "l2" ball; "fgsm" in l2 is one step along the normalized gradient.
-        steps, restarts: of the PGD and APGD attacks.
-        seed: of the random starts.
-        batch_size: samples attacked at a time (times the number of budgets); default all.
-        guard: run "fgsm", "fgsm64", "pgd-ce", "pgd64", "pgd-rescaled" and (from 3 classes on) "pgd-dlr" in any case,
-            every attack also at eps = 0 (a ball of one point: its own ones with a single step), and flag what looks
-            masked (robustness.masking.flags).
-        surrogate: another classifier; PGD examples made on it are tried on the model as attack "transfer".
-        others: further attacks by name, each called as attack(model, x, y, eps) with eps [E] and returning
+        steps: Steps of the PGD and APGD attacks.
+        restarts: Restarts of the PGD and APGD attacks.
+        seed: Seed of the random starts.
+        batch_size: Samples attacked at a time (times the number of budgets); default all.
+        guard: Run "fgsm", "fgsm64", "pgd-ce", "pgd64", "pgd-rescaled" and (from 3 classes on) "pgd-dlr" in any case,
+            run every attack also at eps = 0 (the package's own with a single step), and flag signs of gradient
+            masking (robustness.flags).
+        surrogate: Another classifier; PGD examples made on it are tried on the model as attack "transfer".
+        others: Further attacks by name, each called as attack(model, x, y, eps) with eps [E] and returning
             [E, B, ...], such as functools.partial(attacks.low_rank_pgd, rank=2).
 
     Returns:
@@ -93,138 +96,144 @@ def evaluate(
         name one accuracy per budget; "worst": the share of samples that survive all of them; "saturated": the share of
         clean samples whose float32 softmax has an entry equal to 1, where cross-entropy gradients are rounding noise
         and FGSM flatters the model; "zero_gradient" and "tiny_gradient": the share whose largest cross-entropy
-        gradient entry is 0, respectively below 1e-10; "dead_gradient": the share that has none under the log-odds
-        either. With a surrogate "transfer_only": the share that only "transfer" broke. With the guard "at_zero": each
-        attack's accuracy at eps = 0; "flags": sentences, none if nothing looks masked.
+        gradient entry is 0, respectively below 1e-10; "dead_gradient": the share whose gradient of the log-odds is 0
+        too. With a surrogate "transfer_only": the share that only "transfer" broke. With the guard "at_zero": each
+        attack's accuracy at eps = 0; "flags": sentences, none without a sign of masking.
 
     Raises:
-        ValueError, TypeError: bad argument; ShapeError, NonFiniteError: the model's output or input gradient.
+        ValueError: An argument out of range, or an attack's result outside its ball or [0, 1] or not like x.
+        TypeError: An argument of the wrong type.
+        ShapeError: Shapes of the arguments or of the logits.
+        NonFiniteError: NaN or Inf in the logits or the input gradient.
     """
     check_batch("evaluate", x, y)
     budgets = check_eps("evaluate", eps, x).reshape(-1)
     if x.numel() == 0:
         raise ValueError(f"evaluate: x must hold at least one sample, got shape {list(x.shape)}")
-    names = [] if isinstance(attacks, str) else list(ATTACKS if attacks is None else attacks)
-    if isinstance(attacks, str) or not set(names) <= set(KNOWN_ATTACKS):
+    requested = None if attacks is None else list(attacks)
+    if isinstance(attacks, str) or not set(requested or ()) <= set(KNOWN_ATTACKS):
         raise ValueError(
             f"evaluate: attacks must be a list of names out of {', '.join(KNOWN_ATTACKS)}, got {attacks!r}"
         )
     check_choice("evaluate", "norm", norm, BALLS)
-    if batch_size is None:
-        batch_size = len(x)
+    batch_size = len(x) if batch_size is None else batch_size
     check_count("evaluate", "batch_size", batch_size)
-    taken = [name for name in others or {} if name in (*KNOWN_ATTACKS, *_RESERVED)]
-    if taken:
-        raise ValueError(f"evaluate: others must have names of their own, got {taken[0]!r}")
-
+    others = dict(others or {})
+    for name in others:
+        if name in (*KNOWN_ATTACKS, *_RESERVED):
+            raise ValueError(f"evaluate: others must have names of their own, got {name!r}")
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
-    with frozen(model):
-        kept, classes = _look(model, batches)
-        able = [name for name in KNOWN_ATTACKS if classes >= classes_needed(name)]
-        if attacks is None:
-            names = [name for name in names if name in able]
-        for name in names:
-            check_classes("evaluate", name, classes)
-        if guard:
-            second = [name for name in masking.SECOND_LOOKS if name in able]
-            names = [name for name in KNOWN_ATTACKS if name in names or name in second]
 
-        def survived(tried: Tensor, **search) -> dict[str, Tensor]:
-            runs = {name: _attack(name, torch.Generator(x.device), seed, **search) for name in names}
-            runs |= dict(others or {})
+    with frozen(model):
+        clean, classes = _clean_statistics(model, batches)
+        names = _select_attacks(requested, classes, guard)
+
+        def survivors(eps: Tensor, steps: int, restarts: int) -> dict[str, Tensor]:
+            runs = {name: _attack(name, seed, x.device, norm, steps, restarts) for name in names} | others
             if surrogate is not None:
-                runs["transfer"] = _transfer(surrogate, torch.Generator(x.device), seed, **search)
+                runs["transfer"] = _transfer(surrogate, seed, x.device, norm, steps, restarts)
             return {
-                name: torch.cat([_survivors(name, run, model, *batch, tried, norm) for batch in batches], dim=1)
+                name: torch.cat([_survivors(name, run, model, *batch, eps, norm) for batch in batches], dim=1)
                 for name, run in runs.items()
             }
 
-        at_eps = survived(budgets, norm=norm, steps=steps, restarts=restarts)
-        at_zero = survived(budgets.new_zeros(1), norm=norm, steps=1, restarts=1) if guard else {}
+        at_eps = survivors(budgets, steps, restarts)
+        at_zero = survivors(budgets.new_zeros(1), steps=1, restarts=1) if guard else {}
 
-    result = Evaluation(n=len(x), norm=norm, others=list(others or {}))
+    result = Evaluation(n=len(x), norm=norm, others=list(others))
     result["eps"] = torch.as_tensor(eps, dtype=torch.float64).reshape(-1).tolist()  # not rounded to the dtype of x
-    result |= {name: _share(flag) for name, flag in kept.items()}
-    result |= {name: _share(alive) for name, alive in at_eps.items()}
+    result |= {name: _share(samples) for name, samples in (clean | at_eps).items()}
     if at_eps:
         result["worst"] = _share(torch.stack(list(at_eps.values())).all(0))
     if surrogate is not None:
         transfer = at_eps.pop("transfer")
-        own = torch.stack([kept["clean"].expand_as(transfer), *at_eps.values()]).all(0)
-        result["transfer_only"] = _share(own & ~transfer)
+        survived = torch.stack([clean["clean"].expand_as(transfer), *at_eps.values()]).all(0)
+        result["transfer_only"] = _share(survived & ~transfer)
     if guard:
-        result["at_zero"] = {name: _share(alive[0]) for name, alive in at_zero.items()}
+        result["at_zero"] = {name: _share(samples[0]) for name, samples in at_zero.items()}
         result["flags"] = masking.flags(result)
     return result
 
 
-def classes_needed(name: str) -> int:
-    return CLASSES_NEEDED.get(_loss_of(name), 1)
-
-
-def check_classes(where: str, name: str, classes: int) -> None:
-    if classes < classes_needed(name):
-        raise ValueError(f'{where}: attack "{name}" needs at least {classes_needed(name)} classes, there are {classes}')
-
-
-def _look(model: nn.Module, batches) -> tuple[dict[str, Tensor], int]:
-    """Of the clean samples: which are classified right and what masking.counts counts, [N] each; the classes."""
-    seen = []
-    for images, labels in batches:
-        logits, grad = clean_gradient("evaluate", model, images, labels)
+def _clean_statistics(model: nn.Module, batches) -> tuple[dict[str, Tensor], int]:
+    """Return booleans [N] of the clean samples, "clean" (classified right) and gradient_statistics, and the classes."""
+    parts = []
+    for x, y in batches:
+        logits, grad = clean_gradient("evaluate", model, x, y)
         loss = "log-odds" if logits.shape[1] >= CLASSES_NEEDED["log-odds"] else "ce"
-        _, unsaturated = clean_gradient("evaluate", model, images, labels, loss)
-        seen.append({"clean": logits.argmax(1) == labels} | masking.counts(logits, grad, unsaturated))
-    return {name: torch.cat([flags[name] for flags in seen]) for name in seen[0]}, logits.shape[1]
+        _, unsaturated = clean_gradient("evaluate", model, x, y, loss)
+        parts.append({"clean": logits.argmax(1) == y} | masking.gradient_statistics(logits, grad, unsaturated))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, logits.shape[1]
 
 
-def _loss_of(name: str) -> str:
-    if name.startswith("fgsm"):
-        return "log-odds" if name == "fgsm64" else "ce"
-    return _ASCENTS[name][1]
+def _select_attacks(requested: list[str] | None, classes: int, guard: bool) -> list[str]:
+    """Return the attacks to run: those requested, by default ATTACKS that the classes allow, and those of the guard."""
+    possible = [name for name in KNOWN_ATTACKS if classes >= classes_needed(name)]
+    names = [name for name in ATTACKS if name in possible] if requested is None else requested
+    for name in names:
+        check_classes("evaluate", name, classes)
+    if guard:
+        names = [name for name in possible if name in names or name in masking.GUARD_ATTACKS]
+    return names
 
 
-def _attack(name: str, generator: torch.Generator, seed: int, *, norm: str, steps: int, restarts: int) -> Callable:
-    """The attack of that name as attack(model, x, y, eps), with a random stream of its own."""
-    if name.startswith("fgsm"):
-        return partial(fgsm, norm=norm, loss=_loss_of(name))
-    generator.manual_seed(seed + _STREAM * KNOWN_ATTACKS.index(name))
-    ascent, loss = _ASCENTS[name]
-    return partial(ascent, norm=norm, loss=loss, steps=steps, restarts=restarts, generator=generator)
+def classes_needed(name: str) -> int:
+    """Return the number of classes that an attack of KNOWN_ATTACKS needs."""
+    _, loss = _FUNCTIONS[name]
+    return CLASSES_NEEDED.get(loss, 1)
 
 
-def _transfer(surrogate: nn.Module, generator: torch.Generator, seed: int, **search) -> Callable:
-    """PGD on the surrogate, on its log-odds so that its own saturation hides nothing."""
-    generator.manual_seed(seed + _STREAM * len(KNOWN_ATTACKS))
-    return lambda model, x, y, eps: pgd(surrogate, x, y, eps, loss="log-odds", generator=generator, **search)
+def check_classes(caller: str, name: str, classes: int) -> None:
+    """Raise ValueError if an attack of KNOWN_ATTACKS needs more classes."""
+    if classes < classes_needed(name):
+        needed = classes_needed(name)
+        raise ValueError(f'{caller}: attack "{name}" needs at least {needed} classes, there are {classes}')
 
 
-def _share(flags: Tensor):
-    return flags.double().mean(-1).tolist()
+def _attack(name: str, seed: int, device, norm: str, steps: int, restarts: int) -> Callable:
+    """Return an attack of KNOWN_ATTACKS as attack(model, x, y, eps), with a random generator of its own."""
+    function, loss = _FUNCTIONS[name]
+    if function is fgsm:
+        return partial(fgsm, norm=norm, loss=loss)
+    generator = torch.Generator(device).manual_seed(seed + _SEED_STRIDE * KNOWN_ATTACKS.index(name))
+    return partial(function, norm=norm, loss=loss, steps=steps, restarts=restarts, generator=generator)
 
 
-def _survivors(name: str, run: Callable, model: nn.Module, x: Tensor, y: Tensor, eps: Tensor, norm: str) -> Tensor:
-    """[E, B] booleans: still classified as labels y [B] after run(model, x, y, eps)."""
-    attacked = run(model, x, y, eps)
-    labels = y.repeat(len(eps))
+def _transfer(surrogate: nn.Module, seed: int, device, norm: str, steps: int, restarts: int) -> Callable:
+    """Return PGD on the surrogate's log-odds, which its saturation does not mask, as attack(model, x, y, eps)."""
+    generator = torch.Generator(device).manual_seed(seed + _SEED_STRIDE * len(KNOWN_ATTACKS))
+    options = {"norm": norm, "loss": "log-odds", "steps": steps, "restarts": restarts, "generator": generator}
+    return lambda model, x, y, eps: pgd(surrogate, x, y, eps, **options)
+
+
+def _survivors(name: str, attack: Callable, model: nn.Module, x: Tensor, y: Tensor, eps: Tensor, norm: str) -> Tensor:
+    """Return booleans [E, B]: still classified as labels y [B] after attack(model, x, y, eps)."""
+    attacked = attack(model, x, y, eps)
     _check_result(name, attacked, x, eps, norm)
     with torch.no_grad():
         logits = model(attacked.flatten(0, 1))
+    labels = y.repeat(len(eps))
     check_logits("evaluate", logits, labels)
     return (logits.argmax(1) == labels).view(len(eps), -1)
 
 
 def _check_result(name: str, attacked: Tensor, x: Tensor, eps: Tensor, norm: str) -> None:
-    wanted, got = f"{x.dtype} {[len(eps), *x.shape]}", type(attacked).__name__
+    """Raise ValueError unless attacked is [E, B, ...], in [0, 1] and, to rounding, within eps [E] of x."""
+    expected, got = f"{x.dtype} {[len(eps), *x.shape]}", type(attacked).__name__
     if isinstance(attacked, Tensor):
         got = f"{attacked.dtype} {list(attacked.shape)}"
-    if got != wanted:
-        raise ValueError(f"evaluate: {name} must return {wanted}, got {got}")
+    if got != expected:
+        raise ValueError(f"evaluate: {name} must return {expected}, got {got}")
     low, high = attacked.aminmax()
     if not (low >= 0 and high <= 1):  # NaN fails too
         raise ValueError(f"evaluate: {name} must return inputs in [0, 1], got values in [{low:.4g}, {high:.4g}]")
-    size = BALLS[norm].size((attacked.double() - x.double()).flatten(0, 1)).view(len(eps), -1).amax(1)
+    distance = BALLS[norm].norm((attacked.double() - x.double()).flatten(0, 1)).view(len(eps), -1).amax(1)
     rounding = 4 * torch.finfo(x.dtype).eps * (x[0].numel() ** 0.5 if norm == "l2" else 1)
-    if not (size <= eps + rounding).all():
-        far = (size - eps).argmax()
-        raise ValueError(f"evaluate: {name} at eps={eps[far]:g} goes {size[far]:.6g} from the input in {norm}")
+    if not (distance <= eps + rounding).all():
+        worst = (distance - eps).argmax()
+        raise ValueError(f"evaluate: {name} at eps={eps[worst]:g} goes {distance[worst]:.6g} from the input in {norm}")
+
+
+def _share(samples: Tensor):
+    """Return the share of True over the last dimension as plain numbers."""
+    return samples.double().mean(-1).tolist()

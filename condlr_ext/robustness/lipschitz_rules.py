@@ -1,7 +1,7 @@
-"""Lipschitz constants in l2 of torch's activations, poolings, averages and shape changes; refused is what is not here.
+"""Lipschitz constants in l2 of torch's activations, poolings, averages and shape changes.
 
 Every rule is per sample and for eval mode. A constant is that of the map between whole tensors, so broadcasting and
-repetition count.
+repetition count. Operations without a rule here have no bound.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layer_norms import overlap
+from .layer_norms import windows_per_element
 
 # the largest slope of the scalar function, rounded up where it has no closed form
 GELU, SILU, MISH = 1.13, 1.1, 1.09
@@ -68,7 +68,7 @@ _NAMES = {
 
 
 def module_constant(module: nn.Module, value: Tensor) -> float | None:
-    """The constant of a module without weights, for an input like value; None if there is no rule."""
+    """Return the constant of a module without weights for inputs like value; None if there is no rule."""
     kind = type(module)
     if kind in _MODULES:
         rule = _MODULES[kind]
@@ -81,7 +81,7 @@ def module_constant(module: nn.Module, value: Tensor) -> float | None:
 
 
 def function_constant(target, value: Tensor, args: tuple, kwargs: dict) -> float | None:
-    """The constant of target(value, *args, **kwargs) in value, target a function or a method's name."""
+    """Return the constant of target(value, *args, **kwargs) in value; target is a function or a method's name."""
     name = target if isinstance(target, str) and target in _KNOWN else _NAMES.get(target)
     if name in _SAME:
         return None if any(isinstance(a, torch.dtype) for a in args) else 1.0  # view(dtype) reads bits as other numbers
@@ -109,7 +109,7 @@ def function_constant(target, value: Tensor, args: tuple, kwargs: dict) -> float
 
 
 def _celu(alpha=1.0, inplace=False) -> float | None:
-    return 1.0 if alpha > 0 else None  # else it grows without a bound
+    return 1.0 if alpha > 0 else None  # otherwise the slope is unbounded
 
 
 def _softplus(beta=1.0, threshold=20.0) -> float | None:
@@ -117,7 +117,7 @@ def _softplus(beta=1.0, threshold=20.0) -> float | None:
 
 
 def positive_map_constant(function: Callable[[Tensor], Tensor], value: Tensor) -> float:
-    """A bound on the norm of an affine map with coefficients >= 0, √(largest row sum · largest column sum).
+    """Return a bound on the norm of an affine map with coefficients >= 0, √(largest row sum · largest column sum).
 
     Source: Schur's test; exact where rows do not overlap.
     """
@@ -133,6 +133,6 @@ def _max_pool_call(d, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
 
 
 def _max_pool(d: int, kernel_size, stride, dilation) -> float:
-    """max over a window is 1-Lipschitz, and each element is in so many windows."""
+    """Return √(windows that share an element): the maximum over one window is 1-Lipschitz."""
     sizes = (x if isinstance(x, (tuple, list)) else (x,) * d for x in (kernel_size, stride, dilation))
-    return math.sqrt(math.prod(map(overlap, *sizes)))
+    return math.sqrt(math.prod(map(windows_per_element, *sizes)))

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.digits import shuffled_digits
 from torch import nn
 
 from condlr_ext.attacks import apgd, autoattack, fgsm, from_foolbox, from_torchattacks, perturbation_report, pgd
@@ -169,10 +170,8 @@ def test_autoattack_from_either_package(monkeypatch):
 @pytest.fixture(scope="module")
 def digits():
     """An MLP that has learned real digits, and 540 it has not seen."""
-    data = pytest.importorskip("sklearn.datasets").load_digits()
-    torch.manual_seed(0)
-    order = torch.randperm(len(data.target))
-    x, y = (torch.tensor(data.images, dtype=torch.float32)[:, None] / 16)[order], torch.tensor(data.target)[order]
+    x, y = shuffled_digits()
+    x = x.view(-1, 1, 8, 8)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     for _ in range(15):

@@ -40,7 +40,7 @@ def test_gradients_of_the_factors(norm):
     D = U @ V.mT
     n = D.flatten(1).norm(dim=1) if norm == "l2" else torch.linalg.svdvals(D).sum((1, 2))
     expected = torch.autograd.grad(((G * D).sum((1, 2, 3)) / n).sum(), (U, V))
-    size, *normals = implementation._norm(U.detach(), V.detach(), norm)
+    size, *normals = implementation._norm_and_gradient(U.detach(), V.detach(), norm)
     torch.testing.assert_close(size.flatten(), n.detach())
     ours = implementation._factor_gradients(G, U.detach(), V.detach(), size, *normals)
     for a, b in zip(ours, expected, strict=True):
@@ -85,7 +85,7 @@ def test_exact_zeroes_what_the_alternation_leaves_outside(monkeypatch):
     assert (report["rank"] <= 2).all() and (report["l2"] > 0).double().mean() > 0.7
 
 
-def test_trimming_zeroes_the_smaller_of_row_and_column():
+def test_zero_outside_zeroes_the_smaller_of_row_and_column():
     low, high = torch.full((3, 3, 3), -1.0), torch.ones(3, 3, 3)
     low[0, 1, 2] = high[1, 2, 0] = 0
     matrices = torch.full((3, 3, 3), 0.5)
@@ -94,13 +94,15 @@ def test_trimming_zeroes_the_smaller_of_row_and_column():
     matrices[2] = 0.9  # inside
     expected = matrices.clone()
     expected[0, 1] = expected[1, :, 0] = 0
-    assert torch.equal(implementation._trimmed(matrices, low, high, 0.0), expected)
+    assert torch.equal(implementation._zero_outside(matrices, low, high, 0.0), expected)
 
 
 def test_reflections_reach_the_box_and_stay_near(monkeypatch):
     """Random rank-1 matrices: all come out feasible, half of them without zeroed rows."""
-    left_over, trimmed = [], implementation._trimmed
-    monkeypatch.setattr(implementation, "_trimmed", lambda m, *rest: left_over.append(len(m)) or trimmed(m, *rest))
+    left_over, zero_outside = [], implementation._zero_outside
+    monkeypatch.setattr(
+        implementation, "_zero_outside", lambda m, *rest: left_over.append(len(m)) or zero_outside(m, *rest)
+    )
     low = -torch.rand(20, 6, 6, dtype=torch.float64)
     low[:, 0] = 0
     delta = torch.randn(20, 6, 1, dtype=torch.float64) @ torch.randn(20, 1, 6, dtype=torch.float64)
@@ -154,7 +156,7 @@ def test_every_point_visited_is_that_of_ascent_by_autograd(norm, init):
         U = torch.randn(3, *SHAPE[:2], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         U, V = U / U.flatten(1).norm(dim=1)[:, None, None, None], torch.zeros(3, 3, 5, 2, dtype=torch.float64)
     else:
-        U, V = implementation._factors(fgsm(model, x, y, eps, norm="l2") - x, 2)
+        U, V = implementation._balanced_factors(fgsm(model, x, y, eps, norm="l2") - x, 2)
     points = seen[-5:]
     for point in points:
         U, V = U.detach().requires_grad_(), V.detach().requires_grad_()
@@ -184,7 +186,7 @@ def test_first_step_of_the_random_start():
 def test_warm_start_is_the_truncated_l2_step():
     model, (x, y) = network(), batch(n=8)
     step = fgsm(model, x, y, 0.4, norm="l2") - x
-    U, V = implementation._factors(step, 2)
+    U, V = implementation._balanced_factors(step, 2)
     left, sigma, right = torch.linalg.svd(step, full_matrices=False)
     nearest = left[..., :2] * sigma[..., None, :2] @ right[..., :2, :]
     scale = nearest.flatten(1).norm(dim=1) / (U @ V.mT).flatten(1).norm(dim=1)
@@ -241,10 +243,10 @@ def test_models_whose_gradient_is_one_number_many_times():
 
 
 @pytest.mark.parametrize("init", ["random", "warm"])
-def test_lean_finds_the_same_and_keeps_no_image_between_steps(init):
-    """Images alive when the model is asked: x, its copy, the point, the mask of the box and earlier results."""
+def test_no_image_is_kept_between_steps(init):
+    """Images alive when the model is called: x, and per budget its copy, the point and the mask of the box."""
     gc.collect()
-    gc.freeze()  # get_objects is then about what is made from here on only
+    gc.freeze()  # get_objects then lists only later objects
     x, y = batch(n=4, shape=(1, 40, 40))
     model = network(shape=(1, 40, 40))
     eps, alive = [0.0, 0.5, 1.0], []
@@ -253,19 +255,23 @@ def test_lean_finds_the_same_and_keeps_no_image_between_steps(init):
         tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[-2:] == (40, 40)]
         alive.append(sum({t.untyped_storage().data_ptr(): t.numel() for t in tensors}.values()) / x.numel())
 
+    def attack(budgets):
+        alive.clear()
+        options = {"steps": 3, "init": init, "restarts": 2 if init == "random" else 1}
+        found = low_rank_pgd(model, x, y, budgets, 2, generator=torch.Generator().manual_seed(2), **options)
+        steps = alive[init == "warm" :]  # without the call that makes the start
+        assert len(steps) == 1 + options["restarts"] * 4
+        return found, max(steps)
+
     handle = model.register_forward_pre_hook(count)
-    options = {"steps": 3, "init": init, "restarts": 2 if init == "random" else 1}
-    lean = low_rank_pgd(model, x, y, eps, 2, lean=True, generator=torch.Generator().manual_seed(2), **options)
-    peak = alive[init == "warm" :]  # without the call that makes the start
-    alive.clear()
-    full = low_rank_pgd(model, x, y, eps, 2, generator=torch.Generator().manual_seed(2), **options)
+    together, peak = attack(eps)
+    assert peak == 1 + 3 * 3
+    for i, budget in enumerate(eps):
+        found, peak = attack(budget)
+        assert peak == 1 + 3 + 3 + (i > 0)  # together is alive too, and the last found
+        torch.testing.assert_close(found, together[i], rtol=0, atol=1e-9)
     handle.remove()
     gc.unfreeze()
-    torch.testing.assert_close(lean, full, rtol=0, atol=1e-9)
-    calls = 1 + options["restarts"] * 4
-    assert len(peak) == 3 * calls and len(alive) == calls + (init == "warm")
-    assert [max(peak[calls * budget :][:calls]) for budget in range(3)] == [4, 5, 6]
-    assert max(alive) == 1 + 3 * 3 + 3  # and what lean found
 
 
 def test_report():
@@ -324,7 +330,7 @@ def test_model_and_random_state_are_left_alone():
     assert model.training and not model[0].weight.requires_grad and model[0].bias.requires_grad
     assert model[0].bias.grad is None
     with torch.inference_mode():
-        assert low_rank_pgd(model, x * 1, y * 1, [0.1, 0.2], 1, lean=True).shape == (2, *x.shape)
+        assert low_rank_pgd(model, x * 1, y * 1, [0.1, 0.2], 1).shape == (2, *x.shape)
     assert low_rank_pgd(model, x[:0], y[:0], [0.1, 0.2], 1).shape == (2, 0, *SHAPE)
 
 

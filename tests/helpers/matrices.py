@@ -21,10 +21,11 @@ def orthonormal(m: int, k: int) -> Tensor:
     return torch.linalg.qr(torch.randn(m, k, dtype=torch.float64))[0]
 
 
-def with_spectrum(sigma: Tensor, m: int, n: int) -> Tensor:
-    """[m, n] float64 with these singular values."""
-    k = min(m, n)
-    return orthonormal(m, k) * sigma @ orthonormal(n, k).mT
+def with_spectrum(sigma, m: int | None = None, n: int | None = None) -> Tensor:
+    """[m, n] float64, by default square, with these singular values and zeros."""
+    sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    k = len(sigma)
+    return orthonormal(m or k, k) * sigma @ orthonormal(n or k, k).mT
 
 
 def non_orthonormality(X: Tensor) -> float:

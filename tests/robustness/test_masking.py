@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.digits import shuffled_digits
 from torch import nn
 
 from condlr_ext.robustness import evaluate, flags, plateau
@@ -30,10 +31,7 @@ def train(model, x, loss_of, lr=0.1):
 @pytest.fixture(scope="module")
 def digits():
     """Real digits, and an honest network that has learned them."""
-    data = pytest.importorskip("sklearn.datasets").load_digits()
-    torch.manual_seed(0)
-    order = torch.randperm(len(data.target))
-    x, y = (torch.tensor(data.data, dtype=torch.float32) / 16)[order], torch.tensor(data.target)[order]
+    x, y = shuffled_digits()
     honest = mlp()
     train(honest, x[:1257], lambda logits, batch: nn.functional.cross_entropy(logits, y[:1257][batch]))
     test = x[1257:1557], y[1257:1557]

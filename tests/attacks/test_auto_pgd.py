@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from condlr_ext.attacks import apgd, pgd
-from condlr_ext.attacks.apgd import checkpoints
+from condlr_ext.attacks.auto_pgd import checkpoints
 
 
 def test_published_checkpoints():

@@ -1,4 +1,4 @@
-"""Truncated-SVD pruning: a trained dense network, each weight replaced by its best low-rank approximation."""
+"""Truncated-SVD pruning: replace each weight of a trained dense network by its best low-rank approximation."""
 
 import bisect
 import copy
@@ -23,25 +23,25 @@ def svd_prune(
     include=None,
     exclude=None,
 ) -> FactorizeReport:
-    """Prunes the singular values of a dense network's weights, in place; what is left are low-rank layers.
+    """Prune the singular values of a dense network's weights, in place: its layers become low-rank layers.
 
-    Fine-tuning, with any optimizer, is the caller's.
+    Give exactly one of rank, tolerance and budget. Fine-tune afterwards with any optimizer.
 
     Args:
-        model: changed in place.
-        rank: the ranks, as in factorize. Or
-        tolerance: of every layer the smallest rank whose dropped singular values have a norm below tolerance ‖W‖_F,
-            in [0, 1). Or
-        budget: share of the layers' weights to keep, in (0, inf), counted as stored r (m + n) + r²: the least tolerance
-            that meets it, the same for all layers, is taken. (factorize's own budget is spent evenly instead.)
-        include, exclude: as in factorize.
+        model: Changed in place; unchanged after an error.
+        rank: The ranks, as in factorize.
+        tolerance: In [0, 1); each layer gets the least rank whose dropped singular values have a norm below
+            tolerance ‖W‖_F.
+        budget: Share of the layers' weights to keep, in (0, inf), counted as stored r (m + n) + r²; the least tolerance
+            that meets it, the same for all layers, is used. (factorize's own budget is spent evenly instead.)
+        include: As in factorize.
+        exclude: As in factorize.
 
     Returns:
-        factorize's report.
+        The report of factorize.
 
     Raises:
-        ValueError: not exactly one of rank, tolerance and budget, or one out of range, and as factorize. The model
-            is unchanged then.
+        ValueError: Not exactly one of rank, tolerance and budget, one out of range, or as in factorize.
 
     Source: Eckart and Young (1936); pruning by the singular values' energy as in Yang et al., Learning low-rank deep
         neural networks, CVPR Workshops 2020, without its training for sparse singular values.
@@ -55,7 +55,7 @@ def svd_prune(
     upper = 1 if budget is None else math.inf
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < upper or value == budget == 0:
         raise ValueError(f"svd_prune: {name} must be in {'[0, 1)' if budget is None else '(0, inf)'}, got {value!r}")
-    # of a copy at full rank the cores have the weights' spectra
+    # the cores of a copy at full rank have the spectra of the weights
     full = copy.deepcopy(model)
     layers = factorize(full, rank=1.0, include=include, exclude=exclude).layers
     spectra = {x.name: svd(full.get_submodule(x.name).S.detach()).sigma for x in layers}
@@ -70,14 +70,14 @@ def _ranks(spectra: dict[str, Tensor], tolerance: float) -> dict[str, int]:
 
 
 def _least_tolerance(budget: float, spectra: dict[str, Tensor], shapes: dict[str, tuple[int, int]]) -> float:
-    """The least tolerance whose ranks cost at most budget * Σ m n; one that gives rank 1 where none does."""
+    """Return the least tolerance whose ranks cost at most budget * Σ m n; if none does, one that gives rank 1."""
     dense = sum(m * n for m, n in shapes.values())
 
     def affordable(tolerance: float) -> bool:
         ranks = _ranks(spectra, tolerance)
         return sum(stored_parameters(ranks[name], *shape) for name, shape in shapes.items()) <= budget * dense
 
-    tails = []  # relative norms of what every rank of every layer drops: between them the ranks stay
+    tails = []  # relative norms dropped by each rank of each layer; between them no rank changes
     for sigma in spectra.values():
         squares = sigma.double().square()
         if squares.any():
