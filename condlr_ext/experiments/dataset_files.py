@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .extras import require
+from .._extras import require
 
 CIFAR_PIXELS = 3 * 32 * 32
 

@@ -6,8 +6,8 @@ import math
 import statistics
 from pathlib import Path
 
-from .extras import require
-from .files import write_whole
+from .._extras import require
+from .._files import write_whole
 
 # Okabe and Ito's palette (yellow darkened): told apart with any color vision, and by marker without color
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C00")
