@@ -4,13 +4,12 @@
 worst case at the largest eps with a column per size. Which rows and columns: those whose titles are there.
 """
 
-import dataclasses
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
-from condlr_ext.experiments.config import RunSpec
+from condlr_ext.experiments import RunSpec
 from condlr_ext.experiments.report import NOT_APPLICABLE, grouped, markdown, percent
 
 ROOT = Path(__file__).parents[1]
@@ -47,8 +46,10 @@ def sizes(name: str, titles: list[str], labels: list[str]) -> str:
     worst = {}
     for run, records in grouped(results).items():
         spec = RunSpec.parse(run)
-        size = f"rank {spec.rank}" if spec.rank is not None else f"budget {spec.keep or spec.budget}"
-        label = dataclasses.replace(spec, budget=None, rank=None, keep=None).label
+        given = spec.given
+        rank, budget = given.pop("rank", None), given.pop("budget", None)
+        size = f"rank {rank}" if rank is not None else f"budget {given.pop('keep', budget)}"
+        label = type(spec)(**given).label
         attacked = [r["robustness"]["worst"][-1] for r in records if r.get("robustness")]
         failed = Counter(r["status"] for r in records if r["status"] != "trained")
         left = "".join(f" ({count} of {len(records)} {status})" for status, count in failed.items())
