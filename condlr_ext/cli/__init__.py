@@ -68,7 +68,7 @@ def _threads(count: int | None):
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """Add an argument for each field of TrainConfig; it checks the values, and knows the defaults."""
+    """Add an argument for each field of TrainConfig, which has the defaults and checks the values."""
     from ..experiments.config import TrainConfig
 
     special = {"runs": ("--run", {"action": "append", "metavar": "SPEC"}), "seeds": ("--seed", {})}

@@ -108,9 +108,9 @@ class TrainConfig(Settings):
     @pydantic.model_validator(mode="after")
     def _consistent(self):
         for name in ("runs", "seeds", "eps", "attacks"):
-            values = getattr(self, name) or ()
-            if len(set(values)) < len(values):
-                raise ValueError(f"train: {name} must be different, got {', '.join(map(str, values))}")
+            texts = list(map(str, getattr(self, name) or ()))
+            if len(set(texts)) < len(texts):
+                raise ValueError(f"train: {name} must be different, got {', '.join(texts)}")
         if not self.test and not self.validation:
             raise ValueError("train: without test there must be a validation part, got validation = 0")
         return self

@@ -81,8 +81,12 @@ class Monitor:
         return *self.kappa.values(), *self.dense_kappa.values()
 
     def summary(self) -> dict:
-        """Return ranks, spectra {layer: singular values, None if not finite}, the histories, their maximum max_kappa,
-        and orthonormality."""
+        """Return what a record of results has of the layers.
+
+        Returns:
+            dict: ranks, spectra {layer: singular values, None if not finite}, kappa and dense_kappa, max_kappa (the
+            largest entry of both), orthonormality.
+        """
         cores = {name: core(layer) for name, layer in (self._layers or self._dense).items()}
         return {
             "ranks": self.ranks,

@@ -84,6 +84,8 @@ def test_toml(tmp_path):
         ("device = 5", "device must be a text, got 5"),
         ('runs = "dense"', "runs must be a list, got 'dense'"),
         ("runs = [3]", "run: must be a text or a table, got 3"),
+        ("runs = [{method = [1]}]", r"run: method must be one of .*, got \[1\]"),
+        ("lr_drop = 0", "lr_drop must be > 0, got 0"),
         ('runs = [{method = "dense", lr = [1]}]', r"run: lr must be a number, got \[1\]"),
         ('runs = [{method = "condlr", tau = 0.1, rank = [1, "2"]}]', r"rank\[1\] must be an integer, got '2'"),
         ('runs = ["robust-dlrt:tolerance=0.1,beta=0.1,core_steps=0"]', "core_steps must be >= 1, got 0"),

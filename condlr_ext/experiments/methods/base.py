@@ -51,6 +51,7 @@ class Settings(pydantic.BaseModel, frozen=True, extra="forbid", strict=True):
 
     @classmethod
     def names(cls) -> list[str]:
+        """Return the names of the settings."""
         return list(cls.model_fields)
 
 
@@ -66,7 +67,7 @@ def _one_line(model: type[Settings], errors: list[dict]) -> str:
     errors = [e for e in errors if e["loc"][:1] == (setting,)]
     first = max(errors, key=lambda e: len(e["loc"]))  # the bad entry of a list
     alternatives = [e for e in errors if e["input"] is first["input"]]
-    needed = dict.fromkeys(_NEEDED[e["type"]].format(**e.get("ctx", {})) for e in alternatives)
+    needed = dict.fromkeys(_NEEDED.get(e["type"], "valid").format(**e.get("ctx", {})) for e in alternatives)
     place = setting + "".join(f"[{i}]" for i in first["loc"] if isinstance(i, int))
     return f"{model.where}: {place} must be {' or '.join(needed)}, got {first['input']!r}"
 
@@ -118,7 +119,7 @@ class Method(Settings):
             raise ValueError(f"run: must be a text or a table, got {run!r}")
         if "method" not in run:
             raise ValueError(f"run: a table needs method, got {run}")
-        if run["method"] not in METHODS:
+        if run["method"] not in list(METHODS):  # of any type
             raise ValueError(f"run: method must be one of {', '.join(METHODS)}, got {run['method']!r}")
         return METHODS[run["method"]](**{name: value for name, value in run.items() if name != "method"})
 
@@ -138,7 +139,7 @@ class Method(Settings):
         return f"{self.name}:{options}" if options else self.name
 
     def identity(self) -> dict[str, Any]:
-        """Return what a record of results says of its method."""
+        """Return the entries of a record of results that name the method."""
         return {"run": str(self), "label": self.label, "method": self.name, "tau": self.given.get("tau")}
 
     @property
@@ -148,7 +149,7 @@ class Method(Settings):
         return " ".join([self.title, *self.marks(), *rates])
 
     def marks(self) -> list[str]:
-        """Return what the label says between the title and the rates."""
+        """Return the parts of the label between the title and the rates."""
         return []
 
     def shown(self, **formats: str) -> list[str]:
@@ -175,6 +176,7 @@ class Method(Settings):
         return self.make_optimizer(model, **rates | {k: v for k, v in self.given.items() if k in RATES})
 
     def make_optimizer(self, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> Optimizer:
+        """Return the optimizer of the method."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
@@ -275,7 +277,11 @@ class Sized(Method):
 
     def rebuild(self, model: nn.Module, ranks: dict[str, int], epoch: int | None = None, epochs: int = 0) -> None:
         if ranks:
-            factorize(model, rank=ranks, exclude=EXCLUDED, init="random")
+            self.replace(model, ranks)
+
+    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
+        """Replace the named layers, in place, by low-rank ones with any values."""
+        factorize(model, rank=ranks, exclude=EXCLUDED, init="random")
 
 
 class LowRank(Sized):
@@ -297,14 +303,14 @@ class LowRank(Sized):
             self.compress(model)
 
     def align(self, model: nn.Module, x: Tensor) -> None:
-        """Do what `init` says; the weights stay dense."""
+        """Project the hidden weights as `init` says; they stay dense."""
         if self.init is not None:
             factorize(model, exclude=EXCLUDED, init="pca", example_input=x[:ALIGNED], **self.sizing(model))
             to_dense(model)
 
     def rebuild(self, model: nn.Module, ranks: dict[str, int], epoch: int | None = None, epochs: int = 0) -> None:
         if self.low_rank and not ranks:
-            raise ValueError(f"{self.name} has low-rank layers, it names none")
+            raise ValueError(f"{self.name} has low-rank layers, the file names none")
         super().rebuild(model, ranks)
 
 

@@ -13,7 +13,5 @@ class Vanilla(PlainSGD):
     def compress(self, model: nn.Module) -> None:
         vanilla_low_rank(model, self.chosen_ranks(model))
 
-    def rebuild(self, model: nn.Module, ranks: dict[str, int], epoch: int | None = None, epochs: int = 0) -> None:
-        if not ranks:
-            raise ValueError(f"{self.name} has low-rank layers, it names none")
+    def replace(self, model: nn.Module, ranks: dict[str, int]) -> None:
         vanilla_low_rank(model, ranks)
