@@ -3,7 +3,7 @@
 import importlib
 
 
-def require(module: str, user: str, extra: str):
+def require(module: str, user: str = "this command", extra: str = "demo"):
     """The module, or an ImportError that names who needs it and the extra of this package that installs it."""
     package = module.split(".")[0]
     try:

@@ -1,9 +1,12 @@
-"""The command `condlr`: arguments, and errors as one line."""
+"""Command line `condlr`: arguments, and errors as one line."""
 
 import argparse
 import contextlib
 import os
 import sys
+import typing
+from types import UnionType
+from typing import Annotated, Union
 
 import torch
 
@@ -18,15 +21,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; argv without the program's name, default sys.argv[1:].
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; default sys.argv[1:].
 
     Returns:
-        Exit code: 0; 2 after a user's error (one line on stderr); 130 when
-        interrupted.
+        Exit code: 0; 2 after a user's error (one line on stderr); 130 when interrupted.
     """
     argv = [_dashes(a) for a in (sys.argv[1:] if argv is None else argv)]
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser(argv).parse_args(argv)
         backend = condlr_ext.backend(arguments.backend) if arguments.backend else contextlib.nullcontext()
         with backend, _threads(getattr(arguments, "threads", None)):
             code = arguments.command(arguments) or 0
@@ -44,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dashes(argument: str) -> str:
-    """--batch_size is --batch-size."""
+    """Return --batch_size as --batch-size."""
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if argument.startswith("--") else argument
 
@@ -62,7 +67,40 @@ def _threads(count: int | None):
         torch.set_num_threads(before)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add an argument for each field of TrainConfig, which has the defaults and checks the values."""
+    from ..experiments.config import TrainConfig
+
+    special = {"runs": ("--run", {"action": "append", "metavar": "SPEC"}), "seeds": ("--seed", {})}
+    for name, field in TrainConfig.model_fields.items():
+        flag, options = special.get(name, (f"--{name.replace('_', '-')}", {}))
+        default = _text(field.get_default())
+        text = f"{field.description}; default: {default}" if default else field.description
+        options = options or _type(field.annotation)
+        parser.add_argument(flag, dest=name, default=None, help=text.replace("%", "%%"), **options)
+
+
+def _type(annotation) -> dict:
+    """Return the arguments of add_argument for a field of this type."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (Union, UnionType, Annotated):  # of something and None, or with constraints
+        return _type(parts[0])
+    if origin is tuple:
+        return _type(parts[0]) | {"nargs": "*"}
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": annotation, "metavar": "N" if annotation is int else "X"} if annotation in (int, float) else {}
+
+
+def _text(default) -> str:
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, tuple):
+        return " ".join(filter(None, map(_text, default)))
+    return str(default) if isinstance(default, (int, float, str)) else ""
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--backend", help="implementation of the kernels: auto, reference, cpu or triton")
 
@@ -72,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     # small layers leave a second thread waiting, and with one the sums do not depend on the number of cores
     threaded = argparse.ArgumentParser(add_help=False)
-    threaded.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads; default 1")
+    threaded.add_argument("--threads", type=int, default=1, metavar="N", help="torch threads; default: %(default)s")
 
     def command(name: str, function, text: str, *parents):
         sub = subparsers.add_parser(
@@ -85,53 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         "train", commands.train, "train networks dense, low-rank and constrained, and attack them", threaded
     )
     train.add_argument("--config", metavar="TOML", help="settings; what is given here beside it takes precedence")
-    train.add_argument(
-        "--data", help='"digits", a .npz file with x [N, ...] in [0, 1] and integer y [N], or mnist, fashion-mnist, '
-        "kmnist, cifar10, cifar100, svhn"
-    )  # fmt: skip
-    train.add_argument("--folder", help="where the files of such a data set lie; nothing is downloaded")
-    train.add_argument("--network", help="mlp (default), cnn, lenet5, vgg16, wrn16-4 or vit")
-    train.add_argument(
-        "--run", dest="runs", action="append", metavar="SPEC",
-        help="a network to train, may be given again: dense, vanilla:budget=0.27, "
-        "condlr:tau=0.1,budget=0.27,sigma_max=1.5, condlr:tau=0.1,rank=0.2, released, cayley, projected, dlrt, "
-        "robust-dlrt, svd-prune, tscnc (default: those of the demo)",
-    )  # fmt: skip
-    train.add_argument("--epochs", type=int, metavar="N", help="default 60")
-    train.add_argument("--batch-size", type=int, metavar="N", help="default 32")
-    train.add_argument("--lr", type=float, help="default 0.2; multiplied by 0.3 at 58 %% and 83 %% of the epochs")
-    train.add_argument("--lr-drop", type=float, help="what it is multiplied by, default 0.3")
-    train.add_argument("--drop-at", type=float, nargs="*", metavar="SHARE", help="of the epochs, default 0.58 0.83")
-    train.add_argument("--momentum", type=float, help="default 0.3")
-    train.add_argument("--weight-decay", type=float, help="default 0")
-    train.add_argument(
-        "--seed", dest="seeds", type=int, nargs="+", metavar="N",
-        help="of split, weights, batch order and attacks; every run is repeated for each; default 0",
-    )  # fmt: skip
-    train.add_argument(
-        "--validation", type=float, metavar="SHARE", help="of the training set, for the best epoch; default 0"
-    )
-    train.add_argument(
-        "--no-test", dest="test", action="store_false", default=None, help="attack on the validation part instead"
-    )
-    train.add_argument(
-        "--augment", action=argparse.BooleanOptionalAction, help="random crops and flips; default as published"
-    )
-    train.add_argument("--adversarial", metavar="ATTACK", help="train on attacked batches: pgd or low-rank-pgd")
-    train.add_argument("--adversarial-eps", type=float, metavar="EPS", help="default 0.1")
-    train.add_argument("--adversarial-steps", type=int, metavar="N", help="default 7")
-    train.add_argument(
-        "--eps", type=float, nargs="+", help="attack budgets, in the units of x in [0, 1]; default 0.05 0.1 0.2"
-    )
-    train.add_argument("--attacks", nargs="+", metavar="NAME", help="default all that robustness.evaluate knows")
-    train.add_argument("--attack-steps", type=int, metavar="N", help="of PGD; default 30")
-    train.add_argument("--attack-restarts", type=int, metavar="N", help="default 2")
-    train.add_argument("--device", help="default cpu")
-    train.add_argument("--tensorboard", action="store_true", default=None, help="log for TensorBoard too")
-    train.add_argument("--out", metavar="DIR", help="folder of the results; default runs/<data>")
-    train.add_argument(
-        "--overwrite", action="store_true", default=None, help="replace results of other settings in that folder"
-    )
+    if argv[:1] == ["train"]:  # other commands need none of the packages of experiments
+        _add_settings(train)
 
     evaluate = command("evaluate", commands.evaluate, "attack a checkpoint of train", threaded)
     evaluate.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -141,14 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--attacks", nargs="+", metavar="NAME", help="instead of those of its training run")
     evaluate.add_argument("--attack-steps", type=int, metavar="N", help="instead of those of its training run")
     evaluate.add_argument("--attack-restarts", type=int, metavar="N", help="instead of those of its training run")
-    evaluate.add_argument("--device", default="cpu", help="default cpu")
+    evaluate.add_argument("--device", default="cpu", help="default: %(default)s")
     evaluate.add_argument("--json", action="store_true", help="print every number as JSON")
 
     inspect = command(
         "inspect", commands.inspect, "show the layers of a checkpoint: rank, spectrum, orthonormality, route"
     )
     inspect.add_argument("checkpoint", metavar="CHECKPOINT")
-    inspect.add_argument("--batch-size", type=int, default=32, metavar="N", help="for route and gain; default 32")
+    inspect.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="for route and gain; default: %(default)s"
+    )
     inspect.add_argument("--json", action="store_true", help="print every number as JSON")
 
     info = command("info", commands.info, "show versions, what is compiled and which backend serves which op")

@@ -1,6 +1,5 @@
-"""What each subcommand of `condlr` does; the experiments and their packages load only when asked for."""
+"""Subcommands of `condlr`; the experiments and their packages load only when needed."""
 
-import dataclasses
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -9,19 +8,18 @@ from .. import _table
 
 
 def train(arguments: Namespace) -> None:
-    from ..experiments import TrainConfig, report
-    from ..experiments import train as run
+    from ..experiments import report, study
+    from ..experiments.config import TrainConfig
 
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given = {name: value for name in TrainConfig.model_fields if (value := getattr(arguments, name)) is not None}
     config = TrainConfig.read(Path(arguments.config), **given) if arguments.config else TrainConfig(**given)
-    results = run(config, progress=True)
+    results = study.train(config, progress=True)
     print(_table.text(*report.summary(results)))
     print(f"{results['seconds']:.0f} s; results.csv, table.md, figures and checkpoints are in {config.out}")
 
 
 def evaluate(arguments: Namespace) -> None:
-    from ..experiments import evaluate_checkpoint
+    from ..experiments.checkpoint import evaluate_checkpoint
     from ..robustness import KNOWN_ATTACKS
 
     changes = {
@@ -46,7 +44,8 @@ def evaluate(arguments: Namespace) -> None:
 
 
 def inspect(arguments: Namespace) -> None:
-    from ..experiments import inspect_checkpoint, report
+    from ..experiments import report
+    from ..experiments.checkpoint import inspect_checkpoint
 
     result = inspect_checkpoint(Path(arguments.checkpoint), arguments.batch_size)
     if arguments.json:

@@ -1,4 +1,4 @@
-"""Checkpoints of runs: with the model what is needed to build it again and to attack it."""
+"""Checkpoints of runs: the model with what is needed to build it again and to attack it."""
 
 from inspect import signature
 from pathlib import Path
@@ -11,41 +11,76 @@ from ..errors import CheckpointError, NonFiniteError
 from ..io import checkpoint
 from ..linalg import svd
 from ..nn import LowRankLayer
-from ..robustness import evaluate
-from . import methods
-from .config import RunSpec, check_device
-from .data import load
+from ..robustness import ATTACKS, evaluate
+from ..robustness.evaluation import classes_needed
+from .config import TrainConfig
+from .data import Split, load
 from .inspect_layers import TWO_FACTOR, core, matrix_shape, orthonormality_error, weight_count
-from .networks import build
+from .methods import Method
+from .networks import build, check_device, place
+
+ATTACK_BATCH = 1024  # samples attacked at a time, times the number of budgets
 
 KEYS = (
     "run", "ranks", "tau", "seed", "attack", "network", "shape", "classes", "mean", "std", "data", "validation", "test",
 )  # fmt: skip
 
 
-def save_checkpoint(path: Path, model: nn.Module, metadata: dict) -> None:
-    """Write the model with KEYS and the data's "fingerprint"; "attack" holds the arguments of robustness.evaluate."""
-    checkpoint.save(model, path, tau=metadata["tau"], extra=metadata)
+def save_and_attack(path: Path, model: nn.Module, record: dict, config: TrainConfig, split: Split) -> dict:
+    """Write the finished model of a run and evaluate it under attack.
+
+    Args:
+        path: The .safetensors file.
+        model: On the device of the config.
+        record: The run's "run", "ranks", "tau", "seed" and "settings".
+        config: The settings.
+        split: The data of the training.
+
+    Returns:
+        dict: "robustness" and "checkpoint", the file's name.
+
+    Raises:
+        NonFiniteError: The weights are too large to be attacked; no file is left.
+    """
+    x, y = (split.x_test, split.y_test) if config.test else (split.x_val, split.y_val)
+    attack = {
+        "eps": list(config.eps),
+        "attacks": list(config.attacks or (name for name in ATTACKS if split.classes >= classes_needed(name))),
+        "steps": config.attack_steps,
+        "restarts": config.attack_restarts,
+        "seed": record["seed"],
+        "batch_size": ATTACK_BATCH,
+    }
+    metadata = {
+        "run": record["run"], "ranks": record["ranks"], "tau": record["tau"], "seed": record["seed"],
+        "attack": attack, "network": config.network, "shape": list(split.shape), "classes": split.classes,
+        "mean": split.mean and list(split.mean), "std": split.std and list(split.std), "data": config.data,
+        "validation": config.validation, "test": config.test, "fingerprint": record["settings"]["fingerprint"],
+    }  # fmt: skip
+    checkpoint.save(model, path, tau=metadata["tau"], extra=metadata)  # before the attacks, which may fail
+    try:
+        robustness = evaluate(model, x.to(config.device), y.to(config.device), **attack)
+    except NonFiniteError:
+        path.unlink()
+        raise
+    return {"robustness": robustness, "checkpoint": path.name}
 
 
 def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
-    """The model, rebuilt, and its metadata.
+    """Return the model, rebuilt, and its metadata.
 
     Raises:
-        ValueError: no such file, damaged, or not written by save_checkpoint.
+        ValueError: No such file, a damaged one, or one that condlr train did not write.
     """
     stored = checkpoint.read(path)
     metadata = stored.extra if isinstance(stored.extra, dict) else {}
     if missing := sorted(set(KEYS) - set(metadata)):
         raise CheckpointError(f"{path} was not written by condlr train, it lacks {', '.join(missing)}")
     try:
-        spec, norm = RunSpec.parse(metadata["run"]), {"mean": metadata["mean"], "std": metadata["std"]}
-        if spec.sizing is not None and not metadata["ranks"] and not methods.starts_dense(spec):
-            raise ValueError(f"{spec.method} has low-rank layers, it names none")
+        norm = {"mean": metadata["mean"], "std": metadata["std"]}
         with torch.random.fork_rng(devices=[]):
             model = build(metadata["network"], metadata["shape"], metadata["classes"], **norm)
-        with torch.random.fork_rng(devices=[]):
-            methods.compress(model, spec.method, {"rank": metadata["ranks"]} if metadata["ranks"] else None, "random")
+            Method.parse(metadata["run"]).rebuild(model, metadata["ranks"])
         checkpoint.restore(model, stored)
         signature(evaluate).bind(model, None, None, **metadata["attack"])
     except NonFiniteError:
@@ -60,16 +95,20 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
 def evaluate_checkpoint(
     path: Path, *, data: str | None = None, folder: Path | None = None, device: str = "cpu", **changes
 ) -> dict:
-    """Accuracy of a checkpoint under attack; with no option given, exactly the numbers of its training run.
+    """Return the accuracy of a checkpoint under attack; without options, exactly the numbers of its training run.
 
     Args:
-        path: a .safetensors file of train.
-        data, folder: instead of what it was trained on; where the files of a data set lie.
-        device: where it runs.
-        changes: arguments of robustness.evaluate that take another value than in its training run.
+        path: A .safetensors file of train.
+        data: Instead of what it was trained on.
+        folder: Folder with the files of a data set.
+        device: Where it runs.
+        changes: Arguments of robustness.evaluate that take another value than in its training run.
 
     Returns:
         dict: run, data and what robustness.evaluate returns.
+
+    Raises:
+        ValueError: An unusable file, device or data set, or data that does not fit the model.
     """
     check_device("evaluate", device)
     model, metadata = load_checkpoint(path)
@@ -92,16 +131,16 @@ def evaluate_checkpoint(
             f" {split.fingerprint}; to evaluate on that, name it as data"
         )
     x, y = (split.x_test, split.y_test) if metadata["test"] else (split.x_val, split.y_val)
-    model.to(device, memory_format=torch.channels_last)  # as in training: other roundings else
+    place(model, device)  # as in training: other roundings else
     result = evaluate(model, x.to(device), y.to(device), **metadata["attack"] | changes)
     return {"run": metadata["run"], "data": data, **result}
 
 
 def inspect_checkpoint(path: Path, batch_size: int = 32) -> dict:
-    """The metadata, and for each linear layer its shape, rank, weights, sigma, kappa and orthonormality.
+    """Return the metadata, and for each linear layer its shape, rank, weights, sigma, kappa and orthonormality.
 
-    For low-rank layers also the route that they take in training on batches of that size, and the speed that the cost
-    model predicts over a dense layer.
+    For low-rank layers also the route that they take in training on batches of batch_size, and the speed-up over a
+    dense layer that the cost model predicts.
     """
     if batch_size < 1:
         raise ValueError(f"inspect: batch_size must be >= 1, got {batch_size}")
@@ -134,7 +173,7 @@ def inspect_checkpoint(path: Path, batch_size: int = 32) -> dict:
 
 @torch.no_grad()
 def _inputs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """An input as each linear layer gets it, in the order of their work."""
+    """Return an input of each linear layer, in the order in which they run."""
     inputs, hooks, inside = {}, [], set()
     for name, module in model.named_modules():
         if isinstance(module, TWO_FACTOR):

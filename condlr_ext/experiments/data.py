@@ -1,4 +1,4 @@
-"""Data sets, each as images in [0, 1] with a training, a validation and a test part.
+"""Data sets, each with samples in [0, 1] and a training, a validation and a test part; augmentation.
 
 Nothing is downloaded: image data sets are read from a folder that the user has.
 """
@@ -12,20 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .._extras import require
 from . import dataset_files as formats
-from .extras import require
 
 TEST_SHARE = 0.3
 
 
 @dataclass(frozen=True)
 class Split:
-    """x [N, ...] float32 in [0, 1], y [N] int64 in 0..classes - 1. The validation part may be empty.
+    """Samples x [N, ...] float32 in [0, 1] and labels y [N] int64 in 0..classes - 1.
 
-    mean, std: per channel, what a network should subtract and divide by, as published; None: nothing.
-    augment: whether published training runs crop and flip the images.
+    Attributes:
+        x_val: None without a validation part, as y_val.
+        mean: Per channel, what a network should subtract, as published; None: nothing.
+        std: Per channel, what it should divide by then.
+        augment: Whether published training runs crop and flip the images.
     """
 
     x_train: Tensor
@@ -41,12 +45,19 @@ class Split:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample."""
+        """Shape of one sample."""
         return tuple(self.x_train.shape[1:])
+
+    @property
+    def sizes(self) -> dict:
+        """Numbers of samples per part, shape of a sample and number of classes, for results."""
+        counts = {"train": len(self.y_train), "test": len(self.y_test)}
+        counts |= {"shape": list(self.shape), "validation": 0 if self.y_val is None else len(self.y_val)}
+        return counts | {"classes": self.classes}
 
     @cached_property
     def fingerprint(self) -> str:
-        """A checksum of all samples and labels, and of which part they are in."""
+        """Checksum of all samples and labels, and of which part they are in."""
         checksum = 0
         for part in (self.x_train, self.y_train, self.x_test, self.y_test, self.x_val, self.y_val):
             if part is not None:
@@ -55,18 +66,18 @@ class Split:
 
 
 def load(name: str, seed: int, *, folder: Path | str | None = None, validation: float = 0.0) -> Split:
-    """A data set by name, split by seed.
+    """Return a data set by name, split by seed.
 
     Args:
         name: "digits" (scikit-learn's, [1, 8, 8]), the path of a .npz file with x [N, ...] in [0, 1] and integer labels
             y [N] (both split 70/30 by class), or one of FOLDERS, whose own test part is kept: "mnist",
             "fashion-mnist", "kmnist" ([1, 28, 28]), "cifar10", "cifar100", "svhn" ([3, 32, 32]).
-        seed: of the splits.
-        folder: where the files of a data set of FOLDERS lie, as they are published.
-        validation: the share in [0, 1) of the training part that becomes the validation part, by class.
+        seed: Seed of the splits.
+        folder: Folder with the files of a data set of FOLDERS, as published.
+        validation: Share in [0, 1) of the training part that becomes the validation part, by class.
 
     Raises:
-        ValueError: an unknown name, missing files (the message shows which are looked for), or a file that is damaged
+        ValueError: An unknown name, missing files (the message shows which are looked for), or a file that is damaged
             or holds something else (the file is named).
     """
     if not 0 <= validation < 1:
@@ -96,7 +107,7 @@ def load(name: str, seed: int, *, folder: Path | str | None = None, validation: 
 
 
 def _divide(x: np.ndarray, y: np.ndarray, share: float, seed: int) -> list[Tensor]:
-    """x and y in two parts each, the second a share of the samples, with the classes in proportion."""
+    """Split x and y in two parts each, the second a share of the samples, with the classes in proportion."""
     train_test_split = require("sklearn.model_selection").train_test_split
     try:
         parts = train_test_split(x, y, test_size=share, stratify=y, random_state=seed)
@@ -173,7 +184,7 @@ FOLDERS = dict.fromkeys(_IDX, _mnist) | dict.fromkeys(_CIFAR, _cifar) | {"svhn":
 
 
 def _places(name: str, folder: Path) -> list[Path]:
-    """Where the files may lie: in the folder itself, or as torchvision and the archives put them."""
+    """Return the folders to look in: the folder itself, and where torchvision and the archives put the files."""
     if name in _IDX:
         return [folder, folder / "raw", folder / _IDX[name] / "raw"]
     return [folder, *(folder / place for place, *_ in _CIFAR.get(name, (0,))[1:])]
@@ -239,3 +250,26 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
             "a stratified split needs 2 samples of every class and at least as many test samples as classes, "
             f"got {counts.min()} of class {labels[counts.argmin()]} and {tests} for {len(labels)} classes"
         )
+
+
+# ---------------------------------------------------------------------------------------------------- augmentation
+
+PAD = 4  # pixels on each side, as published for CIFAR
+
+
+def crop_and_flip(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Pad each image with 4 zeros on every side, crop it to its size at random, and mirror it half of the time.
+
+    Args:
+        x: Images [N, C, H, W].
+        generator: Source of the draws, on the CPU.
+    """
+    n, _, height, width = x.shape
+    down, right = torch.randint(0, 2 * PAD + 1, (2, n, 1), generator=generator)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    rows = down + torch.arange(height)
+    columns = right + torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width))
+    padded = F.pad(x, [PAD] * 4).movedim(1, -1)
+    image = torch.arange(n).view(n, 1, 1)
+    rows, columns = rows[:, :, None].to(x.device), columns[:, None, :].to(x.device)
+    return padded[image.to(x.device), rows, columns].movedim(-1, 1)

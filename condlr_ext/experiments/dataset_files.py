@@ -1,6 +1,7 @@
-"""Readers of the files in which image data sets are published. Whatever is damaged or not what it should be is refused.
+"""Readers of the files in which image data sets are published.
 
-Every reader returns x [N, C, H, W] uint8 and y [N] int64 in 0..classes - 1, or raises ValueError, which names the file.
+Every reader returns x [N, C, H, W] uint8 and y [N] int64 in 0..classes - 1, or raises a ValueError that names the file
+if that is damaged or holds something else.
 """
 
 import gzip
@@ -11,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .extras import require
+from .._extras import require
 
 CIFAR_PIXELS = 3 * 32 * 32
 
 
 def idx(path: Path) -> np.ndarray:
-    """The array of bytes in an IDX file, plain or gzipped: 0, 0, 8 (bytes), dimensions, sizes as big-endian int32."""
+    """Read the bytes of an IDX file, plain or gzipped: 0, 0, 8 (bytes), dimensions, sizes as big-endian int32."""
     data = _bytes(path)
     if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
         raise ValueError(f"data: {path} is no IDX file of bytes")
@@ -31,7 +32,7 @@ def idx(path: Path) -> np.ndarray:
 
 
 def mnist(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images [N, H, W] and labels [N] of the MNIST family (MNIST, Fashion-MNIST, KMNIST ...), two IDX files."""
+    """Read two IDX files, images [N, H, W] and labels [N], of the MNIST family (MNIST, Fashion-MNIST, KMNIST ...)."""
     x, y = idx(images), idx(labels)
     if x.ndim != 3 or y.shape != x.shape[:1]:
         raise ValueError(
@@ -42,7 +43,7 @@ def mnist(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cifar_binary(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Records of one (CIFAR-10) or two (CIFAR-100: coarse, fine) label bytes and 3072 pixels, channels first."""
+    """Read records of one (CIFAR-10) or two (CIFAR-100: coarse, fine) label bytes and 3072 pixels, channels first."""
     count = 1 if classes == 10 else 2
     data = np.frombuffer(_bytes(path), np.uint8)
     if data.size == 0 or data.size % (count + CIFAR_PIXELS):
@@ -52,7 +53,7 @@ def cifar_binary(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cifar_python(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """A pickled dictionary of data [N, 3072] uint8 and labels; nothing but lists, strings and arrays is unpickled."""
+    """Read a pickled dictionary of data [N, 3072] uint8 and labels; only lists, strings and arrays are unpickled."""
     try:
         content = _unpickle(path)
         x = content[b"data"]
@@ -65,7 +66,7 @@ def cifar_python(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """X [32, 32, 3, N] and y [N, 1] in 1..10 of a MATLAB file, where 10 is the digit 0."""
+    """Read X [32, 32, 3, N] and y [N, 1] in 1..10, where 10 is the digit 0, of a MATLAB file."""
     _exists(path)
     try:
         content = require("scipy.io").loadmat(path, variable_names=("X", "y"))

@@ -1,6 +1,6 @@
-"""The dense networks of the experiments and benchmarks, by name. The classifier is called "head".
+"""Dense networks of the experiments and benchmarks, by name. The classifier is called "head".
 
-Each is built for the shape [C, H, W] of its images, or of any sample for "mlp", and a number of classes. Inputs in
+Each is built for the shape [C, H, W] of its images, or of any sample for "mlp", and a number of classes. Inputs are in
 [0, 1]: the normalization of a data set is the network's first layer, so that attacks see what the sensor sees.
 
 Sources: LeNet5, VGG16 and WRN16-4 as in the experiments of CondLR (NeurIPS 2023), with the residual additions that
@@ -169,16 +169,17 @@ _MULTIPLES = {"vit": 8}
 
 
 def build(name: str, shape: Sequence[int], classes: int, *, mean: Sequence[float] | None = None, std=None) -> nn.Module:
-    """A dense network with torch's initialization.
+    """Return a dense network with torch's initialization.
 
     Args:
-        name: one of NETWORKS.
-        shape: of one sample, [C, H, W]; "mlp" takes any.
-        classes: of the head.
-        mean, std: by channel; inputs are normalized by them first.
+        name: One of NETWORKS.
+        shape: Shape of one sample, [C, H, W]; "mlp" takes any.
+        classes: Outputs of the head.
+        mean: One value per channel, subtracted first.
+        std: One value per channel, the divisor after that.
 
     Raises:
-        ValueError: an unknown name, or a shape that the network does not take.
+        ValueError: An unknown name, or a shape that the network does not take.
     """
     if name not in NETWORKS:
         raise ValueError(f"network: must be one of {', '.join(NETWORKS)}, got {name!r}")
@@ -193,3 +194,17 @@ def build(name: str, shape: Sequence[int], classes: int, *, mean: Sequence[float
     if mean is None:
         return model
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), network=model))
+
+
+def place(model: nn.Module, device: str) -> nn.Module:
+    """Move the model, in place, to the device, in the image format in which convolutions are fast, on CPUs too."""
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def check_device(where: str, device: str) -> None:
+    """Raise ValueError if the device cannot compute here."""
+    try:
+        torch.ones(2, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: device must be one that is here, got {device!r}: {reason}") from None

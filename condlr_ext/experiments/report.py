@@ -10,9 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 from .. import _table
+from .._extras import require
+from .._files import write_whole
 from ..robustness import KNOWN_ATTACKS
-from .extras import require
-from .files import write_whole
 
 # Okabe and Ito's palette (yellow darkened): told apart with any color vision, and by marker without color
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C00")

@@ -1,10 +1,10 @@
-"""Trains every run from the same dense weights in the same batch order, attacks it and writes the results."""
+"""Studies: train every run from the same dense weights in the same batch order, attack it and write the results."""
 
-import copy
 import json
 import math
 import platform
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,86 +15,125 @@ from torch import nn
 
 import condlr_ext
 
+from .._extras import require
+from .._files import write_whole
 from ..errors import CheckpointError, NonFiniteError
-from ..factorize import factorize
 from ..io import checkpoint
 from ..ops import current_backend
-from ..robustness import ATTACKS, evaluate
-from ..robustness.evaluation import check_classes, classes_needed
-from . import methods, report
-from .checkpoint import save_checkpoint
-from .config import TrainConfig, check_device
+from ..robustness.evaluation import check_classes
+from . import report
+from .checkpoint import save_and_attack
+from .config import TrainConfig
 from .data import Split, load
-from .extras import require
-from .files import make_folder, write_whole
-from .inspect_layers import dense_layers, weight_count
-from .networks import build
-from .trainer import Fit
+from .methods import Method, check_runs
+from .networks import build, check_device
+from .trainer import Trainer
 
-ATTACK_BATCH = 1024  # samples attacked at a time, times the number of budgets
 STATE_EVERY = 30  # seconds between the files from which an interrupted run goes on
 
 
 def train(config: TrainConfig, progress: bool = False) -> dict:
     """Train all runs of config for all its seeds, attack each on the test set, write the results to config.out.
 
-    Files, each whole or not there: for every run and seed <run>-seed<s>.safetensors, .json (its numbers) and .jsonl (a
+    Files, each whole or absent: for every run and seed <run>-seed<s>.safetensors, .json (its numbers) and .jsonl (a
     line per epoch), with a validation part also -best.safetensors, the epoch with the highest validation accuracy; then
-    results.csv, results.toml (settings), table.md and figures, see report.write. What was trained with the same
-    settings on the same data is not trained again, and a training that was interrupted goes on, bit for bit, from its
-    last half minute. What was trained otherwise is not overwritten unless config.overwrite says so.
+    results.csv, results.toml (settings), table.md and figures, see report.write. Runs already trained with the same
+    settings on the same data are not trained again, and an interrupted training goes on, bit for bit, from its last
+    half minute. Results of other settings are overwritten only with config.overwrite.
 
     A run whose loss or weights stop being finite has status "diverged", no attacks, no checkpoint; one that ends with
     the same class for every training sample, as a spike of the loss can leave it, is "collapsed".
 
     Args:
-        config: the settings.
-        progress: whether to show a bar on stderr.
+        config: The settings.
+        progress: Whether to show a bar on stderr.
 
     Returns:
-        dict: the settings ("config"), "data", "versions" and the records of all runs ("runs"), with None for non-finite
+        dict: The settings ("config"), "data", "versions" and the records of all runs ("runs"), with None for non-finite
             numbers.
 
     Raises:
-        ValueError: bad settings or data, or results of other ones in config.out; ImportError: a missing extra package;
-            OSError: an unwritable folder.
+        ValueError: Bad settings or data, results of other settings in config.out, or a folder that cannot be written.
+        ImportError: A missing extra package.
     """
-    needed = ["safetensors", "matplotlib", *(["tensorboard"] if config.tensorboard else [])]
-    for module in needed:  # before an hour of training, not after
+    for module in ("safetensors", "matplotlib"):  # before an hour of training, not after
         require(module)
+    if config.tensorboard:
+        require("tensorboard", extra="tensorboard")
+    start = time.perf_counter()
     check_device("train", config.device)
     split = _split(config, config.seeds[0])
-    _check_runs(config, split, _initial(config, split, config.seeds[0]))
-    make_folder(config.out)
+    for name in config.attacks or ():
+        check_classes("train", name, split.classes)
+    check_runs(config.runs, _initial(config, split, config.seeds[0]), config.epochs)
+    _make_folder(config.out)
+    runs = [[_Run(config, method, seed) for method in config.runs] for seed in config.seeds]
     if not config.overwrite:
-        _check_records(config)
-    start = time.perf_counter()
+        _refuse_to_lose(runs)
     records = []
     interval = 0.1 if sys.stderr.isatty() else 10  # seconds: a log file gets few lines
-    total = len(config.runs) * len(config.seeds) * config.epochs
-    with require("tqdm").tqdm(total=total, unit="epoch", disable=not progress, mininterval=interval) as bar:
-        for seed in config.seeds:
+    count = len(config.runs) * len(config.seeds)
+    with require("tqdm").tqdm(
+        total=count * config.epochs, unit="epoch", disable=not progress, mininterval=interval
+    ) as bar:
+        for seed, of_seed in zip(config.seeds, runs, strict=True):
             if seed != config.seeds[0]:
                 split = _split(config, seed)
             initial = _initial(config, split, seed)
-            for spec in config.runs:
-                bar.set_description(f"{spec.label}, seed {seed} ({len(records) + 1}/{total // config.epochs})")
-                records.append(_trained(config.only(spec, seed), initial, split, bar.update))
+            for run in of_seed:
+                bar.set_description(f"{run.identity['label']}, seed {seed} ({len(records) + 1}/{count})")
+                records.append(_trained(run, initial, split, bar.update))
                 bar.update(len(records) * config.epochs - bar.n)  # what a diverged run left out
     results = {
         "config": config.plain(),
-        "data": {
-            "train": len(split.y_train), "test": len(split.y_test), "shape": list(split.shape),
-            "validation": 0 if split.y_val is None else len(split.y_val), "classes": split.classes,
-        },
+        "data": split.sizes,
         "versions": _versions(),
         "backend": current_backend(),
         "threads": torch.get_num_threads(),
         "seconds": time.perf_counter() - start,
         "runs": records,
-    }  # fmt: skip
+    }
     report.write(results, config.out)
     return results
+
+
+class _Run:
+    """One run and seed of a study, its files and settings.
+
+    Attributes:
+        config: Of this run and seed alone.
+        identity: What its record says of it.
+        settings: What decides its numbers, beside the data.
+    """
+
+    def __init__(self, config: TrainConfig, method: Method, seed: int):
+        self.config = config.only(method, seed)
+        self.identity = method.identity() | {"seed": seed}
+        left_out = ("out", "folder", "tensorboard", "overwrite")
+        self.settings = {name: value for name, value in self.config.plain().items() if name not in left_out}
+
+    def file(self, ending: str) -> Path:
+        text = self.identity["run"].translate(str.maketrans(":,/", "---", "="))
+        return self.config.out / f"{text}-seed{self.identity['seed']}{ending}"
+
+    def stored(self) -> dict | None:
+        """Return the record of an earlier training."""
+        try:
+            record = json.loads(self.file(".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
+
+    def interrupted(self, settings: dict) -> checkpoint.Checkpoint | None:
+        """Return the state of an interrupted training with these settings on the same data."""
+        try:
+            state = checkpoint.read(self.file(".state"))
+        except CheckpointError:
+            return None
+        return state if isinstance(state.extra, dict) and state.extra.get("settings") == settings else None
+
+
+# ------------------------------------------------------------------------------------------------- before training
 
 
 def _split(config: TrainConfig, seed: int) -> Split:
@@ -107,203 +146,89 @@ def _initial(config: TrainConfig, split: Split, seed: int) -> nn.Module:
         return build(config.network, split.shape, split.classes, mean=split.mean, std=split.std)
 
 
-def _check_runs(config: TrainConfig, split: Split, initial: nn.Module) -> None:
-    """What does not fit, a rank or a backend that cannot serve, fails here, before any training."""
-    for name in config.attacks or ():
-        check_classes("train", name, split.classes)
-    sized = [spec for spec in config.runs if spec.sizing is not None]
-    for spec in sized:
-        sizing = methods.by_name(initial, spec.sizing)
-        factorize(copy.deepcopy(initial).to("meta"), exclude=methods.EXCLUDED, **sizing)
-    for spec in config.runs:
-        methods.phases(spec, config.epochs)
-    low_rank = [spec for spec in sized if spec.method != "dense"]
-    if low_rank:
-        with torch.random.fork_rng(devices=[]):
-            methods.compress(copy.deepcopy(initial), low_rank[0].method, low_rank[0].sizing)
-
-
-def _trained(config: TrainConfig, initial: nn.Module, split: Split, tick) -> dict:
-    """The record of one run and seed: read if it is there, else trained and written."""
-    (spec,), (seed,) = config.runs, config.seeds
-    base = _base(config)
-    path, state_path = base.with_name(f"{base.name}.json"), base.with_name(f"{base.name}.state")
-    settings = _settings(config, split)
-    if (record := _stored(path)) is not None and not _differences(record["settings"], settings):
-        return record
-    model = copy.deepcopy(initial)
-    fit = _begun(state_path, settings, model, config, split)
-    if fit is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if spec.init is not None:
-                methods.align(model, spec.sizing, split.x_train)
-            methods.compress(model, spec.method, None if methods.starts_dense(spec) else spec.sizing)
-        _place(model, config)
-        fit = Fit(model, spec, config, split)
-    tick(fit.epoch)
-    record = {"run": str(spec), "label": spec.label, "method": spec.method, "tau": spec.tau, "seed": seed}
-    record["made_with"] = _versions() | {"backend": current_backend(), "threads": torch.get_num_threads()}
-    record |= _fitted(fit, state_path, base.with_name(f"{base.name}.jsonl"), settings, tick)
-    methods.finish(model, spec)
-    record |= _sizes(model, initial, record["ranks"], pruned=spec.method == "tscnc") | {"settings": settings}
-    for suffix in ("", "-best"):  # not to be mistaken for this run's
-        base.with_name(f"{base.name}{suffix}.safetensors").unlink(missing_ok=True)
-    if record["status"] != "diverged":
-        try:
-            record |= _attack_and_save(model, record, config, split, base)
-            if fit.best is not None:
-                model = copy.deepcopy(initial)
-                methods.rebuild(model, spec, config.epochs, fit.best["epoch"], fit.best["ranks"])
-                _place(model, config).load_state_dict(fit.best_weights)
-                methods.finish(model, spec)
-                best = base.with_name(f"{base.name}-best")
-                record["best"] = fit.best | _attack_and_save(model, record | fit.best, config, split, best)
-        except NonFiniteError:  # finite on the training set, but so large that its gradients are not
-            record["status"] = "diverged"
-    record = _finite(record)
-    write_whole(path, json.dumps(record, allow_nan=False).encode())
-    state_path.unlink(missing_ok=True)
-    return record
-
-
-def _place(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """On its device, with images in the format in which convolutions and pooling are fast, on CPUs too."""
-    return model.to(config.device, memory_format=torch.channels_last)
-
-
-def _sizes(model: nn.Module, initial: nn.Module, ranks: dict[str, int], pruned: bool) -> dict:
-    """Parameters that are not pruned away, of the network and of the dense one, and the share of the hidden weights."""
-    zeros = sum(int((layer.weight == 0).sum()) for layer in dense_layers(model).values()) if pruned else 0
-    hidden = sum(weight_count(layer) for layer in dense_layers(initial).values())
-    stored, dense = (sum(weight_count(m.get_submodule(name)) for name in ranks) for m in (model, initial))
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()) - zeros,
-        "dense_parameters": sum(p.numel() for p in initial.parameters()),
-        "kept": stored / dense if ranks else 1 - zeros / hidden,
-    }
-
-
-def _base(config: TrainConfig) -> Path:
-    (spec,), (seed,) = config.runs, config.seeds
-    return config.out / f"{spec.file}-seed{seed}"
-
-
-def _settings(config: TrainConfig, split: Split) -> dict:
-    """What decides the numbers of a run."""
-    plain = {k: v for k, v in config.plain().items() if k not in ("out", "folder", "tensorboard", "overwrite")}
-    return plain | {"fingerprint": split.fingerprint}
-
-
-def _stored(path: Path) -> dict | None:
-    """The record of an earlier training."""
+def _make_folder(path: Path) -> None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):  # a name of its own: other runs may share the folder
+            pass
+    except OSError as error:
+        raise ValueError(f"the folder for the results must be one that can be written, got {path}: {error}") from None
+
+
+def _refuse_to_lose(runs: list[list[_Run]]) -> None:
+    """Raise ValueError if there are results of other settings."""
+    for of_seed in runs:
+        split = None
+        for run in of_seed:
+            if (record := run.stored()) is None:
+                continue
+            split = split or _split(run.config, run.identity["seed"])
+            stored, settings = record["settings"], run.settings | {"fingerprint": split.fingerprint}
+            if other := sorted(_differences(stored, settings)):
+                changes = ", ".join(f"{name} {stored.get(name)!r}, now {settings.get(name)!r}" for name in other)
+                changes = changes.replace("fingerprint", "data with the checksum")
+                raise ValueError(
+                    f"train: {run.file('.json')} is of other settings ({changes}); choose another folder (out) or"
+                    " replace (overwrite)"
+                )
 
 
 def _differences(stored: dict, settings: dict) -> list[str]:
-    """The settings of which an earlier training had others. Of version 0.1.0 there are some without fingerprint."""
+    """Return the settings that differ from the stored run's. Some runs of version 0.1.0 have no fingerprint."""
     stored = {"fingerprint": settings["fingerprint"]} | stored
     return [name for name in settings.keys() | stored.keys() if stored.get(name) != settings.get(name)]
 
 
-def _check_records(config: TrainConfig) -> None:
-    """What is there of other settings is not to be lost."""
-    for seed in config.seeds:
-        split = None
-        for spec in config.runs:
-            base = _base(config.only(spec, seed))
-            path = base.with_name(f"{base.name}.json")
-            if (record := _stored(path)) is None:
-                continue
-            split = split or _split(config, seed)
-            stored, settings = record["settings"], _settings(config.only(spec, seed), split)
-            if other := sorted(_differences(stored, settings)):
-                said = ", ".join(f"{name} {stored.get(name)!r}, now {settings.get(name)!r}" for name in other)
-                said = said.replace("fingerprint", "data with the checksum")
-                raise ValueError(
-                    f"train: {path} is of other settings ({said}); choose another folder (out) or replace (overwrite)"
-                )
+# -------------------------------------------------------------------------------------------------------- one run
 
 
-def _begun(path: Path, settings: dict, model: nn.Module, config: TrainConfig, split: Split) -> Fit | None:
-    """An interrupted training with these settings, its weights put into the model."""
-    (spec,) = config.runs
-    try:
-        stored = checkpoint.read(path)
-    except CheckpointError:
-        return None
-    extra = stored.extra
-    if not isinstance(extra, dict) or extra.get("settings") != settings:  # of other data too
-        return None
-    methods.rebuild(model, spec, config.epochs, extra["fit"]["epoch"], extra["ranks"])
-    _place(model, config)
-    checkpoint.restore(model, stored)
-    fit = Fit(model, spec, config, split, extra["fit"])
-    checkpoint.restore(model, stored, fit.optimizer)  # after what an optimizer does to a model at its start
-    return fit
+def _trained(run: _Run, initial: nn.Module, split: Split, tick) -> dict:
+    """Return the record of a run: read it if it exists, else train and write it."""
+    settings = run.settings | {"fingerprint": split.fingerprint}
+    if (record := run.stored()) is not None and not _differences(record["settings"], settings):
+        return record
+    trainer = Trainer(run.config, split, initial, run.interrupted(settings))
+    tick(trainer.epoch)
+    made_with = _versions() | {"backend": current_backend(), "threads": torch.get_num_threads()}
+    _train(trainer, run.file(".state"), settings, tick)
+    record = run.identity | {"made_with": made_with, "settings": settings} | trainer.finish()
+    last, best = run.file(".safetensors"), run.file("-best.safetensors")
+    for file in (last, best):  # not to be mistaken for this run's
+        file.unlink(missing_ok=True)
+    if record["status"] != "diverged":
+        try:
+            record |= save_and_attack(last, trainer.model, record, run.config, split)
+            if record["best"] is not None:
+                attacked = save_and_attack(best, trainer.best_model(), record | record["best"], run.config, split)
+                record["best"] = record["best"] | attacked
+        except NonFiniteError:  # finite on the training set, but so large that its gradients are not
+            record["status"] = "diverged"
+    record = _finite(record)
+    write_whole(run.file(".json"), json.dumps(record, allow_nan=False).encode())
+    run.file(".state").unlink(missing_ok=True)
+    return record
 
 
-def _fitted(fit: Fit, state_path: Path, log: Path, settings: dict, tick) -> dict:
-    """Trains to the end; the state is written now and then, a line of the log after every epoch."""
+def _train(trainer: Trainer, state: Path, settings: dict, tick) -> None:
+    """Train to the end; write the state now and then, a line of the log after every epoch."""
     saved = time.monotonic()
-    lines = log.read_text(encoding="utf-8").splitlines(True)[: fit.epoch] if fit.epoch and log.is_file() else []
+    log = state.with_suffix(".jsonl")
+    lines = log.read_text(encoding="utf-8").splitlines(True)[: trainer.epoch] if trainer.epoch and log.is_file() else []
     log.write_text("".join(lines), encoding="utf-8")
-    with log.open("a", encoding="utf-8") as file, _board(fit.config, log.stem) as board:
-        while fit.epoch < fit.config.epochs:
-            fit.run_epoch()
-            if fit.status == "diverged":
-                break
-            line = {"epoch": fit.epoch, "lr": float(fit.optimizer.param_groups[0]["lr"])}
-            line |= {name: values[-1] for name, values in fit.history.items() if values and name != "step_loss"}
-            line["max_kappa"] = fit.monitor.last_kappa
+    with log.open("a", encoding="utf-8") as file, _board(trainer.config, log.stem) as board:
+        for line in trainer.run():
             file.write(json.dumps(_finite(line)) + "\n")
             file.flush()
             board(line)
-            if time.monotonic() - saved > STATE_EVERY and fit.epoch < fit.config.epochs:
-                extra = {"settings": settings, "ranks": fit.ranks, "fit": fit.state()}
-                checkpoint.save(fit.model, state_path, fit.optimizer, extra=extra)
+            if time.monotonic() - saved > STATE_EVERY and trainer.epoch < trainer.config.epochs:
+                trainer.save(state, settings)
                 saved = time.monotonic()
             tick()
-    return fit.record()
-
-
-def _attack_and_save(model: nn.Module, record: dict, config: TrainConfig, split: Split, base: Path) -> dict:
-    x, y = (split.x_test, split.y_test) if config.test else (split.x_val, split.y_val)
-    settings = {
-        "eps": list(config.eps),
-        "attacks": list(config.attacks or default_attacks(split.classes)),
-        "steps": config.attack_steps,
-        "restarts": config.attack_restarts,
-        "seed": record["seed"],
-        "batch_size": ATTACK_BATCH,
-    }
-    path = base.with_name(f"{base.name}.safetensors")
-    metadata = {
-        "run": record["run"], "ranks": record["ranks"], "tau": record["tau"], "seed": record["seed"],
-        "attack": settings, "network": config.network, "shape": list(split.shape), "classes": split.classes,
-        "mean": split.mean and list(split.mean), "std": split.std and list(split.std), "data": config.data,
-        "validation": config.validation, "test": config.test, "fingerprint": split.fingerprint,
-    }  # fmt: skip
-    save_checkpoint(path, model, metadata)  # whatever becomes of the attacks
-    try:
-        robustness = evaluate(model, x.to(config.device), y.to(config.device), **settings)
-    except NonFiniteError:
-        path.unlink()
-        raise
-    return {"robustness": robustness, "checkpoint": path.name}
-
-
-def default_attacks(classes: int) -> list[str]:
-    return [name for name in ATTACKS if classes >= classes_needed(name)]
 
 
 @contextmanager
 def _board(config: TrainConfig, name: str):
-    """What takes a line of the log: TensorBoard, if it is asked for."""
+    """Yield a function that logs a line for TensorBoard, if the config wants that."""
     if not config.tensorboard:
         yield lambda line: None
         return
@@ -328,7 +253,7 @@ def _versions() -> dict[str, str]:
 
 
 def _finite(value):
-    """JSON has no NaN and no Inf: they become None."""
+    """Replace NaN and Inf by None, for JSON."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):

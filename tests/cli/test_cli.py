@@ -9,7 +9,7 @@ import torch
 
 import condlr_ext
 from condlr_ext.cli import commands, main
-from condlr_ext.experiments import report
+from condlr_ext.experiments import TrainConfig, report
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -110,14 +110,14 @@ def test_threads_are_chosen_for_the_command_and_given_back(monkeypatch, capsys):
             ["train", "--epochs", "many"],
             "argument --epochs: invalid int value: 'many' (see condlr train --help)",
         ),
-        (["train", "--epochs", "0"], "epochs must be an integer >= 1, got 0"),
-        (["train", "--run", "condlr:tau=-1"], "tau must be a number >= 0"),
+        (["train", "--epochs", "0"], "epochs must be >= 1, got 0"),
+        (["train", "--run", "condlr:tau=-1"], "tau must be >= 0"),
         (["train", "--data", "mnist"], "mnist needs the folder of its files"),
         (["train", "--data", "absent.npz"], "there is no file absent.npz"),
         (["train", "--data", __file__ + ".npz"], "there is no file"),
-        (["train", "--eps", "-1"], "eps must be finite numbers >= 0"),
+        (["train", "--eps", "-1"], "eps[0] must be >= 0, got -1.0"),
         (["train", "--run", "vanilla:rank=9999"], "rank must be in 1..min(m, n) = 64"),
-        (["train", "--attacks", "foo"], "attacks must be out of fgsm"),
+        (["train", "--attacks", "foo"], "attacks[0] must be 'fgsm', "),
         (["train", "--device", "foo"], "train: device must be one that is here, got 'foo'"),
         (["train", "--device", "meta"], "train: device must be one that is here, got 'meta'"),
         (["evaluate", "absent.safetensors", "--device", "foo"], "evaluate: device must be one that is here"),
@@ -146,6 +146,33 @@ def test_a_missing_extra_says_how_to_install_it(package, tmp_path, capsys, monke
     assert f"needs {package}: pip install 'condlr_ext[demo]'" in message
 
 
+def test_without_pydantic_only_train_and_its_checkpoints_are_missing():
+    code = (
+        "import sys; sys.modules['pydantic'] = None; import condlr_ext.experiments.networks;"
+        "from condlr_ext.cli import main; assert main(['info', '--json']) == 0; sys.exit(main(['train']))"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr.splitlines()[-1] == (
+        "condlr: error: this command needs pydantic: pip install 'condlr_ext[demo]'"
+    )
+
+
+def test_every_setting_is_an_argument(monkeypatch):
+    seen = []
+    monkeypatch.setattr("condlr_ext.experiments.study.train", lambda config, progress: seen.append(config) or 1 / 0)
+    argv = ["--folder=a", "--network=cnn", "--run=dense", "--run=vanilla:rank=3", "--seed", "3", "4", "--epochs=5"]
+    argv += ["--batch_size=6", "--lr=0.1", "--momentum=0", "--weight-decay=1", "--lr-drop=1", "--drop-at", "--no-test"]
+    argv += ["--validation=0.5", "--augment", "--adversarial=pgd", "--adversarial-eps=1", "--adversarial-steps=1"]
+    argv += ["--eps", "0", "1", "--attacks", "fgsm", "--attack-steps=1", "--attack-restarts=1", "--device=cuda"]
+    assert main(["train", "--data=b.npz", "--tensorboard", "--overwrite", "--out=c", *argv]) == 2
+    settings = dict(data="b.npz", folder="a", network="cnn", runs=["dense", "vanilla:rank=3"], seeds=[3, 4], epochs=5)
+    settings |= dict(batch_size=6, lr=0.1, momentum=0, weight_decay=1, lr_drop=1, drop_at=(), test=False)
+    settings |= dict(validation=0.5, augment=True, adversarial="pgd", adversarial_eps=1, adversarial_steps=1)
+    settings |= dict(eps=[0, 1], attacks=["fgsm"], attack_steps=1, attack_restarts=1, device="cuda")
+    settings |= dict(tensorboard=True, out="c", overwrite=True)
+    assert seen == [TrainConfig(**settings)] and settings.keys() == set(TrainConfig.model_fields)
+
+
 def test_interruption(monkeypatch, capsys):
     def interrupt(arguments):
         raise KeyboardInterrupt
@@ -159,7 +186,7 @@ def test_help(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
     printed = capsys.readouterr().out
-    assert stop.value.code == 0 and "--attack-steps" in printed and "58 %" in printed
+    assert stop.value.code == 0 and "--attack-steps" in printed and "default: 0.58 0.83" in printed
 
 
 def test_the_module_is_the_command():

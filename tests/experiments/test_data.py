@@ -7,9 +7,10 @@ import struct
 import numpy as np
 import pytest
 import torch
+from helpers.data_files import write_npz
 from scipy.io import savemat
 
-from condlr_ext.experiments import augment, data
+from condlr_ext.experiments import data
 from condlr_ext.experiments import dataset_files as formats
 
 RNG = np.random.default_rng(0)
@@ -201,7 +202,7 @@ def test_validation_is_cut_off_the_training_part():
 def test_crop_and_flip():
     """Every image is a window of its padded self, as it is or mirrored; all offsets and both sides come up."""
     x = torch.rand(2000, 2, 6, 5)
-    out = augment.crop_and_flip(x, torch.Generator().manual_seed(0))
+    out = data.crop_and_flip(x, torch.Generator().manual_seed(0))
     assert out.shape == x.shape
     padded = torch.nn.functional.pad(x, [4] * 4)
     windows = padded.unfold(2, 6, 1).unfold(3, 5, 1).permute(2, 3, 0, 1, 4, 5)  # [9, 9, N, C, H, W]
@@ -209,7 +210,7 @@ def test_crop_and_flip():
     assert hits.any(0).any(0).any(0).all()
     counts = hits.sum(3)
     assert (counts > 0).all() and 900 < counts[0].sum() < 1130
-    again = augment.crop_and_flip(x, torch.Generator().manual_seed(0))
+    again = data.crop_and_flip(x, torch.Generator().manual_seed(0))
     assert torch.equal(out, again)
 
 
@@ -217,3 +218,72 @@ def test_idx_of_any_dimension(tmp_path):
     array = images(3, 2, 4, 5)
     (tmp_path / "a").write_bytes(idx_bytes(array))
     np.testing.assert_array_equal(formats.idx(tmp_path / "a"), array)
+
+
+# ------------------------------------------------------------------------------------------ digits and arrays
+
+
+def test_digits_are_split_by_class_and_seed():
+    split = data.load("digits", 0)
+    assert (len(split.y_train), len(split.y_test), split.classes) == (1257, 540, 10)
+    assert split.shape == (1, 8, 8) and split.x_train.dtype == torch.float32
+    assert split.x_train.min() == 0 and split.x_train.max() == 1
+    share = split.y_test.bincount() / (split.y_test.bincount() + split.y_train.bincount())
+    assert (share - 0.3).abs().max() < 0.01  # a whole sample of about 178
+    again, other = data.load("digits", 0), data.load("digits", 1)
+    assert torch.equal(again.x_train, split.x_train) and not torch.equal(other.x_train, split.x_train)
+
+
+def test_npz(tmp_path):
+    loaded = data.load(str(write_npz(tmp_path / "mine.npz")), 0)
+    assert loaded.classes == 3 and loaded.x_train.shape == (42, 2, 3) and loaded.x_test.shape == (18, 2, 3)
+
+
+def arrays(**change):
+    return {"x": np.full((20, 3), 0.5), "y": np.arange(20) % 2} | change
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"x": np.zeros((20, 3))}, "needs arrays x and y, it holds x"),
+        (arrays(x=np.zeros(20)), r"needs x \[N, ...\] and y \[N\], got x \[20\]"),
+        (arrays(x=np.zeros((20, 0))), r"got x \[20, 0\]"),
+        (arrays(y=np.zeros(19, int)), r"and y \[19\]"),
+        (arrays(y=np.zeros(20)), "y integers, got float64 and float64"),
+        (arrays(x=np.zeros((20, 3), complex)), "x must be real numbers"),
+        (arrays(x=np.full((20, 3), np.nan)), "x holds NaN or Inf"),
+        (arrays(x=np.full((20, 3), 255, np.uint8)), r"x must lie in \[0, 1\], got \[255, 255\]"),
+        (arrays(y=np.arange(20) % 2 + 1), r"labels must be 0..C-1 .* got \[1, 2\]"),
+        (arrays(y=np.zeros(20, int)), "C >= 2"),
+        (arrays(y=(np.arange(20) == 3).astype(int)), "2 samples of every class .* got 1 of class 1"),
+        (arrays(x=np.array([[{}]] * 20, dtype=object)), "x must be an array of numbers, not of objects"),
+    ],
+)
+def test_unusable_arrays(tmp_path, content, message):
+    path = tmp_path / "bad.npz"
+    np.savez(path, **content)
+    with pytest.raises(ValueError, match=f"cannot use {path}: .*{message}"):
+        data.load(str(path), 0)
+
+
+def test_damaged_and_missing_files(tmp_path):
+    good = write_npz(tmp_path / "good.npz").read_bytes()
+    flipped = bytearray(good)
+    flipped[100:140] = bytes(40)
+    for name, content in {
+        "cut": good[:200],
+        "noise": b"no archive",
+        "empty": b"",
+        "flipped": flipped,
+    }.items():
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot use {path}"):
+            data.load(str(path), 0)
+    with pytest.raises(ValueError, match="there is no file .*absent.npz"):
+        data.load(str(tmp_path / "absent.npz"), 0)
+    with pytest.raises(
+        ValueError, match="unknown data set 'imagenet'; there are digits, mnist, .* and the path of a .npz"
+    ):
+        data.load("imagenet", 0)

@@ -1,153 +1,156 @@
-"""Studies: every method on every kind of network, several seeds, settings in TOML, interrupted and repeated trainings."""
+"""Studies: result files, interrupted and repeated trainings, several seeds."""
 
-import dataclasses
 import json
-import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.data_files import write_npz
 
-import condlr_ext
-from condlr_ext import linalg
-from condlr_ext.baselines import TwoFactorConv, vanilla_low_rank
-from condlr_ext.experiments import (
-    RunSpec,
-    TrainConfig,
-    data,
-    evaluate_checkpoint,
-    inspect_checkpoint,
-    report,
-    train,
-)
-from condlr_ext.experiments import (
-    study as training,
-)
+from condlr_ext.errors import NonFiniteError, RankError
+from condlr_ext.experiments import RunSpec, TrainConfig, checkpoint, evaluate_checkpoint, report, study, train
 from condlr_ext.experiments.checkpoint import load_checkpoint
-from condlr_ext.experiments.inspect_layers import core, dense_layers, low_rank_layers, matrix_shape
-from condlr_ext.experiments.methods import compress, keep_below, phases, starts_dense
-from condlr_ext.experiments.networks import build
-from condlr_ext.experiments.trainer import Fit
+from condlr_ext.experiments.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
-RUNS = (
-    "dense",
-    "vanilla:budget=0.4,lr=0.05",
-    "condlr:tau=0.1,budget=0.4",
-    "condlr:tau=0.1,budget=0.4,optimizer=adamw,lr=0.003",
-    "released:tau=0.1,budget=0.4,lr=0.05",
-    "cayley:budget=0.4,lr=0.05",
-    "projected:tau=0.5,budget=0.4,lr=0.05",
-    "cayley:full=true,lr=0.05",
-    "dlrt:tolerance=0.1,budget=0.4,lr=0.05,momentum=0.0",
-    "robust-dlrt:tolerance=0.1,beta=0.1,core_steps=5,budget=0.4,lr=0.05",
-    "svd-prune:budget=0.4,finetune=0.5",
-    "tscnc:keep=0.4,lr=0.1",
-)
+
+def test_result_files(trained):
+    results, out = trained
+    settings, rows = report.read(out / "results.csv")
+    assert report.table(rows, settings) == report.summary(results) and settings["eps"] == results["config"]["eps"]
+    assert settings["layers"] == ["fc1", "fc2"] and settings["versions"] == results["versions"]
+    for row, record in zip(rows, results["runs"], strict=True):
+        exact = report.flat(record)
+        assert row == {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in exact.items()}
+        assert row["worst@0.2"] == pytest.approx(record["robustness"]["worst"][2]) and row["seed"] == 0
+        assert json.loads((out / record["checkpoint"]).with_suffix(".json").read_text()) == record
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    names = {"results.csv", "results.toml", "table.md", "results.png", "spectra.png", "parameters.png"}
+    for run in results["runs"]:
+        names |= {str(Path(run["checkpoint"]).with_suffix(suffix)) for suffix in (".safetensors", ".json", ".jsonl")}
+    assert {path.name for path in out.iterdir()} == names and len(names) == 18
+    lines = (out / "table.md").read_text().splitlines()
+    assert len(lines) == 2 + 4 and all(line.count("|") == 15 for line in lines)
+    for title in ("ranks", "kept %", "clean %", "FGSM 0.1", "worst 0.2", "saturated %", "max κ", "s per epoch"):
+        assert f"| {title} " in lines[0]
 
 
-def small_split(n=256, seed=0):
-    split = data.load("digits", seed)
-    return dataclasses.replace(
-        split,
-        x_train=split.x_train[:n],
-        y_train=split.y_train[:n],
-        x_val=split.x_train[n:500],
-        y_val=split.y_train[n:500],
+def test_results_hold_every_number(trained):
+    results, _ = trained
+    assert results["config"]["eps"] == [0.05, 0.1, 0.2] and results["config"]["seeds"] == [0]
+    assert results["data"] == {"train": 1257, "test": 540, "validation": 0, "shape": [1, 8, 8], "classes": 10}
+    assert results["versions"]["torch"] == torch.__version__
+    dense, vanilla, condlr, capped = results["runs"]
+    assert [run["kept"] for run in results["runs"]] == pytest.approx(
+        [
+            1,
+            20480 / 81920,
+            (32 * 320 + 32**2 + 20 * 512 + 20**2) / 81920,
+            (4 * 320 + 16 + 4 * 512 + 16) / 81920,
+        ]
     )
+    assert dense["parameters"] == 64 * 256 + 256 + 256 * 256 + 256 + 2570
+    assert dense["kappa"] == {} and dense["orthonormality"] is None
+    assert [len(v) for v in dense["dense_kappa"].values()] == [2, 2] and dense["max_kappa"] > 100
+    assert vanilla["ranks"] == condlr["ranks"] == {"fc1": 32, "fc2": 20} and vanilla["max_kappa"] > 1.1
+    assert condlr["max_kappa"] <= 1.1 * (1 + 1e-5) and capped["max_kappa"] <= 1 + 1e-5
+    for run in results["runs"]:
+        assert run["status"] == "trained" and len(run["step_loss"]) == 80 and run["seconds_per_epoch"] > 0
+        attack = run["robustness"]
+        assert attack["clean"] >= attack["worst"][0] >= attack["worst"][2]
+        assert attack["clean"] > 0.5 or run is capped  # rank 4 learns little in two epochs
+        assert all(
+            w <= min(pair) for w, *pair in zip(attack["worst"], attack["pgd-ce"], attack["pgd-dlr"], strict=True)
+        )
 
 
-def begin(run, network="mlp", epochs=4, split=None, **settings):
-    split = split or small_split()
-    spec = RunSpec.parse(run)
-    config = TrainConfig(runs=(spec,), epochs=epochs, network=network, **settings)
-    torch.manual_seed(0)
-    model = build(network, split.shape, split.classes)
-    compress(model, spec.method, None if starts_dense(spec) else spec.sizing)
-    return Fit(model, spec, config, split)
+def test_the_seed_decides(tmp_path, trained):
+    results, _ = trained
+    before = torch.get_rng_state()
+    again, other = (
+        train(TrainConfig(runs=("condlr:tau=0.1",), epochs=2, attack_steps=3, out=tmp_path, seeds=(seed,)))["runs"][0]
+        for seed in (0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    first = results["runs"][2]
+    for key in ("step_loss", "kappa", "orthonormality", "robustness"):
+        assert again[key] == first[key]
+    assert other["step_loss"] != first["step_loss"]
 
 
-@pytest.mark.parametrize("network", ["mlp", "cnn"])
-@pytest.mark.parametrize("run", RUNS)
-def test_every_method_trains(run, network):
-    fit = begin(run, network)
-    for _ in range(4):
-        fit.run_epoch()
-    record = fit.record()
-    # 32 steps do not get every convolution off the ground
-    assert record["status"] in (("trained",) if network == "mlp" else ("trained", "collapsed"))
-    assert record["loss"][-1] < record["loss"][0] < math.log(10) + 0.3
-    assert len(record["validation"]) == 4 and record["best"]["validation"] == max(record["validation"])
-    spec = fit.spec
-    layers = low_rank_layers(fit.model)
-    assert set(record["ranks"]) == set(layers) and bool(layers) == (spec.sizing is not None)
-    assert all(len(record["spectra"][name]) == rank for name, rank in record["ranks"].items())
-    if spec.method in ("condlr", "projected"):
-        assert record["max_kappa"] <= (1 + spec.tau) * (1 + 1e-5)
-    if spec.full:
-        for layer in dense_layers(fit.model).values():
-            W = layer.weight.detach().flatten(1)
-            gram = W @ W.mT if len(W) <= W[0].numel() else W.mT @ W
-            assert (gram - torch.eye(len(gram))).abs().max() < 1e-5
-    if spec.method == "vanilla" and network == "cnn":
-        assert any(isinstance(layer, TwoFactorConv) for layer in layers.values())
+@pytest.mark.figures
+def test_a_diverged_run_is_marked_and_the_rest_go_on(tmp_path):
+    results = train(TrainConfig(runs=("vanilla", "condlr:tau=0.1"), lr=20.0, epochs=2, attack_steps=1, out=tmp_path))
+    vanilla, condlr = results["runs"]
+    assert vanilla["status"] == "diverged" and len(vanilla["step_loss"]) < 80
+    assert "robustness" not in vanilla and not list(tmp_path.glob("vanilla*.safetensors"))
+    assert condlr["max_kappa"] <= 1.1 * (1 + 1e-5) and condlr["orthonormality"] <= 1e-5
+    table = (tmp_path / "table.md").read_text()
+    assert "| vanilla UVᵀ (diverged) | 32, 20 | 25.0 | - | - |" in table and "CondLR τ=0.1" in table
+    _, (row, _) = report.read(tmp_path / "results.csv")
+    assert (row["status"], row["clean"]) == ("diverged", None)
+    json.loads((tmp_path / "vanilla-budget0.27-seed0.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert (tmp_path / "results.png").exists()
 
 
-def test_svd_prune_truncates_a_trained_network():
-    fit = begin("svd-prune:rank=0.3,finetune=0.25", epochs=4)
-    assert list(phases(fit.spec, 4)) == [3]
-    for _ in range(3):
-        fit.run_epoch()
-    assert not low_rank_layers(fit.model)
-    weights = {name: layer.weight.detach().clone() for name, layer in dense_layers(fit.model).items()}
-    fit._change(fit._phases[3])
-    for name, layer in low_rank_layers(fit.model).items():
-        U, sigma, V = linalg.svd(weights[name].double())
-        r = layer.rank
-        torch.testing.assert_close(layer.weight.double(), (U[:, :r] * sigma[:r]) @ V[:, :r].mT, rtol=0, atol=1e-5)
-    assert fit.schedule.last_epoch == 3 and fit.optimizer.param_groups[0]["lr"] == pytest.approx(0.2 * 0.09)
+def test_a_net_too_large_to_attack_is_diverged(tmp_path, monkeypatch):
+    def overflow(*arguments, **options):
+        raise NonFiniteError("evaluate: the gradient is not finite")
+
+    monkeypatch.setattr(checkpoint, "evaluate", overflow)
+    results = train(TrainConfig(runs=("dense",), epochs=1, out=tmp_path))
+    assert results["runs"][0]["status"] == "diverged" and not list(tmp_path.glob("*.safetensors"))
 
 
-def test_ranks_of_each_layer_in_turn(tmp_path):
-    spec = RunSpec.parse("condlr:tau=0.1,rank=40/17")
-    assert spec == RunSpec.of({"method": "condlr", "tau": 0.1, "rank": [40, 17]}) == RunSpec.parse(str(spec))
-    assert begin(str(spec)).ranks == {"fc1": 40, "fc2": 17} == begin("vanilla:rank=40/17").ranks
-    with pytest.raises(ValueError, match=r"a rank for each of 2 hidden layers \(fc1, fc2\), got 3"):
-        train(TrainConfig(runs=("condlr:tau=0.1,rank=4/4/4",), out=tmp_path))
-    assert not list(tmp_path.iterdir())
+def test_bad_rank_fails_before_training(tmp_path):
+    path = write_npz(tmp_path / "small.npz")
+    with pytest.raises(RankError, match="fc1"):
+        train(TrainConfig(data=str(path), runs=("dense", "condlr:tau=0.1,rank=40"), out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("how", ["clip", "rescale"])
-@pytest.mark.parametrize("method", ["dense", "vanilla:budget=0.4,"])
-def test_the_cap_as_a_control(method, how):
-    text = f"{method}{'' if method[-1] == ',' else ':'}sigma_max=0.7,cap={how},lr=0.1"
-    fit = begin(text, "cnn", epochs=2)
-    for _ in range(2):
-        fit.run_epoch()
-        for layer in (low_rank_layers(fit.model) or dense_layers(fit.model)).values():
-            assert linalg.svd(core(layer)).sigma[0] <= 0.7 * (1 + 1e-5)
+def test_an_unusable_folder_is_found_out_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/self")):
+        with pytest.raises(ValueError, match=f"must be one that can be written, got {out}"):
+            train(TrainConfig(runs=("dense",), epochs=10**6, out=out))
 
 
-@pytest.mark.parametrize("sigma_max", [0.5, 3.0])
-def test_the_cap_is_met_and_no_more(sigma_max):
-    """Clipping leaves the singular values below the cap, rescaling their ratios; the factors of A B share the cap."""
-    torch.manual_seed(0)
-    for how in ("clip", "rescale"):
-        model = build("mlp", (6,), 3)
-        with torch.no_grad():
-            model.fc1.weight.mul_(20)
-        vanilla_low_rank(model, {"fc2": 4})
-        for part in model.fc2:
-            torch.nn.init.orthogonal_(part.weight, 5.0)
-        before = linalg.svd(model.fc1.weight.detach().double()).sigma
-        keep_below(torch.optim.SGD(model.parameters(), lr=0.1), model, sigma_max, how)
-        want = before.clamp(max=sigma_max) if how == "clip" else before * min(1, sigma_max / before[0].item())
-        rounding = 32 * torch.finfo(torch.float32).eps * before[0].item()  # of the weight before
-        torch.testing.assert_close(linalg.svd(core(model.fc1)).sigma, want, rtol=0, atol=rounding)
-        together = torch.full((4,), sigma_max, dtype=torch.float64)
-        torch.testing.assert_close(linalg.svd(core(model.fc2)).sigma, together, rtol=1e-5, atol=0)
+def test_names_of_files(tmp_path):
+    run = study._Run(TrainConfig(out=tmp_path), RunSpec.parse("condlr:tau=0.1,rank=40/17"), 3)
+    assert run.file("-best.safetensors") == tmp_path / "condlr-tau0.1-rank40-17-seed3-best.safetensors"
+
+
+def test_runs_started_together_can_share_a_folder(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: study._make_folder(tmp_path / "out"), range(400)))
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_own_data_with_two_classes(tmp_path):
+    path = write_npz(tmp_path / "two.npz", classes=2, n=200)
+    results = train(TrainConfig(data=str(path), runs=("condlr:tau=0.5,rank=3",), epochs=5, out=tmp_path / "out"))
+    attack = results["runs"][0]["robustness"]
+    assert attack["clean"] == 1 and "pgd-dlr" not in attack and attack["worst"] == attack["pgd-ce"]
+
+
+def test_a_run_that_fails_leaves_no_half_written_file(tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no figure")
+
+    monkeypatch.setattr(report, "_png", broken)
+    with pytest.raises(RuntimeError, match="no figure"):
+        train(TrainConfig(runs=("dense",), epochs=1, attack_steps=1, out=tmp_path))
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "results.csv",
+        "results.toml",
+        "table.md",
+        *(f"dense-seed0.{end}" for end in ("safetensors", "json", "jsonl")),
+    }
+    report.read(tmp_path / "results.csv")
+    load_checkpoint(tmp_path / "dense-seed0.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -162,24 +165,24 @@ def test_the_cap_is_met_and_no_more(sigma_max):
 )
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, monkeypatch, run):
     """It is stopped in the middle of its third epoch; states are written after every epoch here."""
-    monkeypatch.setattr(training, "STATE_EVERY", -1)
+    monkeypatch.setattr(study, "STATE_EVERY", -1)
     images = write_npz(tmp_path / "images.npz", n=400, shape=(1, 8, 8))
     settings = dict(data=str(images), network="cnn", validation=0.2, attack_steps=2, attack_restarts=1)
     settings |= dict(runs=(run,), epochs=5, eps=(0.1,))
     whole = train(TrainConfig(**settings, out=tmp_path / "whole"))["runs"][0]
     steps = len(whole["step_loss"])
-    original = Fit._loss
+    original = Trainer._loss
 
     def interrupted(self, x, y):
         if len(self.history["step_loss"]) == steps // 2:
             raise KeyboardInterrupt
         return original(self, x, y)
 
-    monkeypatch.setattr(Fit, "_loss", interrupted)
+    monkeypatch.setattr(Trainer, "_loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**settings, out=tmp_path / "parts"))
     calls = []
-    monkeypatch.setattr(Fit, "_loss", lambda self, x, y: calls.append(1) or original(self, x, y))
+    monkeypatch.setattr(Trainer, "_loss", lambda self, x, y: calls.append(1) or original(self, x, y))
     again = train(TrainConfig(**settings, out=tmp_path / "parts"))["runs"][0]
     assert steps // 2 <= len(calls) / (3 if "dlrt" in run else 1) < steps  # it has not begun anew
     for key in whole:
@@ -198,7 +201,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, monkeypatch, run)
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     settings = dict(runs=("dense", "condlr:tau=0.1"), seeds=(0, 1), epochs=1, attack_steps=1, out=tmp_path)
     first = train(TrainConfig(**settings))
-    monkeypatch.setattr(Fit, "run_epoch", pytest.fail)
+    monkeypatch.setattr(Trainer, "run_epoch", pytest.fail)
     again = train(TrainConfig(**settings))
     assert again["runs"] == first["runs"] and len(first["runs"]) == 4
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -236,7 +239,7 @@ def test_a_checkpoint_is_there_when_attacks_fail(tmp_path, monkeypatch):
     def broken(*args, **options):
         raise OSError("no space")
 
-    monkeypatch.setattr(training, "evaluate", broken)
+    monkeypatch.setattr(checkpoint, "evaluate", broken)
     with pytest.raises(OSError):
         train(TrainConfig(runs=("dense",), epochs=1, out=tmp_path))
     assert (tmp_path / "dense-seed0.safetensors").is_file()
@@ -255,192 +258,11 @@ def test_seeds_are_summed_up(tmp_path):
     assert len({r["robustness"]["clean"] for r in results["runs"]}) > 2
 
 
-def test_best_checkpoint_has_its_own_numbers(tmp_path):
-    config = TrainConfig(runs=("condlr:tau=0.1",), epochs=4, lr=0.5, validation=0.25, attack_steps=2, out=tmp_path)
-    (record,) = train(config)["runs"]
-    best = record["best"]
-    assert best["validation"] == max(record["validation"]) == record["validation"][best["epoch"] - 1]
-    again = evaluate_checkpoint(tmp_path / best["checkpoint"])
-    assert {k: again[k] for k in best["robustness"]} == best["robustness"]
-    _, (row,) = report.read(tmp_path / "results.csv")
-    assert (row["best_epoch"], row["best_clean"]) == (best["epoch"], pytest.approx(again["clean"]))
-    if best["epoch"] < 4:
-        assert best["robustness"] != record["robustness"]
-
-
 def test_settings_are_chosen_without_the_test_part(tmp_path):
     config = TrainConfig(runs=("dense",), epochs=1, validation=0.25, test=False, attack_steps=1, out=tmp_path)
     (record,) = train(config)["runs"]
     assert record["robustness"]["n"] == 315
     assert evaluate_checkpoint(tmp_path / record["checkpoint"])["clean"] == record["robustness"]["clean"]
-
-
-@pytest.mark.parametrize("adversarial", ["pgd", "low-rank-pgd"])
-def test_adversarial_training(adversarial):
-    """The steps it takes are those of attacked batches, and the attack leaves the model's mode and gradients alone."""
-    plain, attacked = (
-        begin("condlr:tau=0.1,budget=0.4", "cnn", adversarial=name, adversarial_eps=0.3, adversarial_steps=3)
-        for name in ("", adversarial)
-    )
-    for fit in (plain, attacked):
-        for _ in range(2):
-            fit.run_epoch()
-    assert attacked.record()["status"] == "trained"
-    assert attacked.history["loss"][-1] > plain.history["loss"][-1]
-
-
-def test_augmentation_needs_images():
-    fit = begin("dense", "cnn", augment=True)
-    fit.run_epoch()
-    flat = dataclasses.replace(small_split(), x_train=small_split().x_train.flatten(1))
-    with pytest.raises(ValueError, match=r"augment needs images \[C, H, W\], the samples are \[64\]"):
-        begin("dense", augment=True, split=flat)
-
-
-# ------------------------------------------------------------------------------------------------- settings
-
-
-def test_toml(tmp_path):
-    path = tmp_path / "study.toml"
-    path.write_text(
-        'network = "cnn"\nseeds = [0, 1]\nlr = 0.1\nruns = ["dense", {method = "condlr", tau = 0.1, rank = 0.2}]\n'
-    )
-    config = TrainConfig.read(path, epochs=3)
-    assert config == TrainConfig(
-        network="cnn", seeds=(0, 1), lr=0.1, runs=("dense", "condlr:tau=0.1,rank=0.2"), epochs=3
-    )
-    assert TrainConfig(seeds=range(3)).seeds == (0, 1, 2)
-    assert TrainConfig(**config.plain()) == config == TrainConfig(**json.loads(json.dumps(config.plain())))
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("epochs = ", "is no TOML file"),
-        ("epoch = 3", "unknown key 'epoch'; there are data, folder"),
-        ("epochs = 0", "epochs must be an integer >= 1"),
-        ("runs = [{tau = 0.1}]", "a table needs method"),
-        ('runs = [{method = "condlr", tau = 0.1, gamma = 1}]', "a table needs method, and may have"),
-        ("test = false", "there must be a validation part"),
-        ("epochs = true", "epochs must be an integer, got True"),
-        ('lr = "0.1"', "lr must be a number, got '0.1'"),
-        ('augment = "no"', "augment must be true or false, got 'no'"),
-        ("seeds = 3", "seeds must be a list of integers, got 3"),
-        ("seeds = [1.5]", "seeds must be a list of integers"),
-        ("data = 3", "data must be a text, got 3"),
-        ("out = 3", "out must be a path, got 3"),
-        ("device = 5", "device must be a text, got 5"),
-        ('runs = "dense"', "runs must be a list, got 'dense'"),
-        ("runs = [3]", "run: must be a text or a table, got 3"),
-        ('runs = [{method = "dense", lr = [1]}]', r"run: lr must be a number, got \[1\]"),
-        ('runs = [{method = "condlr", tau = 0.1, rank = [1, "2"]}]', "a rank of each layer must be an integer"),
-        ('runs = ["robust-dlrt:tolerance=0.1,beta=0.1,core_steps=0"]', "core_steps must be an integer >= 1, got 0"),
-        ('runs = ["dlrt:tolerance=1"]', r"tolerance must be in \[0, 1\), got 1"),
-        ('attacks = "fgsm"', "attacks must be a list of texts, got 'fgsm'"),
-        ('attacks = ["foo"]', r"attacks must be out of fgsm, .*, got \['foo'\]"),
-        ("eps = [0.1, 0.1]", "eps must be different"),
-    ],
-)
-def test_bad_toml(tmp_path, text, message):
-    path = tmp_path / "bad.toml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=f"config: {path}.*{message}"):
-        TrainConfig.read(path)
-    with pytest.raises(ValueError, match="cannot read"):
-        TrainConfig.read(tmp_path / "absent.toml")
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_run_texts_of_every_method(run):
-    spec = RunSpec.parse(run)
-    assert RunSpec.parse(str(spec)) == spec and spec.label and "/" not in spec.file and "," not in spec.file
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("dlrt", "dlrt needs tolerance"),
-        ("robust-dlrt:tolerance=0.1", "robust-dlrt needs beta"),
-        ("dense:cap=clip", "dense takes budget, rank, init, lr, momentum, weight_decay, sigma_max, got cap"),
-        ("dense:sigma_max=1,cap=shrink", "cap must be clip or rescale"),
-        ("condlr:tau=0.1,optimizer=lion", "optimizer must be sgd or adamw"),
-        ("cayley:full=true,rank=3", "full has no rank, budget or init"),
-        ("cayley:full=yes", "full must be true or false"),
-        ("dense:rank=3", 'dense takes budget and rank with init="pca" only'),
-        ("vanilla:init=random", "init must be pca, got 'random'"),
-        ("cayley:full=true,init=pca", "full has no rank, budget or init"),
-        ("svd-prune:finetune=1", r"finetune must be in \(0, 1\)"),
-        ("dense:momentum=1", r"momentum must be in \[0, 1\)"),
-    ],
-)
-def test_bad_runs(text, message):
-    with pytest.raises(ValueError, match=message):
-        RunSpec.parse(text)
-
-
-def test_inspect_shows_convolutions(tmp_path):
-    config = TrainConfig(runs=("condlr:tau=0.1", "vanilla"), network="cnn", epochs=1, attack_steps=1, out=tmp_path)
-    for record in train(config)["runs"]:
-        layers = inspect_checkpoint(tmp_path / record["checkpoint"])["layers"]
-        assert [(x["m"], x["n"]) for x in layers] == [(20, 9), (50, 180), (200, 200), (10, 200)]
-        assert {x["name"]: x["rank"] for x in layers[:3]} == record["ranks"]
-        assert all((x["route"] is not None) == (record["method"] == "condlr") for x in layers[:3])
-
-
-@pytest.mark.parametrize("run", ["dense", "vanilla", "condlr:tau=inf", "released:tau=0.1"])
-def test_start_on_principal_directions(run, tmp_path, monkeypatch):
-    """All start from one weight, that of factorize, and keep it if they do not train."""
-    monkeypatch.setattr(Fit, "run_epoch", lambda fit: setattr(fit, "epoch", fit.epoch + 1))
-    text = f"{run}{',' if ':' in run else ':'}init=pca,rank=20/9"
-    config = TrainConfig(runs=(text,), epochs=1, eps=(0.1,), attacks=("fgsm",), attack_steps=1, out=tmp_path)
-    results = train(config)
-    assert RunSpec.parse(str(config.runs[0])) == config.runs[0] and "PCA init" in config.runs[0].label
-    split = data.load("digits", 0)
-    torch.manual_seed(0)
-    expected = build("mlp", split.shape, 10)
-    condlr_ext.factorize(expected, rank={"fc1": 20, "fc2": 9}, exclude="head", init="pca", example_input=split.x_train)
-    model, _ = load_checkpoint(tmp_path / results["runs"][0]["checkpoint"])
-    assert (results["runs"][0]["kept"] == 1) == (run == "dense")  # zeros of the projection are not pruned weights
-    for name in ("fc1", "fc2"):
-        W = model.get_submodule(name)
-        W = W[1].weight @ W[0].weight if run == "vanilla" else W.weight
-        torch.testing.assert_close(W, expected.get_submodule(name).weight, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("run", ["dense", "vanilla", "condlr:tau=0.1"])
-def test_images_are_trained_and_attacked_in_channels_last(run, tmp_path, monkeypatch):
-    seen = {"training": [], "attack": []}
-    original = {"training": Fit.run_epoch, "attack": training.evaluate}
-
-    def watched(where, model, call):
-        conv = next(m for name, m in model.named_modules() if name.endswith("body.3"))
-        hook = conv.register_forward_hook(lambda _, inputs, output: seen[where].append((inputs[0], output)))
-        try:
-            return call()
-        finally:
-            hook.remove()
-
-    monkeypatch.setattr(Fit, "run_epoch", lambda fit: watched("training", fit.model, lambda: original["training"](fit)))
-    monkeypatch.setattr(
-        training,
-        "evaluate",
-        lambda model, *a, **k: watched("attack", model, lambda: original["attack"](model, *a, **k)),
-    )
-    results = train(TrainConfig(runs=(run,), network="cnn", epochs=1, attack_steps=1, out=tmp_path))
-    assert results["runs"][0]["status"] != "diverged"
-    for pairs in seen.values():
-        assert len(pairs) > 3 and all(t.is_contiguous(memory_format=torch.channels_last) for p in pairs for t in p)
-
-
-def test_an_epoch_of_robust_dlrt_ends_with_a_whole_model():
-    """In the middle of a cycle the model has twice the rank: 256 samples are 8 steps, cycles are of 1 + 5."""
-    fit = begin("robust-dlrt:tolerance=0.1,beta=0.1,core_steps=5,budget=0.4,lr=0.05")
-    start = fit.ranks
-    fit.run_epoch()
-    record = fit.record()
-    assert all(rank < 2 * start[name] for name, rank in record["ranks"].items())
-    assert record["max_kappa"] < 1e6 and all(len(kappa) == 2 for kappa in record["kappa"].values())
-    assert fit.optimizer.param_groups[0]["core_steps_left"] == 0
 
 
 def test_tables_show_the_attacks_of_the_settings(tmp_path):
@@ -452,26 +274,3 @@ def test_tables_show_the_attacks_of_the_settings(tmp_path):
     robustness = results["runs"][0]["robustness"]
     for title, name in {"FGSM 0.1": "fgsm", "PGD 0.1": "pgd-ce", "APGD-T 0.1": "apgd-t", "worst 0.1": "worst"}.items():
         assert shown[title] == f"{100 * robustness[name][0]:.1f}"
-
-
-def test_matrix_shape_of_every_layer():
-    for layer in (torch.nn.Conv2d(4, 6, 3), torch.nn.Linear(36, 6)):
-        assert matrix_shape(layer) == (6, 36)
-    low_rank = condlr_ext.LowRankConv2d(4, 6, 3, rank=2)
-    assert matrix_shape(low_rank) == (6, 36) == matrix_shape(TwoFactorConv.from_dense(torch.nn.Conv2d(4, 6, 3), 2))
-
-
-STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
-
-
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_studies_can_be_read(path):
-    config = TrainConfig.read(path)
-    assert config.out == Path("runs") / path.stem
-    if "digits" not in path.stem:
-        milestones = [round(share * config.epochs) for share in config.drop_at]
-        assert config.epochs == 120 and milestones == [70, 100] and config.validation == 0.25
-
-
-def test_there_are_studies():
-    assert len(STUDIES) >= 4
