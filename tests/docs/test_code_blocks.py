@@ -1,6 +1,5 @@
 """Every code block of the README and the documentation runs, or is parsed, or says why it cannot run here."""
 
-import argparse
 import functools
 import re
 import shlex
@@ -11,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench.command
-import condlr_ext.cli
-from condlr_ext.experiments import RunSpec, TrainConfig
+import bench.__main__ as bench
+from condlr_ext import cli
+from condlr_ext.experiments import checkpoint, study
+from condlr_ext.experiments.config import TrainConfig
+from condlr_ext.experiments.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,8 +61,18 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
                 exec(code, namespace)
 
 
+class Understood(Exception):
+    """A command was parsed and its settings are right."""
+
+
 @pages("sh")
-def test_commands_exist(page):
+def test_commands_exist(page, monkeypatch):
+    def stop(*args, **options):
+        raise Understood
+
+    monkeypatch.chdir(ROOT)
+    for module, name in ((study, "train"), (checkpoint, "evaluate_checkpoint"), (checkpoint, "inspect_checkpoint")):
+        monkeypatch.setattr(module, name, stop)
     for block in blocks(page):
         if block.language == "sh" and not block.skipped:
             for line in block.text.replace("\\\n", " ").splitlines():
@@ -71,25 +82,35 @@ def test_commands_exist(page):
 
 def check(line: str) -> None:
     words = shlex.split(line, comments=True)
-    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
-        words.pop(0)
     if words[:3] == ["python", "-m", "bench"]:
-        parser = argparse.ArgumentParser(exit_on_error=False)
-        bench.command.arguments(parser)
-        bench.command.check(parser.parse_args(words[3:]))
+        bench.parse(words[3:])
+    elif words[:2] == ["condlr", "info"]:
+        assert cli.main(words[1:]) == 0
     elif words[0] == "condlr":
-        arguments = condlr_ext.cli._parser().parse_args(words[1:])
-        for run in getattr(arguments, "runs", None) or ():
-            RunSpec.parse(run)
-        if getattr(arguments, "config", None):
-            TrainConfig.read(ROOT / arguments.config)
+        try:
+            pytest.fail(f"{line!r} ends with {cli.main(words[1:])}")
+        except Understood:
+            pass
     elif words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets, f"no make target for {line!r}"
-    elif words[0] == "python":
-        assert (ROOT / words[1]).is_file(), f"no file for {line!r}"
+    elif words[:2] == ["python", "-m"]:
+        assert (ROOT / words[2] / "__main__.py").is_file(), f"no package for {line!r}"
     else:
         assert line.startswith(OTHER_COMMANDS), f"what is {line!r}?"
+
+
+def test_every_method_is_in_the_table_of_the_command_line():
+    """With its options, apart from those that all methods take."""
+    page = (ROOT / "docs" / "guide" / "command-line.md").read_text()
+    rows = re.findall(r"^\| (`[^|]*) \|[^|]*\|([^|]*)\|$", page, re.MULTILINE)
+    shown = {
+        name: set(re.findall(r"`(\w+)", options))
+        for names, options in rows
+        for name in re.findall(r"`([\w-]+)`", names)
+    }
+    rates = {"lr", "momentum", "weight_decay"}
+    assert shown == {name: set(method.model_fields) - rates for name, method in METHODS.items()}
 
 
 @pages("toml")
