@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-interpreter test-plain test-aot-defaults test-slow test-aot lint wheel compat clean
+.PHONY: demo test test-interpreter test-plain test-aot-defaults test-slow test-aot docs lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
@@ -33,6 +33,14 @@ test-slow: $(VENV)/.installed
 test-aot: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "aot or aot_all" tests/kernels/test_aot.py
 
+# the documentation as a site in site/; a warning is an error
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[docs]"
+	touch $@
+
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -58,4 +66,4 @@ compat: $(VENV)/.installed
 	TORCH="torch" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info condlr_ext/*.so
+	rm -rf $(VENV) build dist site *.egg-info condlr_ext/*.so
