@@ -6,7 +6,7 @@ from torch.nn.utils import parametrize
 
 from .._modules import matcher, replace_modules
 from ..errors import NonFiniteError
-from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention
+from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention, low_rank_layers
 from ..nn.attention import factorize_projection, to_dense_projections
 from ..nn.rank import resolve_rank
 from .budget import allocate_ranks, parameter_cost
@@ -165,7 +165,7 @@ def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
     changes = {module.delta for module in model.modules() if isinstance(module, LowRankAdapter)}
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, LowRankLayer) and m not in changes}
+    layers = {m: name for name, m in low_rank_layers(model).items() if m not in changes}
     for layer, name in layers.items():
         reason = COMPILED if is_compiled(name) else None
         if not forwards_as_its_base(layer):
@@ -209,12 +209,11 @@ def condition_numbers(model: nn.Module) -> dict[str, float]:
         NonFiniteError: NaN or Inf in a core, with the layer's name.
     """
     numbers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer):
-            try:
-                numbers[name] = module.condition_number()
-            except ValueError as error:
-                raise type(error)(f"condition_numbers: layer {name}: {error}") from None
+    for name, layer in low_rank_layers(model).items():
+        try:
+            numbers[name] = layer.condition_number()
+        except ValueError as error:
+            raise type(error)(f"condition_numbers: layer {name}: {error}") from None
     return numbers
 
 

@@ -16,7 +16,7 @@ from .._modules import undone_on_error, unwrapped
 from .._version import __version__
 from ..errors import CheckpointError, NonFiniteError, RankError
 from ..factorize import factorize
-from ..nn import LowRankLayer
+from ..nn import low_rank_layers
 
 __all__ = ["Checkpoint", "load", "read", "save"]
 
@@ -78,7 +78,7 @@ def save(
         name = type(optimizer).__name__
         state["optimizer"] = {"class": name, "state": writer.encode(optimizer.state_dict(), ".optimizer")}
     text = {
-        "rank": {name: layer.rank for name, layer in _layers(model).items()},
+        "rank": {name: layer.rank for name, layer in low_rank_layers(model).items()},
         "tau": writer.encode(_taus(model, optimizer, tau, "save"), ".tau"),
         "shared": writer.shared,
         "state": state,
@@ -285,15 +285,11 @@ def _decode(value, tensors: dict[str, Tensor]):
 # --------------------------------------------------------------------------------------------------- models
 
 
-def _layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
-
-
 def _taus(model: nn.Module, optimizer: Optimizer | None, given, where: str) -> dict[str, float]:
     """tau of the layers: that of the parameter group their core is in, else as given."""
     groups = [] if optimizer is None else optimizer.param_groups
     group_of = {id(p): group for group in groups for p in group["params"]}
-    layers = _layers(model)
+    layers = low_rank_layers(model)
     taus = {
         name: float(group["tau"])
         for name, layer in layers.items()
@@ -321,7 +317,7 @@ def _check_finite(checkpoint: Checkpoint) -> None:
 
 def _compare_ranks(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """The layers of the checkpoint that are dense in the model."""
-    layers = _layers(model)
+    layers = low_rank_layers(model)
     for name, layer in layers.items():
         if name not in checkpoint.rank:
             raise RankError(

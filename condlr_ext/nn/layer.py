@@ -14,6 +14,11 @@ from .truncated import truncated_svd
 _LAYERS = weakref.WeakSet()  # all there are; not of their parameters, which torch swaps and replaces
 
 
+def low_rank_layers(model: nn.Module) -> dict[str, "LowRankLayer"]:
+    """Return the low-rank layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
+
+
 def is_factor(p: Tensor) -> bool:
     """Whether p is the U, S or V of a layer in this process."""
     return any(p is factor for layer in _LAYERS for factor in layer._factors())

@@ -471,7 +471,9 @@ def test_auto_takes_the_route_of_the_plan():
     for rows in (1, 4096):
         x = torch.randn(rows, 64)
         y = layer(x)
-        expected = "MergedLinearFunctionBackward" if layer.plan(x).route == "merged" else "LowRankLinearFunctionBackward"
+        expected = (
+            "MergedLinearFunctionBackward" if layer.plan(x).route == "merged" else "LowRankLinearFunctionBackward"
+        )
         assert y.grad_fn.name() == expected
     assert expected == "MergedLinearFunctionBackward"
 
