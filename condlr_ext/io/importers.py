@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .._factors import orthonormal_factors
 from .._modules import undone_on_error
-from ..adapters import adapters, put_on
+from ..adapters import set_adapters
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
 from .checkpoint import Checkpoint, read_safetensors, restore
@@ -148,16 +148,16 @@ def geolora(source, model: nn.Module, *, rank: int | dict[str, int], alpha: floa
     for key, value in state.items():
         tensors[key.replace(".original_linear.", ".layer.")] = value
     with undone_on_error(model):
-        put_on(model, changes, where)
+        adapters = set_adapters(model, changes, where)
         for name, (U, S, V, _) in changes.items():
-            delta = adapters(model)[name].delta
+            delta = adapters[name].delta
             tensors |= {f"{name}.delta.{role}": value for role, value in zip("USV", (U, S, V), strict=True)}
             if not S.any():
                 tensors |= {f"{name}.delta.{role}": getattr(delta, role).detach() for role in "USV"}
         restore(
             model, Checkpoint(tensors, {f"{name}.delta": len(S) for name, (_, S, *_) in changes.items()}, source=where)
         )
-    return {name: adapter.rank for name, adapter in adapters(model).items() if name in changes}
+    return {name: adapter.rank for name, adapter in adapters.items()}
 
 
 def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, LowRankAdapter]:
@@ -196,8 +196,7 @@ def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, 
         r = len(parts["lora_A"])
         factors = _product(where, name, parts["lora_B"], forms[form](parts["lora_S"]), parts["lora_A"])
         changes[name] = (*factors, scaling(config, name, r, where) if config else float(alpha) / r)
-    put_on(model, changes, where)
-    return {name: adapter for name, adapter in adapters(model).items() if name in changes}
+    return set_adapters(model, changes, where)
 
 
 # --------------------------------------------------------------------------------------------------- reading

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._extras import require
 from .._factors import orthonormal_factors
 from .._files import whole_file, write_whole
-from ..adapters import adapters, put_on
+from ..adapters import adapters, set_adapters
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
 from .checkpoint import read_safetensors
@@ -96,8 +96,7 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
             )
         factors = orthonormal_factors(B.flatten(1), torch.eye(r, dtype=B.dtype), A.flatten(1).mT)
         changes[name] = (*factors, scaling(config, name, r, str(folder)))
-    put_on(model, changes, str(folder))
-    return {name: adapter for name, adapter in adapters(model).items() if name in changes}
+    return set_adapters(model, changes, str(folder))
 
 
 def read_peft(folder: Path, kind: str, user: str) -> tuple[dict[str, Tensor], dict]:
