@@ -22,7 +22,7 @@ _SOFTWARE = (
 
 
 def collect() -> dict:
-    """Return versions, compiled parts, CPU features, and per device the backend of each op and why others cannot serve it."""
+    """Return versions, compiled parts, CPU features, and per device which backend serves each op and why."""
     compiled = ops.COMPILED
     host = compiled.host
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
