@@ -35,7 +35,7 @@ def add_adapters(
         RankError: The rank does not fit a layer.
 
     Examples:
-        >>> condlr_ext.add_adapters(model, rank=8, exclude="head")
+        >>> adapters = condlr_ext.add_adapters(model, rank=8, exclude="head")
         >>> optimizer = condlr_ext.optim.CondLRSGD(model, lr=0.1, tau=0.5)
     """
     if isinstance(model, DENSE):
