@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import linalg
 
-_ORTHONORMAL = 2e-6  # the step's own accuracy: factors this good stay unchanged
+_ORTHONORMAL = 2e-6  # what the step keeps to; factors as good are taken as they are
 
 
 def orthonormal_factors(L: Tensor, C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +39,7 @@ def orthonormal_factors(L: Tensor, C: Tensor, R: Tensor) -> tuple[Tensor, Tensor
 
 
 def _absorb(L: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Q, R C with Q R = L, or L, C if L is orthonormal already."""
+    """Q, R C with Q R = L, or L, C where L is orthonormal already."""
     gram = L.mT @ L
     if (
         len(gram) <= len(L)

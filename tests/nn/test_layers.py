@@ -562,3 +562,14 @@ def test_flops_are_counted():
     with FlopCounterMode(display=False) as counter:
         convolution(torch.randn(2, 3, 8, 8)).sum().backward()
     assert counter.get_total_flops() > 2 * 2 * 36 * 4 * (27 + 8)
+
+
+def test_row_space_of_from_dense():
+    W, basis = nn.Linear(7, 5), torch.linalg.qr(torch.randn(7, 2)).Q
+    layer = LowRankLinear.from_dense(W, 2, row_space=basis)
+    torch.testing.assert_close(layer.weight, W.weight @ basis @ basis.mT)
+    with pytest.raises(ShapeError, match=r"LowRankLinear.from_dense: row_space must be \[7, 3\], got \[7, 2\]"):
+        LowRankLinear.from_dense(W, 3, row_space=basis)
+    for bad in (1.1 * basis, torch.full((7, 2), torch.nan)):
+        with pytest.raises(ValueError, match="row_space must have orthonormal columns to 1e-4, got"):
+            LowRankLinear.from_dense(W, 2, row_space=bad)
