@@ -62,6 +62,13 @@ def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..
     return matches
 
 
+def chooser(function: str, include, exclude, names: list[str]) -> Callable[..., bool]:
+    """Return a predicate like matcher's: does the layer match include, or include is None, and not exclude?"""
+    included = matcher(function, "include", include, names) if include is not None else lambda *_: True
+    excluded = matcher(function, "exclude", exclude, names) if exclude is not None else lambda *_: False
+    return lambda *layer: included(*layer) and not excluded(*layer)
+
+
 def select_layers(
     where: str, model: nn.Module, types: tuple[type, ...], exclude: str | Iterable[str] = ()
 ) -> dict[str, nn.Module]:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._modules import DENSE, matcher, replace_modules, undone_on_error
+from ._modules import DENSE, chooser, replace_modules, undone_on_error
 from .nn import LowRankAdapter
 
 __all__ = ["add_adapters", "adapters", "merge_adapters"]
@@ -42,17 +42,12 @@ def add_adapters(
         raise ValueError(
             f"add_adapters: model must contain the layers, got a bare {type(model).__name__}; use LowRankAdapter"
         )
-    names = [name for name, _ in model.named_modules()]
-    wanted = matcher("add_adapters", "include", include, names) if include is not None else lambda *_: True
-    unwanted = matcher("add_adapters", "exclude", exclude, names) if exclude is not None else lambda *_: False
+    chosen = chooser("add_adapters", include, exclude, [name for name, _ in model.named_modules()])
     inside = {id(part) for a in adapters(model).values() for part in a.modules()}
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, DENSE)
-        and id(module) not in inside
-        and wanted(name, module)
-        and not unwanted(name, module)
+        if isinstance(module, DENSE) and id(module) not in inside and chosen(name, module)
     }
     if not layers:
         raise ValueError(f"add_adapters: no nn.Linear or nn.Conv1d/2d/3d with include={include!r}, exclude={exclude!r}")

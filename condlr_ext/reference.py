@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 BANDS = ("rms", "mean", "optimal")
-MANY = 1024  # stands for a symbolic size in decisions
+MANY = 1024  # what a size that a trace keeps open counts as in decisions
 
 # ----------------------------------------------------------------------------------------------- sizes
 

@@ -164,8 +164,8 @@ def fold(model: nn.Module, *, dense=()) -> nn.Module:
         TypeError: model is not a Module.
     """
     layers = _layers("fold", model)
-    wanted = matcher("fold", "dense", dense, [name for name, _ in model.named_modules()])
-    read = {layer for layer, name in layers.items() if wanted(name, layer)}
+    is_read = matcher("fold", "dense", dense, [name for name, _ in model.named_modules()])
+    read = {layer for layer, name in layers.items() if is_read(name, layer)}
     for module in model.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             read.update(module.children())

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from .._modules import matcher
+from .._modules import chooser
 from ..nn import (
     LowRankAdapter,
     LowRankConv1d,
@@ -119,13 +119,12 @@ def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, s
         else:
             found += _candidate(name, module, attentions.get(id(module), ("", None))[1])
     names = [name for name, _ in model.named_modules()] + [name for name, *_ in found]
-    wanted = matcher("factorize", "include", include, names) if include is not None else None
-    unwanted = matcher("factorize", "exclude", exclude, names) if exclude is not None else None
+    chosen = chooser("factorize", include, exclude, names)
     targets, skipped = {}, {}
     for name, module, target, reason in found:
         attention = target.attention if target else None
         identity = name, module, (name.rpartition(".")[0], attention) if attention else None
-        if (wanted and not wanted(*identity)) or (unwanted and unwanted(*identity)):
+        if not chosen(*identity):
             continue
         if reason:
             skipped[name] = reason

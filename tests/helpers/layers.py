@@ -29,7 +29,7 @@ def randomize(layer):
 
 
 def spread(adapter, seed=0):
-    """Give an adapter a change as after training: orthonormal U, V, and a core of norm 1 to 1.5 with kappa 1.5."""
+    """Give an adapter a change as after training: orthonormal U, V, singular values 1 to 1.5."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for X in (adapter.delta.U, adapter.delta.V):
