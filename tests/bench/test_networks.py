@@ -243,7 +243,7 @@ def test_wrong_inference_gets_no_time(tiny, monkeypatch):
     fold = inference.fold
 
     def without_core(model):
-        for _, layer in subjects.low_rank_layers(model):
+        for layer in subjects.low_rank_layers(model).values():
             layer.S.data.copy_(layer.S.mean() * torch.eye(layer.rank))
         return fold(model)
 
