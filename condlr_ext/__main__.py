@@ -1,4 +1,4 @@
-"""`python -m condlr_ext` is the command `condlr`."""
+"""The command `condlr` as `python -m condlr_ext`."""
 
 import sys
 

@@ -4,7 +4,11 @@ import importlib
 
 
 def require(module: str, user: str = "this command", extra: str = "demo"):
-    """The module, or an ImportError that names who needs it and the extra of this package that installs it."""
+    """Import and return an optional module.
+
+    Raises:
+        ImportError: It is not installed; the text names `user` and the extra of this package that installs it.
+    """
     package = module.split(".")[0]
     try:
         importlib.import_module(package)

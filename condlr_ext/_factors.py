@@ -1,4 +1,4 @@
-"""Any product L C Rᵀ as U S Vᵀ with orthonormal U and V."""
+"""Orthonormal factors of a product L C Rᵀ."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,15 @@ _ORTHONORMAL = 2e-6  # what the step keeps to; factors as good are taken as they
 
 
 def orthonormal_factors(L: Tensor, C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [m, r], S [r, r], V [n, r] with U S Vᵀ = L C Rᵀ, U and V orthonormal.
+    """Return U [m, r], S [r, r], V [n, r] with U S Vᵀ = L C Rᵀ, U and V orthonormal.
 
-    L = Q_L R_L and R = Q_R R_R, and S = R_L C R_Rᵀ absorbs the triangles; r is the smaller of the two sides. Columns
-    of L and R that C does not touch are left out first.
+    With L = Q_L R_L and R = Q_R R_R, S = R_L C R_Rᵀ; r <= min(k, l). Columns of L and R that meet only zeros in C are
+    dropped first.
 
     Args:
-        L: [m, k]. C: [k, l]. R: [n, l]. float16 and bfloat16 are computed in float32 and returned so.
+        L: [m, k]; float16 and bfloat16 are computed and returned in float32.
+        C: [k, l].
+        R: [n, l].
     """
     dtype = torch.promote_types(C.dtype, torch.float32)
     L, C, R = (t.detach().to(dtype) for t in (L, C, R))
@@ -27,7 +29,7 @@ def orthonormal_factors(L: Tensor, C: Tensor, R: Tensor) -> tuple[Tensor, Tensor
     U, C = _absorb(L, C)
     V, Ct = _absorb(R, C.mT)
     C = Ct.mT
-    if C.shape[0] > C.shape[1]:  # the left side has directions that the core does not reach
+    if C.shape[0] > C.shape[1]:  # the columns of C span fewer directions than U has
         Q, T = linalg.qr(C)
         return U @ Q, T, V
     if C.shape[0] < C.shape[1]:

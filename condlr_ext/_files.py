@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Atomic writing of files."""
 
 import os
 import secrets
@@ -9,8 +9,8 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path) -> Iterator[Path]:
-    """A path beside `path` to write to; at the end it becomes `path`, on the disk, or vanishes if anything raised."""
-    target = Path(os.path.realpath(path))  # of a link what it points to is replaced
+    """Yield a temporary path to write to, then sync it and rename it to `path`; an exception deletes it instead."""
+    target = Path(os.path.realpath(path))  # replaces the target of a link, not the link
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -19,7 +19,7 @@ def whole_file(path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name as well
+    if os.name == "posix":  # sync the new name too
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -28,6 +28,6 @@ def whole_file(path) -> Iterator[Path]:
 
 
 def write_whole(path, data: bytes) -> None:
-    """Write a file such that an interruption leaves the old one, or none."""
+    """Write a file atomically."""
     with whole_file(path) as temporary:
         temporary.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Loads the compiled parts, once, and keeps the reason when one does not load; importing never fails for it."""
+"""Loading of the compiled libraries; a library that does not load leaves a reason, never an ImportError."""
 
 import importlib
 import sysconfig
@@ -31,7 +31,14 @@ def _load_host():
 
 
 class Compiled:
-    """What is loaded: `ops_path` / `ops_reason` for _C, `host` / `host_reason` for _host."""
+    """The compiled libraries of this process.
+
+    Attributes:
+        ops_path: Path of _C, None if it is not loaded.
+        ops_reason: Why it is not, else None.
+        host: The module _host, None if it is not loaded.
+        host_reason: Why it is not, else None.
+    """
 
     def __init__(self):
         self.ops_reason = _load_ops()

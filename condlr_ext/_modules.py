@@ -11,7 +11,7 @@ DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module in DistributedDataParallel, DataParallel and torch.compile, or model itself."""
+    """Return the model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -22,7 +22,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..., bool]:
-    """Whether a layer is meant by patterns: names, types, predicates or a list of these. `function` is for errors."""
+    """Return a predicate (name, module, parent=None) -> bool: does the layer match any of the patterns?
+
+    Args:
+        function: The caller, named in error texts.
+        what: The caller's argument, named in error texts.
+        patterns: A name (whole, or an fnmatch pattern), a type, a predicate (name, module) -> bool, or a list of these.
+        names: All names in the model; each name or pattern must match one.
+
+    Raises:
+        ValueError: A name or pattern matches no module.
+        TypeError: Something else among the patterns.
+    """
     if isinstance(patterns, (str, type)) or callable(patterns):
         patterns = [patterns]
     if not isinstance(patterns, Iterable):
@@ -36,7 +47,7 @@ def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..
             raise TypeError(f"{function}: {what} entries must be names, types or predicates, got {p!r}")
 
     def matches(name: str, module: nn.Module, parent: tuple[str, nn.Module] | None = None) -> bool:
-        """By name and type also of the attention it belongs to; a predicate is asked about layers alone."""
+        """Match; names and types are also compared with `parent`, the attention that holds the layer."""
         identities = [(name, module)] + ([parent] if parent else [])
         for p in patterns:
             if isinstance(p, str):
@@ -52,13 +63,21 @@ def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..
     return matches
 
 
+def chooser(function: str, include, exclude, names: list[str]) -> Callable[..., bool]:
+    """Return a predicate like matcher's: does the layer match include, or include is None, and not exclude?"""
+    included = matcher(function, "include", include, names) if include is not None else lambda *_: True
+    excluded = matcher(function, "exclude", exclude, names) if exclude is not None else lambda *_: False
+    return lambda *layer: included(*layer) and not excluded(*layer)
+
+
 def select_layers(
     where: str, model: nn.Module, types: tuple[type, ...], exclude: str | Iterable[str] = ()
 ) -> dict[str, nn.Module]:
-    """The model's modules of these types by name; exclude holds names or fnmatch patterns.
+    """Return the model's modules of these types by name, without those that `exclude` matches.
 
     Raises:
-        TypeError: no module. ValueError: a pattern that matches no such layer, or no layer left.
+        TypeError: model is not a Module.
+        ValueError: A pattern matches no such layer, or no layer is left.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -73,16 +92,16 @@ def select_layers(
 
 
 def replace_modules(model: nn.Module, replacement: dict[nn.Module, nn.Module]) -> None:
-    """Put each replacement in the place of its module, wherever `model` holds it."""
+    """Replace modules everywhere in `model`."""
     for parent in list(model.modules()):
-        for key, child in parent._modules.items():  # named_children would pass over a module used twice
+        for key, child in parent._modules.items():  # named_children skips a module's second use
             if child in replacement:
                 parent._modules[key] = replacement[child]
 
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Puts every module back as it was, but for the values of its tensors, if anything raises."""
+    """Restore the structure of a model if the block raises; the values of its tensors stay as they are then."""
     trained = {p: p.requires_grad for p in model.parameters()}
     before = []
     for module in model.modules():
@@ -96,7 +115,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
             vars(module).clear()
             vars(module).update(attributes)
-            for name, content in contents.items():  # in place: handles of hooks know the very dict
+            for name, content in contents.items():  # in place: hook handles refer to these dicts
                 attributes[name].clear()
                 attributes[name].update(content)
         for p, requires_grad in trained.items():

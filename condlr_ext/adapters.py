@@ -1,11 +1,11 @@
-"""Adapters on a whole model: put on, given factors, merged away."""
+"""Low-rank adapters of a whole model: add, set, find, merge."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
-from ._modules import DENSE, matcher, replace_modules, undone_on_error
+from ._modules import DENSE, chooser, replace_modules, undone_on_error
 from .nn import LowRankAdapter
 
 __all__ = ["add_adapters", "adapters", "merge_adapters"]
@@ -14,39 +14,40 @@ __all__ = ["add_adapters", "adapters", "merge_adapters"]
 def add_adapters(
     model: nn.Module, rank, *, include=None, exclude=None, scale: float = 1.0
 ) -> dict[str, LowRankAdapter]:
-    """Freezes a model and puts a LowRankAdapter on its linear and convolutional layers, in place.
+    """Freeze a model and wrap its linear and convolutional layers in LowRankAdapters, in place.
 
-    Parameters that are to be trained besides, a new classifier say, are unfrozen afterwards.
+    To train other parameters too (a new classifier, say), unfreeze them afterwards. An error leaves the model as it
+    was.
 
     Args:
-        model: changed in place; its forward code is untouched, and its function changes by rounding only.
-        rank: for all layers: an int, at most min(m, n) of each, or a fraction of that.
-        include, exclude: a name (whole, or an fnmatch pattern), a type, a predicate (name, module) -> bool, or a list
-            of these. exclude wins. Layers inside adapters are left alone.
-        scale: as for LowRankAdapter.
+        model: Changed in place; its forward code is untouched, and its function changes by rounding only.
+        rank: For all layers: an int, at most min(m, n) of each, or a fraction of that.
+        include: The layers to wrap: a name (whole, or an fnmatch pattern), a type, a predicate (name, module) -> bool,
+            or a list of these. Default: all. Layers inside adapters are always skipped.
+        exclude: The layers to skip, given likewise; wins over include.
+        scale: Factor of the change, see LowRankAdapter.
 
     Returns:
         The new adapters by name.
 
     Raises:
-        ValueError: no layer is meant, or a pattern matches no module. RankError: a rank that does not fit. The
-            model's modules are unchanged then.
+        ValueError: No layer is left, or a pattern matches no module.
+        RankError: The rank does not fit a layer.
+
+    Examples:
+        >>> adapters = condlr_ext.add_adapters(model, rank=8, exclude="head")
+        >>> optimizer = condlr_ext.optim.CondLRSGD(model, lr=0.1, tau=0.5)
     """
     if isinstance(model, DENSE):
         raise ValueError(
             f"add_adapters: model must contain the layers, got a bare {type(model).__name__}; use LowRankAdapter"
         )
-    names = [name for name, _ in model.named_modules()]
-    wanted = matcher("add_adapters", "include", include, names) if include is not None else lambda *_: True
-    unwanted = matcher("add_adapters", "exclude", exclude, names) if exclude is not None else lambda *_: False
+    chosen = chooser("add_adapters", include, exclude, [name for name, _ in model.named_modules()])
     inside = {id(part) for a in adapters(model).values() for part in a.modules()}
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, DENSE)
-        and id(module) not in inside
-        and wanted(name, module)
-        and not unwanted(name, module)
+        if isinstance(module, DENSE) and id(module) not in inside and chosen(name, module)
     }
     if not layers:
         raise ValueError(f"add_adapters: no nn.Linear or nn.Conv1d/2d/3d with include={include!r}, exclude={exclude!r}")
@@ -60,12 +61,18 @@ def add_adapters(
 
 
 def adapters(model: nn.Module) -> dict[str, LowRankAdapter]:
-    """The adapters inside a model by name."""
+    """Return the adapters of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankAdapter)}
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Replaces every adapter inside `model`, in place, by its layer with the change added; returns the model.
+    """Replace every adapter by its layer with the change added to the weight, in place.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The model, or the layer of a model that is itself an adapter.
 
     Raises:
         NonFiniteError: NaN or Inf in a merged weight; no module is replaced then.
@@ -79,14 +86,24 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
-def put_on(model: nn.Module, changes: dict[str, tuple[Tensor, Tensor, Tensor, float]], where: str) -> None:
-    """Adapters with given U, S, V and scale, on the named layers; adapters that are there already are replaced.
+def set_adapters(
+    model: nn.Module, changes: dict[str, tuple[Tensor, Tensor, Tensor, float]], where: str
+) -> dict[str, LowRankAdapter]:
+    """Wrap the named layers in adapters with given U, S, V and scale, replacing adapters that they have already.
 
-    A core of zeros, which cannot be trained, is replaced by the start of a new adapter.
+    An all-zero core, which cannot be trained, is replaced by the start of a new adapter. An error leaves the model as
+    it was.
+
+    Args:
+        model: Changed in place.
+        changes: {layer: (U, S, V, scale)}.
+        where: First words of error texts.
+
+    Returns:
+        The new adapters by name, in the model's order.
 
     Raises:
-        ValueError: a name that is no linear or convolutional layer, factors that do not fit it. `where` begins the
-            text; nothing has changed then.
+        ValueError: A name is no linear or convolutional layer, or factors do not fit it.
     """
     modules, layers = dict(model.named_modules()), {}
     for name, (U, S, V, scale) in changes.items():
@@ -118,6 +135,7 @@ def put_on(model: nn.Module, changes: dict[str, tuple[Tensor, Tensor, Tensor, fl
                     p.copy_(value)
         replacement[module] = adapter
     replace_modules(model, replacement)
+    return {name: adapter for name, adapter in adapters(model).items() if name in changes}
 
 
 def _make(name: str, layer: nn.Module, rank, scale: float) -> LowRankAdapter:

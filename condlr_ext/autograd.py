@@ -1,7 +1,7 @@
 """One torch.autograd.Function per differentiable op, over torch.ops.condlr_ext.*.
 
-Each takes the backend its forward runs on as first argument and keeps it for backward, which may run in another
-thread. The linear-algebra backwards are closed forms for full-rank input.
+The first argument is the backend of forward, kept for backward, which may run in another thread. The backwards of
+linear algebra are closed forms for full-rank input.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch.autograd import Function
 from . import ops, reference
 from .ops import layers, linalg
 
-# The Functions of the layers take ctx in forward: for the form with setup_context torch looks up the signature at every
-# call, which costs as much as a small layer. torch.func does not need it: functional sends it to plain products.
+# The layers' Functions take ctx in forward: with setup_context torch looks up the signature at every call, which costs
+# as much as a small layer. torch.func would need it, but functional sends that to plain products.
 
 
 class LowRankLinearFunction(Function):
@@ -64,9 +64,9 @@ class MergedConvFunction(Function):
 
 
 def _factorized(ctx, op, backend, args):
-    """Y; keeps the factors, P for dU and dS, X for dV and for P as a function of it in a second backward.
+    """Return Y. Save the factors, P for dU and dS, and X for dV and to compute P again in double backward.
 
-    A convolution needs X for dX too, as torch's does: its size does not follow from that of Y.
+    A convolution also needs X for dX, as torch's does: its size does not follow from that of Y.
     """
     Y, P = op.run(backend, *args)
     input, U, S, V, _, *ctx.geometry = args
@@ -77,15 +77,15 @@ def _factorized(ctx, op, backend, args):
     return Y
 
 
-def _factorized_backward(ctx, op, in_plain_products, grad):
+def _factorized_backward(ctx, op, differentiable, grad):
     input, P, U, S, V = ctx.saved_tensors
     if torch.is_grad_enabled() and input is not None:
-        P = None  # a function of X and V again
-    return _gradients(ctx, op, in_plain_products, grad, input, P, U, S, V)
+        P = None  # computed again as a function of X and V
+    return _gradients(ctx, op, differentiable, grad, input, P, U, S, V)
 
 
 def _merged(ctx, op, backend, args):
-    """Y; keeps the factors, from which W is formed again, and X for their gradients (see _factorized)."""
+    """Return Y. Save the factors, from which W is formed again, and X for their gradients (see _factorized)."""
     input, U, S, V, _, *ctx.geometry = args
     _, by_X, *by_factors, _ = ctx.needs_input_grad[:6]
     ctx.backend = backend
@@ -93,15 +93,15 @@ def _merged(ctx, op, backend, args):
     return op.run(backend, *args)
 
 
-def _merged_backward(ctx, op, in_plain_products, grad):
-    return _gradients(ctx, op, in_plain_products, grad, *ctx.saved_tensors)
+def _merged_backward(ctx, op, differentiable, grad):
+    return _gradients(ctx, op, differentiable, grad, *ctx.saved_tensors)
 
 
-def _gradients(ctx, op, in_plain_products, *tensors):
-    """Those asked for, by the op of the forward's backend; for a second backward by differentiable products."""
+def _gradients(ctx, op, differentiable, *tensors):
+    """Return the gradients that are needed: by the op of forward's backend, or differentiably for double backward."""
     mask = list(ctx.needs_input_grad[1:6])
     if torch.is_grad_enabled():
-        gradients = in_plain_products(*tensors, mask, *ctx.geometry)
+        gradients = differentiable(*tensors, mask, *ctx.geometry)
     else:
         gradients = op.run(ctx.backend, *tensors, mask, *ctx.geometry)
     rest = (None,) * len(ctx.geometry)
@@ -109,7 +109,7 @@ def _gradients(ctx, op, in_plain_products, *tensors):
 
 
 def _full_precision(backward):
-    """A backward whose products stay in the dtype of its tensors, also inside an autocast region."""
+    """Wrap a backward so that it ignores autocast."""
 
     def run(ctx, *grads):
         with ops.no_autocast(ctx.saved_tensors[0].device.type):
@@ -119,7 +119,7 @@ def _full_precision(backward):
 
 
 class SVDFunction(Function):
-    """(U, sigma, V, info). Gradients through U or V need distinct singular values."""
+    """(U, sigma, V, info); gradients through U or V need distinct singular values."""
 
     generate_vmap_rule = True
 
@@ -143,7 +143,7 @@ class SVDFunction(Function):
         if dsigma is not None:
             core = torch.diag_embed(dsigma)
         if dU is not None or dV is not None:
-            _refuse_undefined(sigma, alone=U.shape[-2] == V.shape[-2])
+            _refuse_undefined(sigma, square=U.shape[-2] == V.shape[-2])
             gap = sigma.unsqueeze(-2) ** 2 - sigma.unsqueeze(-1) ** 2
             off = ~torch.eye(sigma.shape[-1], dtype=torch.bool, device=A.device)
             F = torch.where(off, 1 / torch.where(off, gap, 1), 0)
@@ -162,14 +162,16 @@ class SVDFunction(Function):
         return None, None if core is None else U @ core @ V.mT + dA
 
 
-def _refuse_undefined(sigma: Tensor, alone: bool) -> None:
-    """Raises where the gradient through U or V does not exist; CPU tensors outside of tracing only.
+def _refuse_undefined(sigma: Tensor, square: bool) -> None:
+    """Raise ArithmeticError where the gradient through U or V does not exist; only checks CPU tensors, not in traces.
 
-    alone: the matrix is square, so that a single zero singular value does no harm.
+    Args:
+        sigma: Singular values.
+        square: Whether the matrix is square, so that a single zero singular value does no harm.
     """
     if not ops.can_check(sigma) or sigma.numel() == 0:
         return
-    if (-sigma.diff() <= torch.finfo(sigma.dtype).eps * sigma[..., :-1]).any() or (not alone and (sigma == 0).any()):
+    if (-sigma.diff() <= torch.finfo(sigma.dtype).eps * sigma[..., :-1]).any() or (not square and (sigma == 0).any()):
         raise ArithmeticError(
             "linalg.svd: the gradient through U or V is not defined at equal singular values, nor at zero ones of a"
             " matrix that is not square; use sigma alone, or polar or clip_spectrum, whose gradients are"
@@ -177,7 +179,7 @@ def _refuse_undefined(sigma: Tensor, alone: bool) -> None:
 
 
 class QRFunction(Function):
-    """(Q, R, info), A of full column rank (m < n: its first m columns independent)."""
+    """(Q, R, info); backward needs full column rank (for m < n, of the first m columns)."""
 
     generate_vmap_rule = True
 
@@ -203,7 +205,7 @@ class QRFunction(Function):
             raise ArithmeticError("linalg.qr: the gradient is not defined for a matrix without full rank")
         dQ = torch.zeros_like(Q) if dQ is None else dQ
         dR = torch.zeros_like(R) if dR is None else dR
-        # m < n: R = Qᵀ A, so the columns of A past the first m act through Q alone
+        # m < n: R = Qᵀ A, so the columns of A past the first m act only through Q
         dQ, tail = dQ + A[..., k:] @ dR[..., k:].mT, Q @ dR[..., k:]
         R, dR = R[..., :k], dR[..., :k]
         M = (R @ dR.mT - dQ.mT @ Q).tril()
@@ -213,7 +215,7 @@ class QRFunction(Function):
 
 
 class PolarFunction(Function):
-    """(Q, info) of A = Q H, A of full rank."""
+    """(Q, info) of A = Q H; backward needs full rank."""
 
     generate_vmap_rule = True
 
@@ -238,7 +240,7 @@ class PolarFunction(Function):
 
 
 class ClipSpectrumFunction(Function):
-    """(out, info) of clip_spectrum; the band's edges are constants, so the gradient along a clipped sigma is 0."""
+    """(out, info) of clip_spectrum; the band's edges count as constants, so the gradient along a clipped sigma is 0."""
 
     generate_vmap_rule = True
 
@@ -261,7 +263,7 @@ class ClipSpectrumFunction(Function):
         tau, band, sigma_max = ctx.constraint
         U, sigma, V, _ = SVDFunction.apply(ctx.backend, *ctx.saved_tensors)
         lo, hi = (e.unsqueeze(-1) for e in reference.clip_edges(sigma.detach(), tau, reference.BANDS[band], sigma_max))
-        # the edges belong to the band, to the rounding of sigma; a band narrower than that (tau = 0) has no inside
+        # a sigma at an edge, to rounding, is inside; a band narrower than that (tau = 0) has no inside
         slack = 16 * torch.finfo(sigma.dtype).eps * sigma.detach()[..., :1]
         inside = (sigma >= lo - slack) & (sigma <= hi + slack) & (hi - lo > 2 * slack)
         clipped = torch.where(inside, sigma, sigma.clamp(lo, hi))
@@ -269,11 +271,11 @@ class ClipSpectrumFunction(Function):
 
 
 def _spectral_gradient(grad: Tensor, U: Tensor, sigma: Tensor, V: Tensor, f: Tensor, slope: Tensor) -> Tensor:
-    """Gradient through A = U diag(sigma) Vᵀ -> U diag(f(sigma)) Vᵀ by divided differences.
+    """Return the gradient through A = U diag(sigma) Vᵀ -> U diag(f(sigma)) Vᵀ by divided differences.
 
-    With G = Uᵀ grad V, the symmetric part is scaled by (f_i - f_j) / (sigma_i - sigma_j) (the slope where they
-    are equal) and the skew part by (f_i + f_j) / (sigma_i + sigma_j), so repeated values are harmless. The
-    direction that fills a zero singular value is arbitrary and counts as a constant.
+    With G = Uᵀ grad V, the symmetric part is scaled by (f_i - f_j) / (sigma_i - sigma_j), or the slope where these are
+    equal, and the skew part by (f_i + f_j) / (sigma_i + sigma_j), so repeated values are harmless. The arbitrary
+    direction that completes a zero singular value counts as a constant.
     """
     G = U.mT @ grad @ V
     row, col = sigma.unsqueeze(-1), sigma.unsqueeze(-2)

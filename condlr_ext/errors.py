@@ -1,4 +1,4 @@
-"""Exceptions of the package; each text names the function, the argument, what was needed and what came."""
+"""Exceptions of the package; each text names the function, the argument, the requirement and the value."""
 
 
 class RankError(ValueError):
@@ -14,12 +14,12 @@ class NonFiniteError(ValueError):
 
 
 class ConvergenceError(ArithmeticError):
-    """An iteration that ended without reaching its accuracy."""
+    """An iteration that stopped before reaching its accuracy."""
 
 
 class BackendError(NotImplementedError):
-    """A named backend that cannot serve this op, dtype, device or shape."""
+    """A backend chosen by name that cannot serve this op, dtype, device or shape."""
 
 
 class CheckpointError(ValueError):
-    """A file that cannot be read, or does not fit the model or optimizer it is loaded into."""
+    """A file that cannot be read, or does not fit the model or optimizer."""

@@ -1,4 +1,4 @@
-"""Functional forms of the low-rank layers: argument checks, autocast, then autograd."""
+"""Functional forms of the low-rank layers: argument checks, autocast, choice of route, then autograd."""
 
 import numbers
 
@@ -14,28 +14,37 @@ from .errors import BackendError, RankError, ShapeError
 __all__ = ["low_rank_conv1d", "low_rank_conv2d", "low_rank_conv3d", "low_rank_linear"]
 
 for _name in __all__:
-    torch.fx.wrap(_name)  # one node of a symbolic trace, which knows no shapes to check or to choose by
+    torch.fx.wrap(_name)  # one node of a symbolic trace, where no shapes are known
 
 
 def low_rank_linear(
     input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None, *, route: str = "auto"
 ) -> Tensor:
-    """Y = X V Sᵀ Uᵀ + b, the linear layer with weight W = U S Vᵀ.
+    """Apply the linear layer with weight W = U S Vᵀ: Y = X V Sᵀ Uᵀ + b.
+
+    For B rows the factorized route costs 2 B r (m + n) + min(B, m) 2 r² flops and saves X, P = X V and the factors for
+    backward; the merged route costs 2 B m n + 2 m n r and saves X and the factors.
 
     Args:
-        input: X [*, n].
-        U: [m, r]. S: [r, r]. V: [n, r], r <= min(m, n). bias: [m] or None. All of one dtype and device.
-        route: "factorized" (thin products; W is never formed), "merged" (W is formed once, then the dense product)
-            or "auto", what the cost model of ops.cost_model_cpu says is the cheaper for these sizes.
+        input: X [*, n], of the same dtype and device as the factors.
+        U: [m, r].
+        S: [r, r].
+        V: [n, r], r <= min(m, n).
+        bias: b [m] or None.
+        route: "factorized" (thin products, W is never formed), "merged" (W is formed once, then the dense product) or
+            "auto", the cheaper for these sizes by the cost model of ops.cost_model_cpu.
 
     Returns:
-        [*, m]. Factorized, for B rows, 2 B r (m + n) + min(B, m) 2 r² flops, and X, P = X V and the factors are saved
-        for backward; merged, 2 B m n + 2 m n r, and X and the factors are.
+        Y [*, m].
 
     Raises:
-        ShapeError, RankError: shapes that do not fit. TypeError: mixed dtypes. ValueError: mixed devices, bad route.
+        ShapeError: Shapes do not fit together.
+        RankError: r > min(m, n).
+        TypeError: Mixed dtypes.
+        ValueError: Mixed devices or an unknown route.
 
-    Source: Savostianova et al., NeurIPS 2023, section 3.
+    Source:
+        Savostianova et al., NeurIPS 2023, section 3.
     """
     args = linear_arguments(input, U, S, V, bias)
     if check_route("low_rank_linear", route) == "auto":
@@ -50,7 +59,7 @@ def low_rank_linear(
 
 
 def linear_arguments(input, U, S, V, bias) -> tuple:
-    """The tensors as the ops take them: checked, in autocast's dtype where that is on."""
+    """Return the arguments of the ops: tensors checked, and cast where autocast is on."""
     if not _fast_path_ok(input, U, S, V, bias):
         input, U, S, V, bias = _check_and_cast("low_rank_linear", input, U, S, V, bias)
     if input.dim() == 0 or input.shape[-1] != V.shape[0]:
@@ -63,31 +72,38 @@ def linear_arguments(input, U, S, V, bias) -> tuple:
 def low_rank_conv1d(
     input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size, route="auto"
 ) -> Tensor:  # fmt: skip
-    """Convolution over [B, C_in, L] or [C_in, L]; see low_rank_conv2d."""
+    """Convolve over [B, C_in, L] or [C_in, L]; see low_rank_conv2d."""
     return _conv(1, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route)
 
 
 def low_rank_conv2d(
     input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size, route="auto"
 ) -> Tensor:  # fmt: skip
-    """Convolution whose weight, flattened to [C_out, C_in / groups * prod(kernel_size)], is W = U S Vᵀ.
+    """Convolve with the weight that is W = U S Vᵀ when flattened to [C_out, C_in / groups * prod(kernel_size)].
 
-    Runs as a convolution with the r filters of V and a pointwise convolution with U S, or as one with W.
+    The factorized route convolves with the r filters in V, then pointwise with U S; the merged route convolves with W.
 
     Args:
         input: [B, C_in, H, W] or [C_in, H, W].
-        U: [C_out, r]. S: [r, r]. V: [C_in / groups * prod(kernel_size), r], rows in the order of weight.flatten(1).
+        U: [C_out, r].
+        S: [r, r].
+        V: [C_in / groups * prod(kernel_size), r], rows in the order of weight.flatten(1).
         bias: [C_out] or None.
-        stride, padding, dilation, groups: as torch.nn.functional.conv2d; padding may be "valid" or "same".
-        kernel_size: int or one int per space dimension.
-        route: "auto", "factorized" or "merged", as in low_rank_linear.
+        stride: As in torch.nn.functional.conv2d.
+        padding: Likewise; ints, "valid" or "same".
+        dilation: Likewise.
+        groups: Likewise; the groups share the filters in V.
+        kernel_size: An int, or one per space dimension.
+        route: "auto", "factorized" or "merged", see low_rank_linear.
 
     Returns:
-        [B, C_out, H', W'] (or without B).
+        [B, C_out, H', W'], or without B.
 
     Raises:
-        ShapeError, RankError: shapes that do not fit. TypeError: mixed dtypes.
-        ValueError: mixed devices, bad geometry, bad route.
+        ShapeError: Shapes do not fit together.
+        RankError: The rank exceeds a dimension of W.
+        TypeError: Mixed dtypes.
+        ValueError: Mixed devices, bad geometry or an unknown route.
     """
     return _conv(2, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route)
 
@@ -95,12 +111,12 @@ def low_rank_conv2d(
 def low_rank_conv3d(
     input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size, route="auto"
 ) -> Tensor:  # fmt: skip
-    """Convolution over [B, C_in, D, H, W] or [C_in, D, H, W]; see low_rank_conv2d."""
+    """Convolve over [B, C_in, D, H, W] or [C_in, D, H, W]; see low_rank_conv2d."""
     return _conv(3, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route)
 
 
 def same_padding(kernel_size, dilation) -> list[int]:
-    """The [left, right] pairs of padding="same", last dimension first, as F.pad takes them."""
+    """Return the amounts of padding="same" in the order of F.pad: pairs, last dimension first."""
     pads = []
     for k, d in zip(reversed(kernel_size), reversed(dilation), strict=True):
         total = d * (k - 1)
@@ -109,7 +125,7 @@ def same_padding(kernel_size, dilation) -> list[int]:
 
 
 def conv_arguments(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size) -> tuple:
-    """What the ops take: the tensors as in linear_arguments, the input with a batch dimension, lists of d ints."""
+    """Return the arguments of the ops: tensors as in linear_arguments, the input batched, lists of d ints."""
     if not _fast_path_ok(input, U, S, V, bias):
         input, U, S, V, bias = _check_and_cast(name, input, U, S, V, bias)
     kernel_size = as_ints(name, "kernel_size", kernel_size, d, 1)
@@ -159,36 +175,37 @@ def _conv(d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_siz
 
 
 def check_route(name: str, route: str) -> str:
-    """The route, one of ops.cost_model_cpu.ROUTES. Raises ValueError for another."""
+    """Return the route; raise ValueError if it is none of ops.cost_model_cpu.ROUTES."""
     if route not in ops.cost_model_cpu.ROUTES:
         raise ValueError(f"{name}: route must be one of {', '.join(ops.cost_model_cpu.ROUTES)}, got {route!r}")
     return route
 
 
 def _use_aten() -> bool:
-    """Whether torch's own products are to serve: where something transforms them, or exports them to run elsewhere."""
+    """Whether to call torch's own products: under transforms, FLOP counting, tracing and export."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed() or _counted()
 
 
 def _counted() -> bool:
-    """Whether torch's FlopCounterMode is at work, which knows torch's own products alone."""
+    """Whether torch's FlopCounterMode is active, which counts only torch's own products."""
     if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
     return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in _get_current_dispatch_mode_stack())
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work: plain products have every derivative and batching rule.
+    """Whether torch.func or forward-mode AD is active; only plain products have all derivatives and batching rules.
 
-    Raises BackendError where Triton kernels are asked for by name: they have not.
+    Raises:
+        BackendError: The backend "triton" was chosen by name.
     """
-    at_work = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    if at_work and ops.current_backend() == "triton":
+    active = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    if active and ops.current_backend() == "triton":
         raise BackendError(
             "condlr_ext: backend 'triton' cannot serve a layer under torch.func or forward-mode AD, which take the"
             " reference path; use backend 'auto' there"
         )
-    return at_work
+    return active
 
 
 def _string_padding(name, input, padding, kernel_size, stride, dilation):
@@ -205,6 +222,7 @@ def _string_padding(name, input, padding, kernel_size, stride, dilation):
 
 
 def as_ints(name: str, what: str, value, d: int, least: int) -> list[int]:
+    """Return d ints >= least from an int or a sequence; raise ValueError for anything else."""
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if len(values) == 1:
         values *= d
@@ -214,7 +232,7 @@ def as_ints(name: str, what: str, value, d: int, least: int) -> list[int]:
 
 
 def _fast_path_ok(input, U, S, V, bias) -> bool:
-    """True if _check_and_cast would change and refuse nothing; one condition, cheap enough for every call."""
+    """Whether _check_and_cast would change and refuse nothing; cheap enough for every call."""
     try:
         (m, r), (n, columns), dtype, device = U.shape, V.shape, U.dtype, U.device
         return (
@@ -233,7 +251,7 @@ def _fast_path_ok(input, U, S, V, bias) -> bool:
 
 
 def _check_and_cast(name: str, input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None):
-    """The tensors in autocast's dtype where that is on, checked to fit together."""
+    """Check that the tensors fit together and return them, cast where autocast is on."""
     tensors = {"input": input, "U": U, "S": S, "V": V, "bias": bias}
     tensors = {k: t for k, t in tensors.items() if t is not None or k != "bias"}
     for key, t in tensors.items():

@@ -1,4 +1,4 @@
-"""What is installed and which implementation serves which op: the content of `condlr info`."""
+"""Installed versions, and which implementation serves which op: the content of `condlr info`."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ _SOFTWARE = (
 
 
 def collect() -> dict:
-    """Versions, compiled parts, CPU features and, per op and device, what serves it and why others do not."""
+    """Return versions, compiled parts, CPU features, and per device which backend serves each op and why."""
     compiled = ops.COMPILED
     host = compiled.host
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -42,7 +42,7 @@ def collect() -> dict:
 
 
 def report() -> str:
-    """collect() as lines of text."""
+    """Return collect() as text."""
     data = collect()
     lines = [f"{name:<14} {version or 'not installed'}" for name, version in data["versions"].items()]
     lines += [f"{key:<14} {data[key]}" for key in ("package", "_C", "_host")]
@@ -77,7 +77,7 @@ def _serving(op: ops.Op, device: str) -> dict:
 
 
 def _sample(name: str, device: str) -> tuple:
-    """Arguments of the kind the op is made for."""
+    """Return typical arguments of the op."""
     U, S, V, bias = (torch.empty(shape, device=device) for shape in ((8, 4), (4, 4), (8, 4), (8,)))
     if name == "step":
         layer = [U, S, V, bias]

@@ -1,9 +1,9 @@
 """Batched linear algebra of small and thin matrices: svd, qr, polar, clip_spectrum, cond.
 
-The last two dimensions are the matrix, leading ones are batch. float32 and float64 are computed as they are,
-float16 and bfloat16 in float32 and rounded back; autocast has no effect. NaN or Inf in a CPU tensor raises; on
-other devices, where a check would wait for the device, and in compiled code the result of that matrix is NaN.
-torch.func.grad, vmap and their compositions work; forward-mode derivatives (jvp) do not.
+The last two dimensions are the matrix, leading ones are batch. float32 and float64 are computed as they are, float16
+and bfloat16 in float32 and rounded back; autocast has no effect. NaN or Inf in a CPU tensor raises; on other devices,
+where a check would wait for the device, and in compiled code the result for that matrix is NaN. torch.func.grad, vmap
+and their compositions work; forward-mode derivatives (jvp) do not.
 """
 
 import math
@@ -42,10 +42,10 @@ class PolarResult(NamedTuple):
 
 
 def svd(A: Tensor) -> SVDResult:
-    """Reduced singular value decomposition A = U diag(sigma) Vᵀ.
+    """Compute the reduced singular value decomposition A = U diag(sigma) Vᵀ.
 
-    U and V are orthonormal also where sigma is zero. Not unique: pairs of columns of U and V may change sign, and
-    turn within the space of a repeated singular value.
+    U and V are orthonormal even where sigma is zero. Not unique: pairs of columns of U and V may change sign, and
+    rotate within the space of a repeated singular value.
 
     Args:
         A: [*, m, n].
@@ -54,12 +54,19 @@ def svd(A: Tensor) -> SVDResult:
         U [*, m, k], sigma [*, k] descending and non-negative, V [*, n, k], k = min(m, n).
 
     Raises:
-        NonFiniteError: NaN or Inf in A. ConvergenceError: the iteration did not converge.
-        ArithmeticError: in backward through U or V, where two singular values are equal (through sigma alone the
-            gradient is always defined).
+        NonFiniteError: NaN or Inf in A.
+        ConvergenceError: The iteration did not converge.
+        ArithmeticError: Backward through U or V where two singular values are equal. The gradient through sigma alone
+            is always defined.
 
-    Source: eigenvectors of AᵀA and one-sided Jacobi, G. Golub and C. Van Loan, Matrix Computations, sections 8.3 and
-        8.6.3; gradient J. Townsend, Differentiating the singular value decomposition (2016).
+    Examples:
+        >>> U, sigma, V = condlr_ext.linalg.svd(torch.randn(10, 6, 4))
+        >>> U.shape, sigma.shape, V.shape
+        (torch.Size([10, 6, 4]), torch.Size([10, 4]), torch.Size([10, 4, 4]))
+
+    Source:
+        Eigenvectors of AᵀA and one-sided Jacobi: G. Golub and C. Van Loan, Matrix Computations, sections 8.3 and
+        8.6.3. Gradient: J. Townsend, Differentiating the singular value decomposition (2016).
     """
     op = ops.linalg.svd
     U, sigma, V = _apply("svd", op, autograd.SVDFunction, A)
@@ -67,26 +74,32 @@ def svd(A: Tensor) -> SVDResult:
 
 
 def qr(A: Tensor) -> QRResult:
-    """Reduced QR decomposition A = Q R with a non-negative diagonal of R, which makes it unique at full rank.
+    """Compute the reduced QR decomposition A = Q R with diag(R) >= 0, which makes it unique at full rank.
+
+    The gradient needs full rank.
 
     Args:
-        A: [*, m, n]. For m < n, Q R is the QR of the first m columns and R = Qᵀ A.
+        A: [*, m, n]. For m < n, Q is that of the first m columns and R = Qᵀ A.
 
     Returns:
-        Q [*, m, k], orthonormal also for rank-deficient A; R [*, k, n] upper triangular (trapezoidal), diagonal
-        positive at full column rank and >= 0 otherwise.
+        Q [*, m, k], k = min(m, n), orthonormal even for rank-deficient A; R [*, k, n] upper triangular (trapezoidal),
+            its diagonal positive at full column rank.
 
     Raises:
         NonFiniteError: NaN or Inf in A.
 
-    Source: Householder; the gradient needs full rank (J. Roberts and L. Roberts, arXiv 2009.10071, eq. 14).
+    Source:
+        Householder reflections. Gradient: J. Roberts and L. Roberts, arXiv 2009.10071, eq. 14.
     """
     Q, R = _apply("qr", ops.linalg.qr, autograd.QRFunction, A)
     return QRResult(Q, R)
 
 
 def orthonormalize(A: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of A [*, m, n], m >= n, as qr(A).Q: the QR retraction onto Stiefel(m, n).
+    """Return qr(A).Q, an orthonormal basis of A's columns: the QR retraction onto Stiefel(m, n).
+
+    Args:
+        A: [*, m, n], m >= n.
 
     Raises:
         NonFiniteError: NaN or Inf in A.
@@ -95,19 +108,22 @@ def orthonormalize(A: Tensor) -> Tensor:
 
 
 def polar(A: Tensor) -> PolarResult:
-    """Polar decomposition A = Q H: Q the nearest matrix with orthonormal columns (rows if m < n), H = (Aᵀ A)^½.
+    """Compute the polar decomposition A = Q H: Q the nearest matrix with orthonormal columns (rows if m < n).
+
+    The gradient needs full rank; it is finite at repeated singular values.
 
     Args:
         A: [*, m, n].
 
     Returns:
-        Q [*, m, n], H [*, n, n] symmetric positive semi-definite. For a singular A, Q is completed arbitrarily.
+        Q [*, m, n], completed arbitrarily for a singular A; H = (Aᵀ A)^½ [*, n, n], symmetric positive semi-definite.
 
     Raises:
-        NonFiniteError: NaN or Inf in A. ConvergenceError: the iteration did not converge.
+        NonFiniteError: NaN or Inf in A.
+        ConvergenceError: The iteration did not converge.
 
-    Source: N. Higham, Functions of Matrices, chapter 8. The gradient needs full rank; it is finite at repeated
-        singular values.
+    Source:
+        N. Higham, Functions of Matrices, chapter 8.
     """
     _check_matrix("polar", A)
     (Q,) = _apply("polar", ops.linalg.polar, autograd.PolarFunction, A)
@@ -117,27 +133,36 @@ def polar(A: Tensor) -> PolarResult:
 
 
 def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float | None = None) -> Tensor:
-    """A with its singular values clipped to a band [lo, hi] with hi / lo <= 1 + tau.
+    """Clip the singular values of A to a band [lo, hi] with hi / lo <= 1 + tau.
+
+    A matrix inside its band, or of zeros, is returned unchanged. In other matrices zero singular values are raised to
+    lo along completed directions. Backward holds the edges of the band constant.
 
     Args:
         A: [*, m, n].
-        tau: slack >= 0; kappa of the result is at most 1 + tau to rounding. Inf: no band, only the cap.
-        band: where the band lies. "rms" (CondLR): around s = ‖sigma‖ / √k, half-width tau s / (2 + tau); "mean":
+        tau: Slack >= 0; kappa of the result is at most 1 + tau to rounding. Inf: no band, only the cap.
+        band: Place of the band. "rms" (CondLR): around s = ‖sigma‖ / √k with half-width tau s / (2 + tau); "mean":
             around the mean; "optimal": the nearest matrix with kappa <= 1 + tau in the Frobenius norm. "rms" and
-            "mean" shrink the scale a little each time they act, which regularizes where they are applied after every
-            training step; "optimal" does not.
-        sigma_max: if given, a band whose upper edge exceeds it is scaled down to end there.
+            "mean" shrink the scale a little each time they act, which regularizes when applied after every training
+            step; "optimal" does not.
+        sigma_max: A band whose upper edge exceeds this is scaled down to end there. Default: no cap.
 
     Returns:
-        [*, m, n]; an in-band matrix, and an all-zero one, come back unchanged. Zero singular values of other
-        matrices are lifted along completed directions.
+        [*, m, n].
 
     Raises:
-        NonFiniteError: NaN or Inf in A. ConvergenceError: the iteration did not converge. ValueError: tau < 0, an
-            unknown band, sigma_max <= 0.
+        NonFiniteError: NaN or Inf in A.
+        ConvergenceError: The iteration did not converge.
+        ValueError: tau < 0, an unknown band, or sigma_max <= 0.
 
-    Source: Savostianova et al., Robust low-rank training via approximate orthonormal constraints, NeurIPS 2023;
-        "optimal": the Euclidean projection of sigma, exact by sorting. In backward the edges are constants.
+    Examples:
+        >>> S = condlr_ext.linalg.clip_spectrum(torch.randn(8, 8), tau=0.1)
+        >>> bool(condlr_ext.linalg.cond(S) <= 1.1001)
+        True
+
+    Source:
+        Savostianova et al., Robust low-rank training via approximate orthonormal constraints, NeurIPS 2023. "optimal":
+        the Euclidean projection of sigma, exact by sorting.
     """
     constraint = check_constraint("linalg.clip_spectrum", tau, band, sigma_max)
     (out,) = _apply("clip_spectrum", ops.linalg.clip_spectrum, autograd.ClipSpectrumFunction, A, *constraint)
@@ -145,20 +170,27 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float | N
 
 
 def cond(A: Tensor) -> Tensor:
-    """Condition number kappa = sigma_1 / sigma_k of A [*, m, n], shape [*]; Inf for a singular or zero matrix.
+    """Compute the condition number kappa = sigma_1 / sigma_k, k = min(m, n).
+
+    Args:
+        A: [*, m, n].
+
+    Returns:
+        [*], Inf for a singular matrix.
 
     Raises:
-        NonFiniteError: NaN or Inf in A. ShapeError: a matrix without rows or columns.
+        NonFiniteError: NaN or Inf in A.
+        ShapeError: A has no rows or no columns.
     """
     low = isinstance(A, Tensor) and A.dtype in (torch.float16, torch.bfloat16)
-    sigma = svd(A.float() if low else A).sigma  # rounded to float16 the largest may be Inf
+    sigma = svd(A.float() if low else A).sigma  # in float16 the largest could be Inf
     if sigma.shape[-1] == 0:
         raise ShapeError(f"linalg.cond: A must have rows and columns, got shape {list(A.shape)}")
     return reference.cond_from_sigma(sigma)
 
 
 def check_constraint(where: str, tau, band, sigma_max) -> tuple[float, int, float]:
-    """(tau, index of band, sigma_max or Inf), or the error that says what is wrong with them."""
+    """Validate and return (tau, index of band, sigma_max or Inf); raises ValueError, its text begins with `where`."""
     if not isinstance(tau, numbers.Real) or not tau >= 0:
         raise ValueError(f"{where}: tau must be a number >= 0 (kappa <= 1 + tau), got {tau!r}")
     if band not in reference.BANDS:

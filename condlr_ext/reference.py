@@ -1,4 +1,4 @@
-"""The mathematics in plain PyTorch: what readers read and what every kernel is tested against.
+"""The mathematics in plain PyTorch, to read and to test every kernel against.
 
 Notation: W = U S Vᵀ, U [m, r] and V [n, r] orthonormal, S [r, r] the core, sigma its singular values (descending),
 kappa = sigma_1 / sigma_r <= 1 + tau. The last two dimensions are the matrix, leading ones are batch.
@@ -18,14 +18,14 @@ MANY = 1024  # what a size that a trace keeps open counts as in decisions
 
 
 def sizes(t: Tensor) -> tuple[int, ...]:
-    """Its shape, to decide by: sizes that are symbols, as of a batch in compiled or exported code, count as MANY.
+    """Return the shape for decisions: a symbolic size, such as the batch in compiled or exported code, counts as MANY.
 
-    Asking the symbol would tie that code to the values for which the decision is the same.
+    Comparing the symbol itself would specialize that code.
     """
     if not _traced(t):
         return t.shape
     if torch.jit.is_tracing():
-        with warnings.catch_warnings():  # that what follows is made for these sizes, which is so for decisions alone
+        with warnings.catch_warnings():  # about fixed sizes; only decisions depend on them
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             return tuple(map(int, t.shape))
     from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -38,12 +38,13 @@ def _traced(t: Tensor) -> bool:
 
 
 def halves(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Two matrices whose product is A B C, in the cheaper order."""
+    """Return two matrices whose product is A B C, in the cheaper order."""
     (a, b), (c, d) = sizes(A), sizes(C)
     return (A @ B, C) if a * c * (b + d) <= b * d * (a + c) else (A, B @ C)
 
 
 def product(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Return A B C, in the cheaper order."""
     left, right = halves(A, B, C)
     return left @ right
 
@@ -52,20 +53,26 @@ def product(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 
 
 def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None):
-    """Y = X V Sᵀ Uᵀ + b for X [*, n]. Returns (Y [*, m], P = X V [*, r])."""
+    """Return Y = X V Sᵀ Uᵀ + b [*, m] and P = X V [*, r] for X [*, n]."""
     X = input.reshape(-1, input.shape[-1])
     P = X @ V
     left, right = halves(P, S.mT, U.mT)  # (P Sᵀ) Uᵀ or P (U S)ᵀ
-    Y = left @ right if bias is None else torch.addmm(bias, left, right)  # one pass over Y less than adding it
+    Y = left @ right if bias is None else torch.addmm(bias, left, right)  # one pass over Y fewer than adding b
     lead = input.shape[:-1]
     return Y.reshape(*lead, U.shape[0]), P.reshape(*lead, U.shape[1])
 
 
 def low_rank_linear_backward(grad: Tensor, input: Tensor, P: Tensor, U: Tensor, S: Tensor, V: Tensor, mask):
-    """Gradients of low_rank_linear. With Q = G U: dX = Q S Vᵀ, dU = Gᵀ P Sᵀ, dS = Qᵀ P, dV = Xᵀ Q S, db = Σ G.
+    """Return the gradients of low_rank_linear: dX = Q S Vᵀ, dU = Gᵀ P Sᵀ, dS = Qᵀ P, dV = Xᵀ Q S, db = Σ G, Q = G U.
 
-    input: None where only dX and db are asked for. P: None to form it again.
-    mask: five bools for (input, U, S, V, bias); what is not asked for is None.
+    Args:
+        grad: G [*, m].
+        input: X [*, n]; may be None if only dX and db are needed.
+        P: X V, or None to compute it again.
+        U: [m, r].
+        S: [r, r].
+        V: [n, r].
+        mask: Which gradients of (input, U, S, V, bias) are needed; the others are None.
     """
     G = grad.reshape(-1, U.shape[0])
     if mask[1] or mask[2]:
@@ -80,19 +87,21 @@ def low_rank_linear_backward(grad: Tensor, input: Tensor, P: Tensor, U: Tensor, 
 
 
 def _filters(V: Tensor, kernel_size, groups: int) -> Tensor:
-    """V [n, r] as filters [groups r, C_in / groups, *kernel_size], the same r for every group.
+    """Return V [n, r] as filters [groups r, C_in / groups, *kernel_size], the same r for every group.
 
-    A view where groups = 1: torch copies it once, into the memory format that its convolution wants.
+    For groups = 1 it is a view, so that torch copies it only once, into the memory format of its convolution.
     """
     filters = V.reshape(-1, *kernel_size, V.shape[1]).movedim(-1, 0)
     return filters if groups == 1 else filters.repeat(groups, *[1] * (filters.dim() - 1))
 
 
 def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups):
-    """Convolution with the r filters of V, then a pointwise convolution with U S (group k has its rows of U).
+    """Convolve with the r filters in V, then pointwise with U S, where group k has its own rows of U.
 
-    input [B, C_in, *space], kernel_size, stride, padding, dilation: one int per space dimension.
-    Returns (Y [B, m, *out], P [B, groups r, *out]).
+    The input is [B, C_in, *space]; kernel_size, stride, padding and dilation have one int per space dimension.
+
+    Returns:
+        Y [B, m, *out] and P [B, groups r, *out], the output of the first convolution.
     """
     one, zero = _unit(kernel_size)
     P = torch.convolution(input, _filters(V, kernel_size, groups), None, stride, padding, dilation, False, zero, groups)
@@ -101,9 +110,9 @@ def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, 
 
 
 def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
-    """Gradients of low_rank_conv by the same two convolutions; P and mask as in low_rank_linear_backward.
+    """Return the gradients of low_rank_conv by the same two convolutions; P and mask as in low_rank_linear_backward.
 
-    input: None where neither dX nor dV is asked for, and P is given.
+    `input` may be None if neither dX nor dV is needed and P is given.
     """
     one, zero = _unit(kernel_size)
     geometry = (stride, padding, dilation, False, zero, groups)
@@ -134,12 +143,12 @@ def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, p
 
 
 def merged_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
-    """low_rank_linear by the dense product with W = U S Vᵀ, which pays where the ranks are high and the rows many."""
+    """Return Y of low_rank_linear by the dense product with W = U S Vᵀ: cheaper for high ranks and many rows."""
     return torch.nn.functional.linear(input, product(U, S, V.mT), bias)
 
 
 def merged_linear_backward(grad: Tensor, input: Tensor, U: Tensor, S: Tensor, V: Tensor, mask):
-    """Gradients of merged_linear: dX = G W, db = Σ G, and those of the factors from dW = Gᵀ X."""
+    """Return the gradients of merged_linear: dX = G W, db = Σ G, and those of the factors from dW = Gᵀ X."""
     G = grad.reshape(-1, grad.shape[-1])
     dX = (G @ product(U, S, V.mT)).reshape(*grad.shape[:-1], V.shape[0]) if mask[0] else None
     dW = G.mT @ input.reshape(-1, V.shape[0]) if any(mask[1:4]) else None
@@ -147,16 +156,16 @@ def merged_linear_backward(grad: Tensor, input: Tensor, U: Tensor, S: Tensor, V:
 
 
 def merged_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Tensor:
-    """low_rank_conv by the one convolution with W = U S Vᵀ."""
+    """Return Y of low_rank_conv by one convolution with W = U S Vᵀ."""
     W = product(U, S, V.mT).reshape(U.shape[0], -1, *kernel_size)
     return torch.convolution(input, W, bias, stride, padding, dilation, False, _unit(kernel_size)[1], groups)
 
 
 def merged_conv_backward(grad, input, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
-    """Gradients of merged_conv, those of the factors from dW; input as in low_rank_conv_backward, for any factor."""
+    """Return the gradients of merged_conv; `input` may be None if only db is needed."""
     if not any(mask[:4]):
         return None, None, None, None, _sum_of_channels(grad) if mask[4] else None
-    # for dW alone torch looks at no more than the shape of W
+    # for dW alone torch uses only the shape of W
     W = product(U, S, V.mT) if mask[0] else U.new_empty(U.shape[0], V.shape[0])
     W = W.reshape(U.shape[0], -1, *kernel_size)
     dX, dW, db = torch.ops.aten.convolution_backward(
@@ -168,7 +177,7 @@ def merged_conv_backward(grad, input, U, S, V, mask, kernel_size, stride, paddin
 
 
 def _factor_gradients(dW: Tensor | None, U: Tensor, S: Tensor, V: Tensor, mask):
-    """Through W = U S Vᵀ: dU = dW V Sᵀ, dS = Uᵀ dW V, dV = dWᵀ U S."""
+    """Return dU = dW V Sᵀ, dS = Uᵀ dW V, dV = dWᵀ U S, the gradients through W = U S Vᵀ."""
     dWV = dW @ V if mask[1] or mask[2] else None
     dU = dWV @ S.mT if mask[1] else None
     dS = U.mT @ dWV if mask[2] else None
@@ -181,12 +190,12 @@ def _sum_of_channels(grad: Tensor) -> Tensor:
 
 
 def is_pointwise(kernel_size, stride, padding) -> bool:
-    """Whether a convolution is one product of its channels."""
+    """Whether a convolution is a product over its channels alone."""
     return all(k == s == 1 for k, s in zip(kernel_size, stride, strict=True)) and not any(padding)
 
 
 def _unit(kernel_size) -> tuple[list[int], list[int]]:
-    """Ones and zeros, one per space dimension: a pointwise kernel's size, stride and dilation, and its padding."""
+    """Return ones (a pointwise kernel's size, stride and dilation) and zeros (its padding), one per space dimension."""
     return [1] * len(kernel_size), [0] * len(kernel_size)
 
 
@@ -194,22 +203,22 @@ def _unit(kernel_size) -> tuple[list[int], list[int]]:
 
 
 def qr(A: Tensor):
-    """A = Q R reduced with diag(R) >= 0 (a zero diagonal keeps sign +1, so no column is lost).
+    """Return the reduced Q, R with A = Q R and diag(R) >= 0; for m < n, Q of the first m columns and R = Qᵀ A.
 
-    m < n: QR of the first m columns and R = Qᵀ A. Q is orthonormal also for rank-deficient A (Householder).
+    Q is orthonormal even for rank-deficient A (Householder).
     """
     k = min(A.shape[-2:])
     Q, R = torch.linalg.qr(A[..., :k])
-    sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)
+    sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)  # +1 for 0, so that no column is lost
     Q, R = Q * sign.unsqueeze(-2), R * sign.unsqueeze(-1)
     return Q, torch.cat((R, Q.mT @ A[..., k:]), dim=-1)
 
 
 def svd(A: Tensor):
-    """A = U diag(sigma) Vᵀ reduced, sigma descending; U [*, m, k], sigma [*, k], V [*, n, k].
+    """Return the reduced U [*, m, k], sigma [*, k] descending, V [*, n, k] with A = U diag(sigma) Vᵀ.
 
-    LAPACK's divide and conquer can raise, or return NaN without a word, on clustered spectra, which are our
-    normal case; then float64 is tried, and one-sided Jacobi, which always converges, if that fails too.
+    LAPACK's divide and conquer can raise or silently return NaN on clustered spectra, which are the normal case here.
+    Then float64 is tried, and if that fails too, one-sided Jacobi, which always converges.
     """
     for dtype in dict.fromkeys((A.dtype, torch.float64)):
         try:
@@ -223,7 +232,7 @@ def svd(A: Tensor):
 
 
 def _is_svd(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> bool:
-    """Whether the residual and the orthogonality are those of a backward stable method (NaN fails)."""
+    """Whether residual and orthogonality are those of a backward stable method (NaN fails)."""
     if A.numel() == 0:
         return True
     bound = 10 * max(A.shape[-2:]) * torch.finfo(A.dtype).eps
@@ -237,9 +246,9 @@ def _is_svd(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> bool:
 
 
 def jacobi_svd(A: Tensor, max_sweeps: int = 60):
-    """SVD by one-sided Jacobi rotations in round-robin order; A as in svd.
+    """Return the SVD as svd does, by one-sided Jacobi rotations in round-robin order.
 
-    The columns of A V are made orthogonal by plane rotations of column pairs; n / 2 disjoint pairs turn at once.
+    Plane rotations of column pairs, n / 2 disjoint pairs at a time, make the columns of A V orthogonal.
     """
     if A.shape[-2] < A.shape[-1]:
         V, sigma, U = jacobi_svd(A.mT, max_sweeps)
@@ -277,23 +286,24 @@ def jacobi_svd(A: Tensor, max_sweeps: int = 60):
     sigma, order = torch.linalg.vector_norm(W, dim=-2).sort(dim=-1, descending=True)
     W = torch.gather(W, -1, order.unsqueeze(-2).expand_as(W))
     V = torch.gather(V, -1, order.unsqueeze(-2).expand_as(V))
-    # U from the QR of the orthogonal columns: R is diagonal, and null columns come out orthonormal
+    # U from the QR of the orthogonal columns: R is diagonal, and null columns become orthonormal
     U, _ = qr(W / torch.where(sigma > 0, sigma, 1).unsqueeze(-2))
     return U, sigma * scale.squeeze(-1), V
 
 
 def polar(A: Tensor) -> Tensor:
-    """The orthonormal polar factor Q = U Vᵀ of A = U diag(sigma) Vᵀ (any completion where sigma = 0)."""
+    """Return the orthonormal polar factor U Vᵀ of A = U diag(sigma) Vᵀ, completed arbitrarily where sigma = 0."""
     U, _, V = svd(A.double())
     return (U @ V.mT).to(A.dtype)
 
 
 def cond(A: Tensor) -> Tensor:
-    """kappa = sigma_1 / sigma_k, Inf for a singular (also an all-zero) matrix."""
+    """Return kappa = sigma_1 / sigma_k, Inf for a singular (also an all-zero) matrix."""
     return cond_from_sigma(svd(A)[1])
 
 
 def cond_from_sigma(sigma: Tensor) -> Tensor:
+    """Return kappa for descending singular values [*, k]."""
     largest, smallest = sigma[..., 0], sigma[..., -1]
     safe = torch.where(smallest > 0, smallest, 1)
     singular = torch.where(smallest.isnan(), math.nan, math.inf)
@@ -304,10 +314,10 @@ def cond_from_sigma(sigma: Tensor) -> Tensor:
 
 
 def band_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf):
-    """[lo, hi] with hi / lo <= 1 + tau for singular values sigma [*, k] (descending). Returns lo, hi [*].
+    """Return the edges lo, hi [*] with hi / lo <= 1 + tau of the band for descending singular values sigma [*, k].
 
-    rms: s = ‖sigma‖ / √k, e = tau s / (2 + tau), [s - e, s + e] (CondLR, NeurIPS 2023); mean: s = mean sigma;
-    optimal: the Frobenius projection onto {kappa <= 1 + tau}. sigma_max scales the band down to hi = sigma_max.
+    rms (CondLR, NeurIPS 2023): [s - e, s + e] with s = ‖sigma‖ / √k and e = tau s / (2 + tau); mean: s = mean sigma;
+    optimal: the Frobenius projection onto {kappa <= 1 + tau}. A band with hi > sigma_max is scaled down to it.
     """
     if math.isinf(tau):
         lo = torch.zeros_like(sigma[..., 0])
@@ -325,17 +335,17 @@ def band_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = 
 
 
 def _optimal_lower_edge(sigma: Tensor, c: float) -> Tensor:
-    """The root a of g(a) = Σ_{σ<a} (a - σ) - c Σ_{σ>ca} (σ - c a), which increases piecewise linearly."""
+    """Return the root a of g(a) = Σ_{σ<a} (a - σ) - c Σ_{σ>ca} (σ - c a), which increases piecewise linearly."""
     knots = torch.cat((sigma, sigma / c), dim=-1).sort(dim=-1).values
     below = (knots.unsqueeze(-1) - sigma.unsqueeze(-2)).clamp_min(0).sum(-1)
     above = (sigma.unsqueeze(-2) - c * knots.unsqueeze(-1)).clamp_min(0).sum(-1)
-    # the last knot where g <= 0 starts the piece that holds the root; its middle tells who is below and above
-    # without a comparison at a knot, where rounding decides
+    # the last knot with g <= 0 starts the root's piece; its middle tells which sigma are below and above, while at a
+    # knot rounding would decide
     start = ((below <= c * above).sum(-1, keepdim=True) - 1).clamp_min(0)
     end = (start + 1).clamp_max(knots.shape[-1] - 1)
     middle = (knots.gather(-1, start) + knots.gather(-1, end)) / 2
     low, high = sigma < middle, sigma > c * middle
-    # both sides over c, which keeps c² out
+    # both sides divided by c, which avoids c²
     weight = low.sum(-1, dtype=sigma.dtype) / c + c * high.sum(-1, dtype=sigma.dtype)
     target = torch.where(low, sigma, 0).sum(-1) / c + torch.where(high, sigma, 0).sum(-1)
     root = target / torch.where(weight > 0, weight, 1)
@@ -344,28 +354,28 @@ def _optimal_lower_edge(sigma: Tensor, c: float) -> Tensor:
 
 
 def clip_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf):
-    """band_edges, but for a single singular value, whose kappa is 1, only the cap acts."""
+    """Return band_edges; for a single singular value, whose kappa is 1, only the cap acts."""
     if sigma.shape[-1] == 1:
         tau = math.inf
     return band_edges(sigma, tau, band, sigma_max)
 
 
 def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf) -> Tensor:
-    """A with its singular values clipped to the band, in the correction form A + Σ_{i out} (f_i - σ_i) u_i v_iᵀ.
+    """Return A with its singular values clipped to the band, as the correction A + Σ_{i out} (f_i - σ_i) u_i v_iᵀ.
 
-    Directions inside the band change by rounding only, an in-band matrix comes back unchanged, a zero singular
-    value is lifted along a completed direction, an all-zero matrix stays zero.
+    Directions inside the band change by rounding only. A matrix inside its band, or of zeros, is returned unchanged; in
+    others a zero singular value is raised along a completed direction.
     """
     A64 = A.double()
     U, sigma, V = svd(A64)
     if sigma.shape[-1] == 0:
         return A.clone()
     lo, hi = clip_edges(sigma, tau, band, sigma_max)
-    # sigma is known to a few rounding errors of the largest one: closer than that to an edge is in band
+    # sigma has errors of a few roundings of the largest one: closer than that to an edge counts as inside
     slack = 8 * torch.finfo(torch.float64).eps * sigma[..., 0]
     inside = (sigma[..., 0] <= hi + slack) & (sigma[..., -1] >= lo - slack)
-    # Storing the result moves each singular value by at most `stored`. Where that would be felt in kappa (a lower
-    # edge far below the upper one) the lower edge rises by as much.
+    # Rounding the result moves each singular value by at most `stored`. Where kappa would show that (a lower edge far
+    # below the upper one), the lower edge rises by as much.
     clipped = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1))
     stored = torch.finfo(A.dtype).eps / 2 * torch.linalg.vector_norm(clipped, dim=-1)
     lo = torch.where((lo > 0) & (stored > 2e-6 * lo), torch.minimum(lo + stored, hi), lo)
@@ -375,7 +385,7 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = m
 
 
 def tangent_projection(X: Tensor, Z: Tensor) -> Tensor:
-    """(I - X Xᵀ) Z without the m x m matrix."""
+    """Return (I - X Xᵀ) Z without the m x m matrix."""
     return Z - X @ (X.mT @ Z)
 
 

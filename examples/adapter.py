@@ -1,4 +1,4 @@
-"""Fine-tunes a frozen network on rotated digits with adapters of bounded condition number, and exports them as LoRA."""
+"""A frozen network fine-tuned on rotated digits with adapters of bounded condition number, exported as LoRA."""
 
 import copy
 import json

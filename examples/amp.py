@@ -29,7 +29,7 @@ def train(parameters=torch.float32, autocast=None):
         scaler.step(optimizer)
         scaler.update()
     accuracy = (model(x[1280:].to(parameters)).argmax(1) == y[1280:]).float().mean().item()
-    # what is stepped: the factors, or their float32 masters in the optimizer's state
+    # the optimizer steps the factors, or their float32 masters in its state
     cores = [m.S for m in model.modules() if isinstance(m, LowRankLayer)]
     kappa = max(condlr_ext.linalg.cond(optimizer.state[S].get("master", S).double()).item() for S in cores)
     return accuracy, kappa, max(condlr_ext.condition_numbers(model).values())

@@ -1,5 +1,5 @@
-"""Attacks on a CondLR network that has learned real digits, and what the masking guard says of the same network with
-its logits multiplied by 1000: FGSM and PGD on the cross-entropy call it robust, the worst case does not."""
+"""Attacks on a CondLR network trained on digits, and what the masking guard reports when its logits are multiplied by
+1000: FGSM and PGD on the cross-entropy call that network robust, the worst case does not."""
 
 from collections import OrderedDict
 from functools import partial
@@ -14,7 +14,7 @@ from condlr_ext.robustness import evaluate
 
 
 class Loud(nn.Module):
-    """The same decisions, 1000 times as sure: softmax saturates, its gradient is rounding noise."""
+    """Logits times 1000: the same decisions, but softmax saturates and its gradient is rounding noise."""
 
     def __init__(self, model):
         super().__init__()

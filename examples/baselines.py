@@ -1,5 +1,5 @@
-"""CondLR and what it is compared with, each trained for a few epochs on scikit-learn's digits, then attacked by FGSM:
-accuracy, robust accuracy, largest condition number and the weights that are left in the two hidden layers.
+"""CondLR and its baselines, each trained for a few epochs on scikit-learn's digits, then attacked by FGSM: accuracy,
+robust accuracy, largest condition number and share of weights of the two hidden layers.
 """
 
 import torch
@@ -64,7 +64,7 @@ def train(model, optimizer, epochs=EPOCHS):
 
             optimizer.step(closure)
     if isinstance(optimizer, baselines.RobustDLRT):
-        optimizer.truncate()  # it may have been within a cycle
+        optimizer.truncate()  # training may have ended within a cycle
 
 
 def kappa(layer) -> float:

@@ -1,4 +1,4 @@
-"""Trains on digits under the bound, stops, and goes on from a checkpoint: bit for bit what training through gives."""
+"""Training on digits stopped and resumed from a checkpoint, bit for bit."""
 
 import copy
 import tempfile
@@ -47,7 +47,7 @@ condlr_ext.save(model, path, optimizer, extra=state)
 print(f"after 3 epochs: {path.name}, {path.stat().st_size / 1024:.0f} KiB")
 through = train(model, optimizer, scheduler, 3)
 
-resumed = network()  # the plain, dense network: the file knows the ranks
+resumed = network()  # dense: the file has the ranks
 found = condlr_ext.load(resumed, path)
 print(f"ranks {found.rank}, tau {found.tau}, written by condlr_ext {found.version}")
 optimizer, scheduler = optimizer_of(resumed)
@@ -56,7 +56,7 @@ scheduler.load_state_dict(state["scheduler"])
 torch.set_rng_state(state["rng"])
 again = train(resumed, optimizer, scheduler, 3)
 same = all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True))
-print(f"after 6 epochs: loss {through:.6f} trained through, {again:.6f} resumed; all parameters equal: {same}")
+print(f"after 6 epochs: loss {through:.6f} without the stop, {again:.6f} resumed; all parameters equal: {same}")
 
 other = copy.deepcopy(resumed)
 for what, attempt in (

@@ -26,7 +26,7 @@ for epoch in range(4):
         optimizer.zero_grad()
         loss = F.cross_entropy(compiled(x[index]), y[index])
         loss.backward()
-        optimizer.step()  # runs as it is: one call of a compiled kernel for all layers
+        optimizer.step()  # not compiled: one call of a compiled kernel for all layers
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     seconds = time.perf_counter() - start
     print(f"epoch {epoch}: loss {loss.item():.3f}, {seconds:.2f} s, {graphs} graphs compiled so far")

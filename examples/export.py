@@ -1,5 +1,5 @@
-"""torch.export and ONNX of a low-rank network: plain products of torch, any batch size, and no need of condlr_ext where
-it runs. The ONNX part needs onnxscript.
+"""torch.export and ONNX of a low-rank network: torch's own products, any batch size, and no need for condlr_ext at
+run time. The ONNX part needs onnxscript.
 """
 
 import copy

@@ -12,16 +12,20 @@ left, core, right, bias = torch.randn(m, r), torch.randn(r, r), torch.randn(n, r
 x = torch.randn(5, n)
 expected = x @ right @ core.T @ left.T + bias  # W = left core rightᵀ
 
-# the same layer as five packages would have it in their state_dicts; left and right are far from orthonormal
-spare = torch.randn(3, r + 3)  # RobustDLRT and GeoLoRA keep room for higher ranks
-room = {"U": torch.cat([right, torch.randn(n, 3)], 1), "V": torch.cat([left, torch.randn(m, 3)], 1)}
-room["S"] = torch.cat([torch.cat([core.T, torch.randn(r, 3)], 1), spare])
+# the same layer in the state_dict layouts of five packages; left and right are far from orthonormal
+spare = torch.randn(3, r + 3)  # RobustDLRT and GeoLoRA keep spare columns for higher ranks
+padded = {"U": torch.cat([right, torch.randn(n, 3)], 1), "V": torch.cat([left, torch.randn(m, 3)], 1)}
+padded["S"] = torch.cat([torch.cat([core.T, torch.randn(r, 3)], 1), spare])
 frozen = {"original_linear.weight": torch.zeros(m, n), "original_linear.bias": bias, "Sinv": torch.eye(r + 3)}
 layouts = {
     "CondLR": (importers.condlr, {"U": left, "S_hat": core, "V": right, "bias": bias}, {}),
-    "RobustDLRT": (importers.robust_dlrt, {**room, "bias": bias, "r": r}, {}),
+    "RobustDLRT": (importers.robust_dlrt, {**padded, "bias": bias, "r": r}, {}),
     "OIALR": (importers.oialr, {"u": right, "s": core.T, "vh": left.T, "bias": bias}, {}),  # m < n: the transpose
-    "GeoLoRA": (importers.geolora, {f"lora_{k}": v for k, v in room.items()} | frozen, {"rank": r, "alpha": float(r)}),
+    "GeoLoRA": (
+        importers.geolora,
+        {f"lora_{k}": v for k, v in padded.items()} | frozen,
+        {"rank": r, "alpha": float(r)},
+    ),
     "PoLAR": (
         importers.polar,
         {"lora_A.weight": right.T, "lora_S.weight": core, "lora_B.weight": left},
@@ -30,7 +34,7 @@ layouts = {
 }
 for name, (importer, tensors, options) in layouts.items():
     model = nn.Sequential(nn.Linear(n, m))
-    nn.init.zeros_(model[0].weight)  # PoLAR's file has the change only: the base is zero here
+    nn.init.zeros_(model[0].weight)  # PoLAR's file has only the change, so the base is zero here
     model[0].bias.data.copy_(bias)
     importer({f"0.{key}": value for key, value in tensors.items()}, model, **options)
     layer = type(model[0]).__name__

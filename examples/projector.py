@@ -1,4 +1,4 @@
-"""The constraint under optimizers that know nothing of it: SGD, AdamW, and Muon with AdamW, by one Projector."""
+"""A Projector keeps the constraint under optimizers that know nothing of it: SGD, AdamW, and Muon with AdamW."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ train, test = order[:1400], order[1400:]
 
 
 def muon(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon takes matrices alone: U, S and V are some."""
+    """Muon takes only matrices, such as U, S and V."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     return [torch.optim.Muon(matrices, lr=0.003), torch.optim.AdamW(vectors, lr=3e-3)]
@@ -26,7 +26,7 @@ def run(name: str, make, tau: float | None) -> None:
     condlr_ext.factorize(model, budget=0.3, exclude="4")
     optimizers = make(model)
     if tau is not None:
-        condlr_ext.optim.Projector(model, tau).attach(optimizers[0])  # the one that has U, S and V
+        condlr_ext.optim.Projector(model, tau).attach(optimizers[0])  # the optimizer of U, S and V
     for _ in range(6):
         for batch in train[torch.randperm(len(train))].split(32):
             model.zero_grad()

@@ -1,6 +1,6 @@
-"""Ranks that are learnt: an MLP on handwritten digits starts at 14 % rank in every layer and moves rank under a budget.
+"""Learned ranks: an MLP on digits starts at 14 % rank in every layer, then rank moves between layers under a budget.
 
-Compared with the same start left alone and with factorize(budget=...), which spends evenly.
+Compared with the same start at fixed ranks and with factorize(budget=...), which spends evenly.
 """
 
 import time
@@ -18,7 +18,7 @@ digits = load_digits()
 x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
 order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
 train, test = order[:1257], order[1257:]
-batches = train[:1024].split(256)  # what the controller looks at
+batches = train[:1024].split(256)  # batches that the controller measures on
 
 
 def loss(batch):

@@ -1,4 +1,4 @@
-"""Two lines in a training script that was there before: factorize, and CondLRSGD in place of torch.optim.SGD."""
+"""Two lines in an existing training script: factorize, and CondLRSGD instead of torch.optim.SGD."""
 
 import torch
 import torch.nn.functional as F

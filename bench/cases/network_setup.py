@@ -1,7 +1,7 @@
 """Factorized networks as they are during training, and their optimizers, shared by the rows of whole networks."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, cached_property, lru_cache, partial
 from itertools import cycle
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from condlr_ext import backend, factorize, ops
 from condlr_ext.baselines import ReleasedCondLR
-from condlr_ext.nn import LowRankLayer
+from condlr_ext.nn import LowRankLayer, low_rank_layers
 from condlr_ext.optim import CondLRSGD, param_groups
 
 from ..inputs import TAU, banded_core
@@ -51,14 +51,14 @@ class NetworkSetup:
         return copy.deepcopy(self.source(rank)).to(memory_format=torch.channels_last)
 
     def ranks(self, rank: float | None) -> dict[str, int]:
-        return {name: layer.rank for name, layer in low_rank_layers(self.source(rank))}
+        return {name: layer.rank for name, layer in low_rank_layers(self.source(rank)).items()}
 
     def step_work(self, rank: float | None, *numbers: int) -> list[Work]:
         return self.cost.step(self.ranks(rank), (p.numel() for p in self.source(rank).parameters()), *numbers)
 
     def chosen(self, rank: float, device) -> str:
         """Return the backend of "auto" for a step on this device, which is that for the largest rank."""
-        layers = [layer for _, layer in low_rank_layers(self.source(rank))]
+        layers = low_rank_layers(self.source(rank)).values()
         layer = max(layers, key=lambda layer: layer.rank)
         U, S, V = (t.detach().to(device.device) for t in (layer.U, layer.S, layer.V))
         counter = torch.zeros(1, dtype=torch.int64, device=U.device)
@@ -78,7 +78,7 @@ class NetworkSetup:
         Each has the norm of its parameter; those of U and V times σ², by which the step divides.
         """
         model, scales = self.model(rank), {}
-        for name, layer in low_rank_layers(model):
+        for name, layer in low_rank_layers(model).items():
             scales |= {f"{name}.{role}": mean_square(layer) for role in "UV"}
         sets = []
         for _ in range(SETS):
@@ -99,13 +99,9 @@ def factorized(net: Network, dense: nn.Module, rank: float) -> nn.Module:
     """Return the network as during training: orthonormal factors, cores in the band, a dense classifier."""
     model = copy.deepcopy(dense)
     factorize(model, rank=rank, exclude=net.head, init="random")
-    for _, layer in low_rank_layers(model):
+    for layer in low_rank_layers(model).values():
         layer.S.copy_(banded_core(layer.rank, layer.S[0, 0].item()))
     return model
-
-
-def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LowRankLayer))
 
 
 def mean_square(layer: LowRankLayer) -> float:

@@ -13,6 +13,8 @@ from functools import cache, lru_cache, partial
 import torch
 from torch import Tensor, nn
 
+from condlr_ext.nn import low_rank_layers
+
 from ..inputs import MOVE
 from ..machine import DTYPES
 from ..memory import memory_records
@@ -27,7 +29,6 @@ from .network_setup import (
     fast_pytorch,
     fused_sgd,
     identity,
-    low_rank_layers,
     mean_square,
     on,
     ours,
@@ -133,7 +134,7 @@ def exact_training(setup: NetworkSetup, rank: float | None, where: torch.device)
 def learning_rates(model: nn.Module, gradients: dict[str, Tensor]) -> dict[str, float]:
     """Return the rates that move cores and factors of the median layer, or without any the median weight, by MOVE."""
     rates = {"factors": [], "cores": []}
-    for name, layer in low_rank_layers(model):
+    for name, layer in low_rank_layers(model).items():
         norms = {role: getattr(layer, role).detach().norm() / gradients[f"{name}.{role}"].norm() for role in "USV"}
         U, S, V = (norms[role].item() for role in "USV")
         rates["factors"] += [MOVE * mean_square(layer) * U, MOVE * mean_square(layer) * V]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import linalg
-from ..nn import LowRankLayer
+from ..nn import LowRankLayer, low_rank_layers
 from .layerwise import check_factor, check_gradients, check_options, heavy_ball
 
 
@@ -144,9 +144,7 @@ def kept_rank(sigma: Tensor, tolerance: float) -> int:
 def _trained_layers(where: str, model: nn.Module) -> list[TrainedLayer]:
     layers: dict[tuple[int, ...], TrainedLayer] = {}
     seen: dict[int, tuple[int, ...]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LowRankLayer):
-            continue
+    for name, module in low_rank_layers(model).items():
         factors = {role: getattr(module, role) for role in "USV"}
         trained = [role for role, X in factors.items() if X.requires_grad]
         if not trained:

@@ -1,4 +1,4 @@
-"""Turns the dense layers of any module into low-rank ones, in place, and back."""
+"""Dense layers of any model made low-rank, in place, and back."""
 
 from .convert import condition_numbers, factorize, fold, to_dense
 from .report import FactorizeReport, LayerReport

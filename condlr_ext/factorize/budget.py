@@ -1,4 +1,4 @@
-"""Ranks from a budget, spent evenly over the layers."""
+"""Ranks from a budget that is spent evenly over the layers."""
 
 import heapq
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Of one layer, in any unit: dense, and at(rank) for ranks of 1..full, which must not decrease."""
+    """Cost of one layer in any unit: `dense`, and non-decreasing `at(rank)` for ranks 1..full."""
 
     dense: float
     at: Callable[[int], float]
@@ -24,14 +24,17 @@ def parameter_cost(m: int, n: int) -> Cost:
 
 
 def allocate_ranks(costs: dict[str, Cost], budget: float) -> dict[str, int]:
-    """Ranks that spend budget times the cost of the dense layers, the same amount on every layer.
+    """Return ranks that spend a budget evenly: the same amount on every layer.
 
-    Layers whose full rank costs no more than the share take it and leave the surplus to the others, which take the
-    largest rank that fits; what is left over after that buys single ranks, the cheapest first. Every layer has rank
-    at least 1.
+    Layers whose full rank costs no more than their share take it and leave the surplus to the others, which take the
+    largest rank that fits. The remainder buys single ranks, the cheapest first. Every rank is at least 1.
+
+    Args:
+        costs: The layers' costs by name.
+        budget: Share of the dense cost to spend, > 0.
 
     Raises:
-        ValueError: budget <= 0.
+        ValueError: budget is no number > 0.
     """
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not 0 < budget < math.inf:
         raise ValueError(f"factorize: budget must be a number > 0, got {budget!r}")
@@ -66,7 +69,7 @@ def allocate_ranks(costs: dict[str, Cost], budget: float) -> dict[str, int]:
 
 
 def _largest(cost: Cost, share: float) -> int:
-    """The largest rank that costs no more than the share, by bisection; 1 if none does."""
+    """Find the largest rank that costs no more than the share, by bisection; 1 if none does."""
     low, high = 1, cost.full
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""factorize, to_dense and fold: the layers of a model replaced in place."""
+"""factorize, to_dense and fold: replace the layers of a model in place."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch.nn.utils import parametrize
 
 from .._modules import matcher, replace_modules
 from ..errors import NonFiniteError
-from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention
+from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention, low_rank_layers
 from ..nn.attention import factorize_projection, to_dense_projections
 from ..nn.rank import resolve_rank
 from .budget import allocate_ranks, parameter_cost
@@ -40,48 +40,53 @@ def factorize(
     init: str = "svd",
     dry_run: bool = False,
 ) -> FactorizeReport:
-    """Replaces dense layers inside `model` by low-rank ones; forward code is untouched.
+    """Replace dense layers inside a model by low-rank ones, in place; forward code is untouched.
 
-    These are nn.Linear, nn.Conv1d/2d/3d, the projections of nn.MultiheadAttention (queries, keys and values packed as
-    `in_proj`, else `q_proj`, `k_proj`, `v_proj`; and `out_proj`) and HF's Conv1D. Layers that share a weight will
-    share its factors. Biases stay the same parameters and hooks move along. What cannot be factorized is left as it
-    is and named in the report with the reason: subclasses, parametrized layers, low-rank ones, weights that something
-    else has too, as an embedding.
+    Serves nn.Linear, nn.Conv1d/2d/3d, the projections of nn.MultiheadAttention (`in_proj`, or `q_proj`, `k_proj` and
+    `v_proj`; and `out_proj`) and HF's Conv1D. Layers that share a weight share its factors, biases stay the same
+    parameters, hooks move along. The report names what cannot be factorized and why: subclasses, parametrized or
+    low-rank layers, weights that are also used elsewhere (by an embedding, say). An error leaves the model unchanged.
 
     Args:
-        model: changed in place.
-        budget: share of the factorized layers' cost to keep, in (0, inf), spent evenly over the layers: of their
-            parameters, counted as stored r (m + n) + r² (biases excluded), equal spend maximizes the product of the
-            ranks. The default, 0.3, if rank is not given either.
-        rank: the same int for all, a fraction in (0, 1] of min(m, n), an Energy (by the spectrum of the present
-            weight), or {name: one of these} for just those.
-        measure: what a budget is of: "parameters"; "flops" of one forward on example_input; "time" on it, measured
-            layer by layer on this machine with torch's threads as set (forward and backward if the model is in training
-            mode, else forward). For the last two, layers that no rank makes cheaper are left dense.
-        example_input: for measure "flops" and "time", for init "pca", and to have FLOPs, route and predicted gain in
-            the report: a tensor, a tuple of positional arguments or a dict of keyword arguments of the model.
-        include, exclude: a name (whole, or an fnmatch pattern), a type, a predicate (name, module) -> bool, or a
-            list of these. exclude wins. Name and type of an nn.MultiheadAttention stand for all its projections; a
-            predicate is handed a linear layer for each.
-        init: "svd", the truncated SVD of the present weight (as LowRankLinear.from_dense), or "random", fresh
-            orthonormal factors and S = s I with the Frobenius norm of the present weight, so that activations begin
-            with the variance that they have in the dense model (for a zero weight or on the meta device, with torch's
-            default scale), or "pca", the present weight on the leading principal directions (about 0) of the layer's
-            inputs on example_input, which should be a few hundred samples of the data. A bound on kappa says nothing
-            of inputs outside of the row space (robustness.misalignment), and all directions of V have about equal
-            weight under it: these see the largest share of the inputs' squares. The model runs in eval mode, where a
+        model: Changed in place.
+        budget: Share of the factorized layers' cost to keep, > 0, spent evenly over the layers: of their parameters,
+            r (m + n) + r² each without biases, equal spend maximizes the product of the ranks. Default: 0.3, if rank
+            is not given either.
+        rank: An int for all layers, a fraction in (0, 1] of min(m, n), an Energy, or {name: one of these} for just
+            the named layers.
+        measure: Cost that the budget limits: "parameters", "flops" of one forward on example_input, or "time" on it,
+            measured layer by layer on this machine with torch's current number of threads (forward and backward if
+            the model is in training mode, else forward). With "flops" and "time", layers that no rank makes cheaper
+            stay dense.
+        example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments of the model. Needed
+            for measure "flops" and "time" and for init "pca"; with it the report shows FLOPs, route and predicted
+            gain.
+        include: The layers to factorize: a name (whole, or an fnmatch pattern), a type, a predicate
+            (name, module) -> bool, or a list of these. Default: all. Name and type of an nn.MultiheadAttention stand
+            for all its projections; a predicate is called with a linear layer for each.
+        exclude: The layers to leave dense, given likewise; wins over include.
+        init: "svd": truncated SVD of the current weight. "random": random orthonormal factors and S = s I with the
+            Frobenius norm of the current weight, so that activations keep the dense model's variance (for a zero
+            weight or on the meta device, torch's default scale). "pca": the current weight restricted to the leading
+            principal directions (about 0) of the layer's inputs on example_input, a few hundred samples of the data:
+            a bound on kappa says nothing about inputs outside the row space (see robustness.misalignment), and these
+            directions hold the largest share of the inputs' squares. The model runs in eval mode for it, where a
             batch norm without statistics of the data normalizes nothing. Layers that are not called and attentions'
             output projections start as with "svd".
-        dry_run: only report; the model is left as it is.
+        dry_run: Only report; leave the model as it is.
 
     Returns:
-        FactorizeReport; printing it shows a table.
+        A report; printing it shows a table.
 
     Raises:
-        ValueError: both budget and rank, nothing to factorize, an unknown name, budget <= 0, unknown init or measure,
-            an example_input that is missing or that the model fails on.
-        RankError: a rank that does not fit. NonFiniteError: NaN or Inf in a weight. In every case the model is
-            unchanged.
+        ValueError: Both budget and rank, nothing to factorize, an unknown name, budget <= 0, unknown init or measure,
+            example_input missing, or the model fails on it.
+        RankError: A rank does not fit.
+        NonFiniteError: NaN or Inf in a weight.
+
+    Examples:
+        >>> report = condlr_ext.factorize(model, budget=0.3, exclude="head")
+        >>> print(report)  # doctest: +SKIP
     """
     _check_options(model, budget, rank, measure, example_input, init)
     targets, skipped = select(model, include, exclude, names=rank if isinstance(rank, dict) else None)
@@ -118,54 +123,64 @@ def factorize(
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Replaces every low-rank layer inside `model`, in place, by a module of its original class; returns the model.
+    """Replace every low-rank layer by a module of its original class, in place: the same function to rounding.
 
-    A LowRankAdapter stays, see merge_adapters. The function is the same to rounding. Weights that were tied, or whose
-    factors are, are one parameter again, biases stay the same parameters and hooks move along. A model that is a
-    low-rank layer is returned as its dense twin.
+    Tied factors become one tied weight, biases stay the same parameters, hooks move along. A LowRankAdapter stays, see
+    merge_adapters. An error leaves the model unchanged.
+
+    Args:
+        model: Changed in place.
+
+    Returns:
+        The model, or the dense twin of a model that is itself a low-rank layer.
 
     Raises:
-        ValueError: a layer that is more than U S Vᵀ (a forward of its own, factors that hooks compute) or is compiled
-            on its own, by name; the model is unchanged. TypeError: no module.
+        ValueError: A layer does more than U S Vᵀ x + b (its own forward, factors that hooks compute) or is compiled on
+            its own.
+        TypeError: model is not a Module.
     """
     layers = _layers("to_dense", model)
     return _plain(model, {layer: layer.to_dense() for layer in layers})
 
 
 def fold(model: nn.Module, *, dense=()) -> nn.Module:
-    """Replaces every low-rank layer inside `model`, in place, by plain torch modules for inference; returns the model.
+    """Replace every low-rank layer by plain torch modules for inference, in place: the same function to rounding.
 
-    A layer becomes an nn.Sequential of two, first Vᵀ, then U S as one matrix, or its dense module where that has no
-    more weights; see LowRankLayer.folded. The projections of nn.MultiheadAttention and the layers of
-    nn.TransformerEncoderLayer become dense: their weights are read from outside. A LowRankAdapter stays, see
-    merge_adapters. The function is the same to rounding; ties, biases and hooks are kept as by to_dense, a model that
-    is a low-rank layer is returned as its twin. kappa is bound no longer if the modules are trained on.
+    A layer becomes an nn.Sequential of two layers with weights Vᵀ and U S, or its dense module where that has no more
+    weights. The projections of nn.MultiheadAttention and the layers of nn.TransformerEncoderLayer become dense, for
+    their weights are read from outside. A LowRankAdapter stays, see merge_adapters. Ties, biases and hooks are kept as
+    by to_dense. If the modules are trained further, kappa is no longer bounded.
 
     Args:
-        model: changed in place.
-        dense: further layers that are to be dense, because the model reads their `weight` or `in_features` (as T5 and
-            Swin do): a name, a pattern, a type, a predicate or a list of these, as factorize's include.
+        model: Changed in place.
+        dense: More layers to make dense, because the model reads their `weight` or `in_features` (as T5 and Swin do):
+            a name, a pattern, a type, a predicate or a list of these, as factorize's include.
+
+    Returns:
+        The model, or the replacement of a model that is itself a low-rank layer.
 
     Raises:
-        ValueError, TypeError: as to_dense; a pattern of `dense` that matches no module.
+        ValueError: As to_dense, or a pattern of `dense` matches no module.
+        TypeError: model is not a Module.
     """
     layers = _layers("fold", model)
-    wanted = matcher("fold", "dense", dense, [name for name, _ in model.named_modules()])
-    read = {layer for layer, name in layers.items() if wanted(name, layer)}
+    is_read = matcher("fold", "dense", dense, [name for name, _ in model.named_modules()])
+    read = {layer for layer, name in layers.items() if is_read(name, layer)}
     for module in model.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             read.update(module.children())
-    tied = {_factors(layer) for layer in layers if layer in read}  # a tie holds between weights of one shape
+    tied = {_factors(layer) for layer in layers if layer in read}  # tied layers need weights of one shape
     return _plain(model, {layer: layer.to_dense() if _factors(layer) in tied else layer.folded() for layer in layers})
 
 
 def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
-    """The low-rank layers and their names, without the changes of adapters, checked: each computes U S Vᵀ x + b and can
-    be replaced."""
+    """Return the low-rank layers, but those of adapters, with their names. Raise ValueError for one that cannot be
+    replaced because it does not compute U S Vᵀ x + b.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
     changes = {module.delta for module in model.modules() if isinstance(module, LowRankAdapter)}
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, LowRankLayer) and m not in changes}
+    layers = {m: name for name, m in low_rank_layers(model).items() if m not in changes}
     for layer, name in layers.items():
         reason = COMPILED if is_compiled(name) else None
         if not forwards_as_its_base(layer):
@@ -179,13 +194,13 @@ def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
 
 
 def _factors(layer: LowRankLayer) -> tuple[int, ...]:
-    """Which parameters make the weight; a parametrized layer makes its factors anew each time and shares none."""
+    """Return the ids of the layer's factors; a parametrized layer computes its factors and shares none."""
     factors = [layer._parameters.get(name) for name in "USV"]
     return (id(layer),) if any(p is None for p in factors) else tuple(map(id, factors))
 
 
 def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
-    """Puts plain modules in the place of low-rank layers, tied where their factors are."""
+    """Replace low-rank layers by their plain twins, tied where the factors are; return the model or its twin."""
     weights = {}
     for layer, twin in twins.items():
         pair = isinstance(twin, nn.Sequential)
@@ -203,18 +218,20 @@ def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
 
 
 def condition_numbers(model: nn.Module) -> dict[str, float]:
-    """kappa(S) of every low-rank layer by name; Inf for a singular core.
+    """Return kappa(S) of every low-rank layer by name; Inf for a singular core.
+
+    Args:
+        model: Any module.
 
     Raises:
-        NonFiniteError: NaN or Inf in a core, with the layer's name.
+        NonFiniteError: NaN or Inf in a core.
     """
     numbers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LowRankLayer):
-            try:
-                numbers[name] = module.condition_number()
-            except ValueError as error:
-                raise type(error)(f"condition_numbers: layer {name}: {error}") from None
+    for name, layer in low_rank_layers(model).items():
+        try:
+            numbers[name] = layer.condition_number()
+        except ValueError as error:
+            raise type(error)(f"condition_numbers: layer {name}: {error}") from None
     return numbers
 
 
@@ -238,7 +255,7 @@ def _check_options(model, budget, rank, measure, example_input, init) -> None:
 
 
 def _cost_model(model, targets, calls, measure, skipped) -> dict:
-    """The cost of each target; those that example_input does not reach or no rank makes cheaper go to `skipped`."""
+    """Return the cost of each target; add those not called on example_input, or cheaper dense, to `skipped`."""
     if measure == "parameters":
         return {t.name: parameter_cost(*t.shape) for t in targets}
     clock, costs = Clock(model.training), {}
@@ -274,7 +291,7 @@ def _given_ranks(targets: list[Target], rank) -> dict[str, int]:
 
 
 def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[tuple[Target, LowRankLayer]]:
-    """The low-rank layers of the target and its twins, with the biases of the dense ones; moment: of its inputs."""
+    """Return the low-rank layers of the target and its twins; `moment` is that of their inputs, for init="pca"."""
     module, cls, weight = target.module, target.cls, target.weight
     if init == "random" and not weight.is_meta:
         layer = cls(*cls._dense_arguments(module), device=weight.device, dtype=weight.dtype, rank=rank).copy_flags_from(
@@ -308,7 +325,7 @@ def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[
 def _layer_report(
     model: nn.Module, t: Target, layer: LowRankLayer, tied_to: str | None, calls: list[LayerCall] | None, seconds: dict
 ) -> LayerReport:
-    sigma = layer.S.detach().diagonal().abs()  # both starts have a diagonal core
+    sigma = layer.S.detach().diagonal().abs()  # every init gives a diagonal core
     kappa = float("nan") if sigma.is_meta else (sigma.max() / sigma.min()).item() if sigma.max() > 0 else float("inf")
     costs = {}
     if calls is not None:
@@ -331,6 +348,6 @@ def _install(model: nn.Module, targets: list[Target], layers: dict[str, LowRankL
 
 
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """The dictionaries themselves, so that the handles of the hooks still remove them."""
+    """Move the hooks' dictionaries themselves, so that the hooks' handles still work."""
     for name in _HOOKS:
         setattr(new, name, getattr(old, name))

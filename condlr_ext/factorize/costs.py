@@ -1,4 +1,4 @@
-"""What the layers of a model cost on an example input: FLOPs, and time measured on this machine."""
+"""Cost of a model's layers on an example input: FLOPs, or time measured on this machine."""
 
 import bisect
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from .budget import Cost
 from .example import run_example
 from .selection import Target
 
-TIMED = 0.05  # seconds that one layer at one rank is timed for, up to ten times that on a busy machine
+TIMED = 0.05  # seconds to time a layer at one rank, up to ten times that on a busy machine
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,11 @@ class LayerCall:
     """One use of a layer.
 
     Attributes:
-        shape, requires_grad, memory_format: of its input.
-        rows: that W is multiplied with; of a convolution, the pixels of the output.
-        part: of W's rows that are used, less than 1 where queries, keys and values are not the same.
+        shape: Shape of the input.
+        requires_grad: Whether the input needs a gradient.
+        rows: Rows of the input that W multiplies; for a convolution, the pixels of the output.
+        part: Share of W's rows that are used, less than 1 where queries, keys and values differ.
+        memory_format: Memory format of the input.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +37,7 @@ class LayerCall:
 
 
 def record_calls(model: nn.Module, targets: list[Target], example_input) -> dict[str, list[LayerCall]]:
-    """How the model uses each target, and each of its twins, in one forward on the example, see run_example."""
+    """Return the calls of each target and twin in one forward on the example; raises as run_example."""
     calls: dict[str, list[LayerCall]] = {t.name: [] for target in targets for t in (target, *target.twins)}
 
     def on_layer(target: Target, x: Tensor, output: Tensor) -> None:
@@ -50,13 +52,13 @@ def record_calls(model: nn.Module, targets: list[Target], example_input) -> dict
             if child in projections:
                 calls[projections[child].name] += record
 
-    with torch.enable_grad():  # which inputs want a gradient is part of a call
+    with torch.enable_grad():  # a call knows whether its input needs a gradient
         run_example(model, targets, example_input, on_layer, on_attention)
     return calls
 
 
 def _attention_calls(attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor) -> dict[str, list[LayerCall]]:
-    """What its projections are applied to."""
+    """Return the calls of an attention's projections."""
 
     def call(x: Tensor, part: float = 1.0) -> LayerCall:
         rows = x.numel() // x.shape[-1]
@@ -75,13 +77,13 @@ def _attention_calls(attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: 
 
 
 def dense_flops(target: Target, calls: list[LayerCall]) -> int:
-    """Of one forward."""
+    """Return the dense layer's FLOPs of one forward."""
     m, n = target.shape
     return sum(2 * c.rows * n * round(c.part * m) for c in calls)
 
 
 def low_rank_flops(target: Target, calls: list[LayerCall], rank: int) -> int:
-    """Of one forward, factorized."""
+    """Return the factorized layer's FLOPs of one forward."""
     (m, n), total = target.shape, 0
     groups = getattr(target.module, "groups", 1)
     for c in calls:
@@ -91,7 +93,7 @@ def low_rank_flops(target: Target, calls: list[LayerCall], rank: int) -> int:
 
 
 def flops_cost(target: Target, calls: dict[str, list[LayerCall]]) -> Cost:
-    """Of the target and its twins together."""
+    """Return the FLOPs of the target and its twins together."""
     uses = [(t, calls[t.name]) for t in (target, *target.twins)]
     return Cost(
         sum(dense_flops(t, c) for t, c in uses),
@@ -101,23 +103,23 @@ def flops_cost(target: Target, calls: dict[str, list[LayerCall]]) -> Cost:
 
 
 class Clock:
-    """Times layers on this machine: forward and backward in training mode, else forward; each kind and size once."""
+    """Timer of layers on this machine: forward and backward in training mode, else forward; each kind and size once."""
 
     def __init__(self, training: bool):
         self._training = training
         self._known: dict[tuple, float] = {}
 
     def cost(self, target: Target, calls: dict[str, list[LayerCall]]) -> Cost:
-        """Of the target and its twins together, in seconds; between the ranks that are timed, linear."""
+        """Return the seconds of the target and its twins together, interpolated linearly between the ranks timed."""
         full = min(target.shape)
         ranks = sorted({max(1, full * k // 16) for k in (1, 2, 4, 8, 12, 16)} | {1})
         uses = [(t, c) for t in (target, *target.twins) for c in calls[t.name]]
         times = [sum(self.seconds(t, c, rank) for t, c in uses) for rank in ranks]
-        times = [max(times[: i + 1]) for i in range(len(times))]  # noise may let a higher rank look faster
+        times = [max(times[: i + 1]) for i in range(len(times))]  # noise can make a higher rank look faster
         return Cost(sum(self.seconds(t, c) for t, c in uses), _interpolate(ranks, times), full)
 
     def seconds(self, target: Target, call: LayerCall, rank: int | None = None) -> float:
-        """Of one call, at this rank; None for the dense layer. A part of W takes that part of the time."""
+        """Time one call at this rank, or of the dense layer for None; a part of W takes that part of the time."""
         W = target.weight
         arguments = target.cls._dense_arguments(target.module)
         key = target.cls, arguments, W.dtype, W.device, W.requires_grad, call, rank
@@ -146,7 +148,7 @@ class Clock:
 
         run = both if self._training and inputs else forward
         timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-        # longer while the times disagree; what is above the least is what else the machine did
+        # runs longer while the times disagree; what exceeds the minimum is the machine's other load
         return min(timer.adaptive_autorange(min_run_time=TIMED, max_run_time=10 * TIMED).times)
 
 
@@ -162,7 +164,7 @@ def _interpolate(ranks: list[int], times: list[float]) -> Callable[[int], float]
 
 
 def predict(layer: LowRankLayer, calls: list[LayerCall], training: bool) -> Plan | None:
-    """What the cost model says of the layer's calls together; None where it is never called."""
+    """Return the cost model's plan for the layer's calls together, None if there are none."""
     total = [0.0, 0.0, 0.0]
     for call in calls:
         x = torch.empty(call.shape, dtype=layer.U.dtype, device=layer.U.device, requires_grad=call.requires_grad)

@@ -1,4 +1,4 @@
-"""One forward of a model on an example input, the layers that are to be factorized watched."""
+"""One forward of a model on an example input, with hooks on the layers to factorize."""
 
 from collections.abc import Callable
 
@@ -15,17 +15,18 @@ def run_example(
     on_layer: Callable[[Target, Tensor, Tensor], None],
     on_attention: Callable[[dict[str, Target], nn.MultiheadAttention, tuple[Tensor, Tensor, Tensor]], None],
 ) -> None:
-    """Runs in eval mode, so that no statistics move; modes, gradients and random state are as before.
+    """Run the model in eval mode and report the calls of its layers; statistics, modes and random state stay as before.
 
     Args:
-        targets: they and their twins are watched.
-        example_input: a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
-        on_layer: called as on_layer(target, input, output) at each use of a layer.
-        on_attention: called as on_attention({projection: target}, attention, (query, key, value)): an attention does
-            not call its projections module by module.
+        model: The model.
+        targets: The layers to report; their twins are too.
+        example_input: A tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+        on_layer: Called as on_layer(target, input, output) at each use of a layer.
+        on_attention: Called as on_attention({projection: target}, attention, (query, key, value)), for an attention
+            does not call its projections as modules.
 
     Raises:
-        ValueError: the model's forward fails on it.
+        ValueError: The model fails on the example.
     """
     everything = [t for target in targets for t in (target, *target.twins)]
     handles, modes = [], {module: module.training for module in model.modules()}

@@ -1,4 +1,4 @@
-"""The principal directions of what goes into a layer: the row space that sees most of it."""
+"""Principal directions of a layer's inputs, as the start of its row space."""
 
 import math
 
@@ -13,15 +13,18 @@ from ..nn.truncated import truncated_svd
 from .example import run_example
 from .selection import Target
 
-ENTRIES = 2**24  # of inputs or patches, held at a time in float64
+ENTRIES = 2**24  # entries of inputs or patches held in float64 at a time
 
 
 def second_moments(model: nn.Module, targets: list[Target], example_input) -> dict[str, Tensor]:
-    """Σ z zᵀ [n, n], float64, over all inputs z of each target and its twins in one forward on the example.
+    """Return Σ z zᵀ [n, n], float64, over all inputs z of each target and its twins in one forward on the example.
 
-    Of a convolution z is a patch, in the order of weight.flatten(1), the groups' patches alike. Layers that see nothing
-    but zeros, or nothing at all, are missing, and so are attentions' output projections, whose inputs cannot be seen
-    from outside.
+    For a convolution z is a patch in the order of weight.flatten(1), those of all groups together. Layers with zero or
+    no inputs are missing, and so are attentions' output projections, whose inputs hooks cannot see.
+
+    Raises:
+        ValueError: The model is on the meta device or fails on the example.
+        NonFiniteError: NaN or Inf among the inputs.
     """
     moments: dict[str, Tensor] = {}
     owner = {t.name: target.name for target in targets for t in (target, *target.twins)}
@@ -36,7 +39,7 @@ def second_moments(model: nn.Module, targets: list[Target], example_input) -> di
         if not hasattr(conv, "kernel_size"):
             return add(target, x)
         spatial = len(conv.kernel_size)
-        entries = math.prod(output.shape[-spatial:]) * conv.groups * target.shape[1]  # of the patches of a sample
+        entries = math.prod(output.shape[-spatial:]) * conv.groups * target.shape[1]  # of one sample's patches
         x = x.detach() if x.dim() == spatial + 2 else x.detach()[None]
         for part in x.split(max(1, ENTRIES // entries)):
             add(target, patches(conv, part.double()))  # float32 convolutions may round to tf32
@@ -58,7 +61,7 @@ def second_moments(model: nn.Module, targets: list[Target], example_input) -> di
 
 
 def patches(conv: nn.Module, x: Tensor) -> Tensor:
-    """What a convolution of images x [B, C_in, ...] multiplies its flattened weight with, [number, n]."""
+    """Return the patches of images x [B, C_in, ...] that a convolution multiplies its flattened weight with, [*, n]."""
     spatial, n, padding = len(conv.kernel_size), conv.weight[0].numel(), conv.padding
     if padding == "valid":
         padding = 0
@@ -67,18 +70,18 @@ def patches(conv: nn.Module, x: Tensor) -> Tensor:
         pads = pads or [p for p in reversed(padding) for _ in range(2)]
         x, padding = F.pad(x, pads, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode), 0
     one_hot = torch.eye(n, dtype=x.dtype, device=x.device).view(n, -1, *conv.kernel_size)
-    x = x.reshape(-1, one_hot.shape[1], *x.shape[2:])  # groups as so many samples
+    x = x.reshape(-1, one_hot.shape[1], *x.shape[2:])  # treat groups as samples
     convolve = (F.conv1d, F.conv2d, F.conv3d)[spatial - 1]
     return convolve(x, one_hot, None, conv.stride, padding, conv.dilation).flatten(2).mT.reshape(-1, n)
 
 
 def leading_directions(moment: Tensor, W: Tensor, rank: int) -> Tensor:
-    """[n, r]: the leading eigenvectors of the second moment, in whose span lies the largest share of Σ |z|².
+    """Return the r leading eigenvectors of the second moment [n, n], whose span holds the largest share of Σ |z|².
 
-    Where the inputs span fewer dimensions, the rest are the leading right singular vectors of what W [m, n] does on the
-    others.
+    Where the inputs span fewer than r dimensions, leading right singular vectors of W [m, n] on the rest complete them.
 
-    Source: PCA of a layer's signals, for trained networks Ashkboos et al., SliceGPT, ICLR 2024 (arXiv 2401.15024).
+    Source:
+        PCA of the inputs of trained layers: Ashkboos et al., SliceGPT, ICLR 2024 (arXiv 2401.15024).
     """
     leading, eigenvalues, _ = truncated_svd(moment, rank)
     leading = leading[:, eigenvalues > eigenvalues[0] * len(moment) * torch.finfo(moment.dtype).eps]

@@ -1,4 +1,4 @@
-"""What factorize did, or would do."""
+"""The report of factorize."""
 
 from dataclasses import dataclass, field
 
@@ -13,16 +13,19 @@ class LayerReport:
     """One factorized layer.
 
     Attributes:
-        name, m, n, rank: the weight as an m x n matrix, and the rank it got.
-        weight_shape: of the dense weight.
-        kappa: condition number of the core before an optimizer puts it in the band.
-        tied_to: the layer whose factors it shares, which counts the parameters; else None.
-        dense_flops, flops: of all its calls in one forward on the example input, in the factorized form, also where
-            the merged form is taken because it is faster; None without example.
-        route, gain: what the layer runs on the example input, and the cost model's estimate of the dense layer's time
-            over its own; None without example or if it is not called.
-        dense_seconds, seconds: measured for measure="time" (between the ranks that were timed, interpolated), of the
-            layer with those tied to it; else None.
+        name: Name in the model.
+        m: Rows of the weight as a matrix.
+        n: Its columns.
+        rank: The rank it got.
+        weight_shape: Shape of the dense weight.
+        kappa: Condition number of the core before an optimizer puts it in the band.
+        tied_to: The layer whose factors it shares, and which counts the parameters; else None.
+        dense_flops: FLOPs of the dense layer in one forward on the example input; None without one.
+        flops: FLOPs of the factorized form, also where the merged form is faster and runs; None without an example.
+        route: What the layer runs on the example input, "factorized" or "merged"; None without a call on an example.
+        gain: The cost model's estimate of the dense layer's time over its own; None without a call on an example.
+        dense_seconds: Time of the dense layer and those tied to it, for measure="time"; else None.
+        seconds: Time of the low-rank layers, interpolated between the ranks that were timed; else None.
     """
 
     name: str
@@ -45,18 +48,20 @@ class LayerReport:
 
     @property
     def parameters(self) -> int:
-        """As stored, without the bias."""
+        """Stored parameters without the bias."""
         return 0 if self.tied_to else stored_parameters(self.rank, self.m, self.n)
 
 
 @dataclass(frozen=True)
 class FactorizeReport:
-    """Printing it shows a table.
+    """The layers that factorize replaced or would replace; printing it shows a table.
 
     Attributes:
-        layers: in the model's order, tied ones together. skipped: layers left as they are, with the reason.
-        budget, measure: as given to factorize; budget is None where ranks were given.
-        dry_run: whether the model was left as it is.
+        layers: One LayerReport each, in the model's order, tied ones together.
+        skipped: Layers left as they are, with the reason.
+        budget: As given to factorize, None where ranks were given.
+        measure: As given to factorize.
+        dry_run: Whether the model was left as it is.
     """
 
     layers: list[LayerReport]
@@ -67,12 +72,12 @@ class FactorizeReport:
 
     @property
     def kept(self) -> float:
-        """Share of the factorized layers' weights that is kept."""
+        """Share of the factorized layers' weights that remains."""
         return _share([(x.dense_parameters, x.parameters) for x in self.layers])
 
     @property
     def spent(self) -> float:
-        """Share of the factorized layers' cost in `measure` that is kept: what a budget is compared with."""
+        """Share of the factorized layers' cost in `measure` that remains, to compare with the budget."""
         if self.measure == "parameters":
             return self.kept
         if self.measure == "flops":

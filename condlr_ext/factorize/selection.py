@@ -1,4 +1,4 @@
-"""Which weights of a model can become low-rank, which are wanted, and why the others cannot."""
+"""Which weights of a model to factorize, and why the others cannot be."""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from .._modules import matcher
+from .._modules import chooser
 from ..nn import (
     LowRankAdapter,
     LowRankConv1d,
@@ -42,11 +42,11 @@ class Target:
     """A weight to factorize.
 
     Attributes:
-        name: of the low-rank layer in the model.
-        module: the dense layer; of an attention's input projection, a linear layer over its parameter.
-        cls: the class of the low-rank layer.
-        attention: the nn.MultiheadAttention that it is a projection of, else None.
-        twins: further layers with the same weight, which will have the same factors.
+        name: Name of the low-rank layer in the model.
+        module: The dense layer; for an attention's input projection, a linear layer that holds its parameter.
+        cls: Class of the low-rank layer.
+        attention: The nn.MultiheadAttention that it is a projection of, else None.
+        twins: Other layers with the same weight, which will share the factors.
     """
 
     name: str
@@ -66,31 +66,35 @@ class Target:
 
 
 def low_rank_class(module: nn.Module) -> type[LowRankLayer] | None:
-    """The low-rank class for exactly this kind of dense module, None if there is none."""
+    """Return the low-rank class for exactly this class of dense module, or None."""
     if LowRankTransposedLinear.serves(module):
         return LowRankTransposedLinear
     return _LOW_RANK.get(type(module))
 
 
 def is_compiled(name: str) -> bool:
-    """Whether the module of this name is what torch.compile(module) wraps: the wrapper calls it past its parent."""
+    """Whether torch.compile wraps the module of this name; the wrapper would keep calling the old one."""
     return name.rpartition(".")[2] == "_orig_mod"
 
 
 def forwards_as_its_base(layer: LowRankLayer) -> bool:
-    """Whether it computes what this package's class does, whatever a subclass or torch's parametrization has added."""
+    """Whether a layer has the forward of this package's class, be it of a subclass or parametrized."""
     known = next((cls for cls in type(layer).__mro__ if cls in _KNOWN), None)
     return known is not None and type(layer).forward is known.forward and "forward" not in vars(layer)
 
 
 def select(model: nn.Module, include, exclude, names=None) -> tuple[list[Target], dict[str, str]]:
-    """The targets in the model's order, and the wanted layers that are skipped, with the reason.
+    """Return the targets in the model's order, and the layers that are skipped with the reason.
 
     Args:
-        include, exclude: as factorize takes them. names: only layers with these names, if not None.
+        model: The model.
+        include: As in factorize.
+        exclude: As in factorize.
+        names: If not None, only layers with these names.
 
     Raises:
-        ValueError: a pattern that matches no module, or one of `names` that is no target. TypeError: bad patterns.
+        ValueError: A pattern matches no module, or one of `names` is no target.
+        TypeError: include or exclude is no pattern.
     """
     candidates, skipped = _candidates(model, include, exclude)
     if names is not None:
@@ -103,25 +107,24 @@ def select(model: nn.Module, include, exclude, names=None) -> tuple[list[Target]
 
 
 def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, str]]:
-    found = []  # (name, module, target, the reason against it or None)
-    attentions = {}  # of an out_proj: the name and the module of the attention that it is part of
+    found = []  # (name, module, target or None, reason to skip it or None)
+    attentions = {}  # id of an out_proj: name and module of its attention
     adapted = {id(module.layer) for module in model.modules() if isinstance(module, LowRankAdapter)}
     for name, module in model.named_modules():
         if id(module) in adapted:
             found.append((name, module, None, "it is the frozen layer of a LowRankAdapter: merge_adapters first"))
         elif isinstance(module, nn.MultiheadAttention):
-            found += _look_at_attention(name, module)
+            found += _attention_candidates(name, module)
             attentions[id(module.out_proj)] = name, module
         else:
-            found += _look_at(name, module, attentions.get(id(module), ("", None))[1])
+            found += _candidate(name, module, attentions.get(id(module), ("", None))[1])
     names = [name for name, _ in model.named_modules()] + [name for name, *_ in found]
-    wanted = matcher("factorize", "include", include, names) if include is not None else None
-    unwanted = matcher("factorize", "exclude", exclude, names) if exclude is not None else None
+    chosen = chooser("factorize", include, exclude, names)
     targets, skipped = {}, {}
     for name, module, target, reason in found:
         attention = target.attention if target else None
         identity = name, module, (name.rpartition(".")[0], attention) if attention else None
-        if (wanted and not wanted(*identity)) or (unwanted and unwanted(*identity)):
+        if not chosen(*identity):
             continue
         if reason:
             skipped[name] = reason
@@ -130,28 +133,28 @@ def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, s
     return targets, skipped
 
 
-def _look_at(name: str, module: nn.Module, attention: nn.MultiheadAttention | None):
-    """What there is to say of a module, if it is a layer or something like one; attention: if it is its out_proj."""
+def _candidate(name: str, module: nn.Module, attention: nn.MultiheadAttention | None):
+    """Yield the candidate, or the reason to skip it; `attention` is that whose out_proj the module is, if any."""
     cls = low_rank_class(module)
     if isinstance(module, LowRankLayer):
         yield name, module, None, f"it is low-rank already, of rank {module.rank}"
     elif attention is not None and type(attention) not in _ATTENTION:
         yield name, module, None, _subclass_reason(attention)
     elif cls is not None:
-        reason = COMPILED if is_compiled(name) else _reason_against(module, module._parameters.get("weight"))
+        reason = COMPILED if is_compiled(name) else _reason_to_skip(module, module._parameters.get("weight"))
         yield name, module, Target(name, module, cls, attention), reason
     elif isinstance(module, tuple(_LOW_RANK)):
         yield name, module, None, _subclass_reason(module)
 
 
-def _look_at_attention(name: str, attention: nn.MultiheadAttention):
-    """Its input projections."""
+def _attention_candidates(name: str, attention: nn.MultiheadAttention):
+    """Yield the input projections of an attention, or the reason to skip it."""
     if type(attention) not in _ATTENTION:
         yield name, attention, None, _subclass_reason(attention)
         return
     for child, view in dense_projections(attention).items():
         path = f"{name}.{child}" if name else child
-        yield path, view, Target(path, view, LowRankLinear, attention), _reason_against(attention, view.weight)
+        yield path, view, Target(path, view, LowRankLinear, attention), _reason_to_skip(attention, view.weight)
 
 
 def _subclass_reason(module: nn.Module) -> str:
@@ -163,7 +166,7 @@ def _subclass_reason(module: nn.Module) -> str:
     return f"a {type(module).__name__} may do more than its base class"
 
 
-def _reason_against(module: nn.Module, weight: Tensor | None) -> str | None:
+def _reason_to_skip(module: nn.Module, weight: Tensor | None) -> str | None:
     if weight is None:
         return "its weight is not a plain parameter (pruned, or normalized by a hook)"
     if not weight.is_floating_point():
@@ -178,7 +181,7 @@ def _reason_against(module: nn.Module, weight: Tensor | None) -> str | None:
 
 
 def _tie(model: nn.Module, candidates: dict[str, Target], skipped: dict[str, str]) -> list[Target]:
-    """The candidates with those of one weight put together; where that cannot be, they are skipped."""
+    """Return targets with layers of one weight as twins; skip weights that are also used elsewhere."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for key, p in module._parameters.items():

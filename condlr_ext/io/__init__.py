@@ -1,0 +1,1 @@
+"""Files: checkpoints, LoRA adapters, and importers of other packages' checkpoints."""

@@ -1,4 +1,4 @@
-"""Checkpoints: a model, its optimizer and what else is of a run, in one safetensors file that is whole or absent."""
+"""Checkpoints: a model, its optimizer and other state of a run in one safetensors file, written atomically."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from .._modules import undone_on_error, unwrapped
 from .._version import __version__
 from ..errors import CheckpointError, NonFiniteError, RankError
 from ..factorize import factorize
-from ..nn import LowRankLayer
+from ..nn import low_rank_layers
 
 __all__ = ["Checkpoint", "load", "read", "save"]
 
@@ -25,12 +25,17 @@ _FORMAT = "1"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        model: the state_dict. rank: {low-rank layer: rank}. tau: {low-rank layer: tau}, only where it was known.
-        optimizer: the optimizer's state_dict or None; optimizer_class: the name of its class.
-        extra: as given to save. version: of condlr_ext, that wrote it. source: the file, for error texts.
+        model: The model's state_dict.
+        rank: {low-rank layer: rank}.
+        tau: {low-rank layer: tau}, where it was known.
+        optimizer: The optimizer's state_dict or None.
+        optimizer_class: Name of its class.
+        extra: As given to save.
+        version: Version of condlr_ext that wrote the file.
+        source: The file, for error texts.
     """
 
     model: dict[str, Any]
@@ -46,24 +51,31 @@ class Checkpoint:
 def save(
     model: nn.Module, path, optimizer: Optimizer | None = None, *, tau: float | dict | None = None, extra=None
 ) -> None:
-    """Writes a model, and an optimizer's state if one is given, to a safetensors file.
+    """Write a model, and optionally its optimizer's state, to a safetensors file.
 
-    The model's tensors have the names of its state_dict, so that other tools can read them; rank, tau and version are
-    in the string metadata. Tensors that share memory (tied weights) are stored once. The file appears under its name
-    when it is complete and on the disk: whatever happens before, an older file of that name is still there.
+    The tensors have the names of the model's state_dict, so that other tools can read them; rank, tau and version are
+    in the string metadata. Tensors that share memory (tied weights) are stored once. The file is written atomically:
+    an interruption leaves the old file of that name, or none.
 
     Args:
-        model: any module; the name of a wrapper by torch.compile, DataParallel or DistributedDataParallel is left out.
-        path: by convention NAME.safetensors.
-        optimizer: any torch optimizer.
-        tau: slack of the bound, where no parameter group holds it (a Projector does, say): one for all layers, or
+        model: Any module; names do not include wrappers of torch.compile, DataParallel or DistributedDataParallel.
+        path: By convention NAME.safetensors.
+        optimizer: Any torch optimizer.
+        tau: Slack of the bound where no parameter group holds it (under a Projector, say): one for all layers, or
             {layer: tau}.
-        extra: what else belongs to the run: tensors, numbers, strings, None, in dicts, lists and tuples, e.g.
-            {"epoch": 3, "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}.
+        extra: Other state of the run: tensors, numbers, strings and None in dicts, lists and tuples.
 
     Raises:
-        ImportError: without safetensors. TypeError: a value that cannot be stored, with its place. ValueError: a
-        tensor on the meta device, a tau that contradicts the optimizer's. OSError: the file cannot be written.
+        ImportError: safetensors is not installed.
+        TypeError: A value cannot be stored.
+        ValueError: A tensor is on the meta device, or tau contradicts the optimizer's.
+        OSError: The file cannot be written.
+
+    Examples:
+        >>> optimizer = condlr_ext.optim.CondLRSGD(model, lr=0.1, tau=0.1)
+        >>> condlr_ext.save(model, "run.safetensors", optimizer, extra={"epoch": 3, "rng": torch.get_rng_state()})
+        >>> condlr_ext.load(model, "run.safetensors", optimizer).extra["epoch"]
+        3
     """
     safetensors = require("safetensors.torch", "condlr_ext.save", "safetensors")
     model = unwrapped(model)
@@ -72,13 +84,13 @@ def save(
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor):
             writer.put(name, value, share=True)
-        else:  # what a module returns as its get_extra_state
+        else:  # a module's get_extra_state
             state["model"][name] = writer.encode(value, f".state.{name}")
     if optimizer is not None:
         name = type(optimizer).__name__
         state["optimizer"] = {"class": name, "state": writer.encode(optimizer.state_dict(), ".optimizer")}
     text = {
-        "rank": {name: layer.rank for name, layer in _layers(model).items()},
+        "rank": {name: layer.rank for name, layer in low_rank_layers(model).items()},
         "tau": writer.encode(_taus(model, optimizer, tau, "save"), ".tau"),
         "shared": writer.shared,
         "state": state,
@@ -93,23 +105,26 @@ def save(
 
 
 def load(model: nn.Module, path, optimizer: Optimizer | None = None, *, tau: float | dict | None = None) -> Checkpoint:
-    """Puts a file of save into a model, and into an optimizer if one is given; training goes on bit for bit.
+    """Load a file written by save into a model, and optionally into its optimizer; training continues bit for bit.
 
-    Layers that are dense in the model and low-rank in the file are factorized to the ranks of the file, so that the
-    model may be the plain one. Give the optimizer in a second call then, made from the factorized model.
+    Layers that are dense in the model and low-rank in the file are factorized to the file's ranks, so the model can be
+    the plain one. Then load the optimizer in a second call, made from the factorized model. An error leaves model and
+    optimizer unchanged.
 
     Args:
-        model, path, optimizer: as for save. Without an optimizer its state in the file is left aside.
-        tau: the bound that the layers are to have, where no optimizer holds it; compared with that of the file.
+        model: Changed in place.
+        path: The file.
+        optimizer: Without one, an optimizer's state in the file is ignored.
+        tau: Expected slack of the bound where no optimizer holds it, compared with the file's.
 
     Returns:
-        Checkpoint; its `extra` is what was given to save.
+        The checkpoint; its `extra` is what was given to save.
 
     Raises:
-        CheckpointError: no such file, damaged, not written by save, tensors that the model lacks or has in other
-            shapes, an optimizer of another class or with other parameters, another tau. RankError: another rank.
-        NonFiniteError: NaN or Inf in a factor. All name the layer and both values; model and optimizer are
-            unchanged then.
+        CheckpointError: The file is missing, damaged or not written by save, its tensors do not fit the model, the
+            optimizer has another class or other parameters, or tau differs.
+        RankError: A layer has another rank.
+        NonFiniteError: NaN or Inf in a factor.
     """
     checkpoint = read(path)
     restore(model, checkpoint, optimizer, tau=tau)
@@ -117,10 +132,13 @@ def load(model: nn.Module, path, optimizer: Optimizer | None = None, *, tau: flo
 
 
 def read(path) -> Checkpoint:
-    """What a file of save holds, on the CPU.
+    """Read a file written by save, to the CPU.
+
+    Args:
+        path: The file.
 
     Raises:
-        CheckpointError: no such file, damaged, or not written by save.
+        CheckpointError: The file is missing, damaged or not written by save.
     """
     tensors, text = read_safetensors(path, "condlr_ext.load")
     keys = {"rank", "tau", "shared", "state", "condlr_ext", "condlr_ext_format"}
@@ -160,11 +178,14 @@ def restore(
     tau: float | dict | None = None,
     new_biases: bool = False,
 ) -> None:
-    """Puts a checkpoint into a model; as load, which see.
+    """Load a checkpoint into a model, with the arguments and errors of load.
 
     Args:
-        new_biases: whether a layer that is factorized here gets the bias that the checkpoint has for it, when the
-            dense one has none.
+        model: Changed in place.
+        checkpoint: What to load.
+        optimizer: As in load.
+        tau: As in load.
+        new_biases: Whether a layer that is factorized here takes a bias of the checkpoint that the dense one lacks.
     """
     model = unwrapped(model)
     source = checkpoint.source
@@ -193,15 +214,16 @@ def restore(
 
 
 def read_safetensors(path, user: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its metadata.
+    """Return the tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
-        CheckpointError: no such file, or damaged. ImportError: without safetensors, naming `user`.
+        CheckpointError: The file is missing or damaged.
+        ImportError: safetensors is not installed; the text names `user`.
     """
     safetensors = require("safetensors", user, "safetensors")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            # cloned, for the file may be written again while the tensors live
+            # cloned, as the file may be overwritten while the tensors live
             return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
@@ -211,7 +233,7 @@ def read_safetensors(path, user: str) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 class _Writer:
-    """Collects tensors under their names, and turns values into what JSON can say exactly."""
+    """Collector of tensors by name that encodes all other values exactly as JSON."""
 
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}
@@ -219,7 +241,7 @@ class _Writer:
         self._seen: dict[tuple, str] = {}
 
     def put(self, name: str, t: Tensor, share: bool = False) -> None:
-        """Under `share`, a tensor that is stored already gets only an entry in `shared`."""
+        """Store a tensor; with `share`, one that is stored already only gets an entry in `shared`."""
         if t.is_meta:
             raise ValueError(f"save: {name} is on the meta device and has no values")
         t = t.detach()
@@ -229,12 +251,13 @@ class _Writer:
             if first != name:
                 self.shared[name] = first
                 return
-        # memory of its own, dense and in order: safetensors takes no views
+        # a contiguous copy, for safetensors takes no views
         self.tensors[name] = t.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def encode(self, value, place: str):
+        """Return a value of JSON that _decode turns back; tensors are stored under `place`, a path in the file."""
         if isinstance(value, Tensor):
-            while place in self.tensors:  # {"a.b": 1} and {"a": {"b": 1}} have one place
+            while place in self.tensors:  # {"a.b": 1} and {"a": {"b": 1}} have the same place
                 place += "'"
             self.put(place, value)
             return {"$tensor": place}
@@ -264,6 +287,7 @@ class _Writer:
 
 
 def _decode(value, tensors: dict[str, Tensor]):
+    """Invert _Writer.encode."""
     if isinstance(value, list):
         return [_decode(v, tensors) for v in value]
     if not isinstance(value, dict):
@@ -285,15 +309,11 @@ def _decode(value, tensors: dict[str, Tensor]):
 # --------------------------------------------------------------------------------------------------- models
 
 
-def _layers(model: nn.Module) -> dict[str, LowRankLayer]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLayer)}
-
-
 def _taus(model: nn.Module, optimizer: Optimizer | None, given, where: str) -> dict[str, float]:
-    """tau of the layers: that of the parameter group their core is in, else as given."""
+    """Return tau of the layers: that of their cores' parameter groups, else as given."""
     groups = [] if optimizer is None else optimizer.param_groups
     group_of = {id(p): group for group in groups for p in group["params"]}
-    layers = _layers(model)
+    layers = low_rank_layers(model)
     taus = {
         name: float(group["tau"])
         for name, layer in layers.items()
@@ -320,8 +340,8 @@ def _check_finite(checkpoint: Checkpoint) -> None:
 
 
 def _compare_ranks(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """The layers of the checkpoint that are dense in the model."""
-    layers = _layers(model)
+    """Return the low-rank layers of the checkpoint that are dense in the model; raise RankError for another rank."""
+    layers = low_rank_layers(model)
     for name, layer in layers.items():
         if name not in checkpoint.rank:
             raise RankError(
@@ -366,7 +386,7 @@ def _check_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
 
 
 def _factorize(model: nn.Module, checkpoint: Checkpoint, dense: list[str], new_biases: bool) -> None:
-    """Makes the layers low-rank, with any values; torch's random numbers go on as if nothing had been."""
+    """Make the layers low-rank with arbitrary values; torch's random state stays as it is."""
     gpus = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     ranks = {name: checkpoint.rank[name] for name in dense}
     try:

@@ -1,15 +1,15 @@
-"""Checkpoints of other packages' low-rank layers, read into a model with the same function.
+"""Import of other packages' low-rank checkpoints into a model with the same function.
 
 A source is a dict of tensors (a state_dict), or the path of a safetensors file or of a torch file of such a dict. Files
-with pickled modules are refused, as loading one runs whatever is in it: write model.state_dict() with the code that
-made it. Ranks are those of the tensors, without directions that hold exact zeros only. Factors that are not
-orthonormal are replaced by their Q with R absorbed in the core; the function stays to rounding.
+with pickled modules are refused, because loading them runs code: write model.state_dict() with the code that made them.
+Factors that are not orthonormal are replaced by their Q, with R absorbed in the core; the function stays the same to
+rounding. The rank is that of the tensors, without directions of exact zeros.
 
-The model is the ordinary one, dense, with the layer names of the checkpoint; it is factorized in place. Every key of
-the checkpoint must be used and every tensor of the model be in it, or nothing changes and an error names them. A core
-comes as it is: an optimizer with tau < inf clips it when it is made.
+The model is the ordinary dense one, with the layer names of the checkpoint; it is factorized in place. Every key of the
+checkpoint must be used and every tensor of the model set, or an error names them and nothing changes. Cores are not
+clipped here: an optimizer with tau < inf does that at construction.
 
-    package       keys of a layer                weight                           source read for the layout
+    package       keys of a layer                weight                           source of the layout
     CondLR        U [m, r], S_hat, V [n, r]      U S_hat Vᵀ                       COMPiLELab/CondLR
     RobustDLRT    U [n, R], S, V [m, R], r       (U S Vᵀ)ᵀ of the first r         ScSteffen/RobustDLRT
       conv2d      S [a, b, c, d], Us.0 ... 3, r  Tucker core and factors          ScSteffen/RobustDLRT
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .._factors import orthonormal_factors
 from .._modules import undone_on_error
-from ..adapters import adapters, put_on
+from ..adapters import set_adapters
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
 from .checkpoint import Checkpoint, read_safetensors, restore
@@ -37,22 +37,22 @@ __all__ = ["condlr", "geolora", "oialr", "polar", "robust_dlrt"]
 
 
 def condlr(source, model: nn.Module) -> dict[str, int]:
-    """A network of the CondLR release: W = U S_hat Vᵀ, of convolutions flattened to [C_out, C_in * kernel].
+    """Import a network of the CondLR release: W = U S_hat Vᵀ, for convolutions flattened to [C_out, C_in * kernel].
 
-    The release flattens a model into the list of its leaves; keys lr_model.0.U, lr_model.1.U ... are taken to mean the
-    leaves of `model` in the order of its children. Its convolutions always have a bias, which the imported layers get.
-    Its wide ResNets run as plain chains, as their residual sums are discarded: for the same function the model must be
-    such a chain too.
+    The release flattens a model into the list of its leaves: keys lr_model.0.U, lr_model.1.U ... stand for the leaves
+    of `model` in the order of its children. Its convolutions always have a bias, which the imported layers get. Its
+    wide ResNets run as plain chains without the residual sums: for the same function the model must be such a chain.
 
     Args:
-        source: tensors or path, see the module. model: changed in place.
+        source: Tensors or path, see the module.
+        model: Changed in place.
 
     Returns:
         {layer: rank}.
 
     Raises:
-        CheckpointError: damaged, unknown or missing keys, shapes that do not fit; the model is unchanged then.
-        RankError: a layer of the model is low-rank already, with another rank.
+        CheckpointError: Keys are damaged, unknown or missing, or shapes do not fit; the model is unchanged then.
+        RankError: A layer of the model is low-rank already, with another rank.
     """
     state, where = _read(source)
     if any(key.startswith("lr_model.") for key in state):
@@ -67,13 +67,22 @@ def condlr(source, model: nn.Module) -> dict[str, int]:
 
 
 def robust_dlrt(source, model: nn.Module) -> dict[str, int]:
-    """A network of the RobustDLRT release: linear layers x U S Vᵀ, Tucker convolutions, capacity cut to the rank `r`.
+    """Import a network of the RobustDLRT release: linear layers x U S Vᵀ and Tucker convolutions.
 
-    Its convolutions add their bias twice, once inside and once outside of the Tucker convolution; the imported bias is
-    the doubled one.
+    The `r` of each layer, one number or four, must be in the state_dict: columns beyond it are not part of the
+    function. The release's convolutions add their bias twice, inside and outside the Tucker convolution; the imported
+    bias is the doubled one.
 
-    Args, Returns, Raises: as condlr. The `r` of each layer, a number or four, is in the release's state_dict; columns
-        beyond it are no part of the function, so that a checkpoint without it is refused.
+    Args:
+        source: Tensors or path, see the module.
+        model: Changed in place.
+
+    Returns:
+        {layer: rank}.
+
+    Raises:
+        CheckpointError: Keys are damaged, unknown or missing, or shapes do not fit; the model is unchanged then.
+        RankError: A layer of the model is low-rank already, with another rank.
     """
     state, where = _read(source)
 
@@ -97,16 +106,25 @@ def robust_dlrt(source, model: nn.Module) -> dict[str, int]:
 
 
 def oialr(source, model: nn.Module) -> dict[str, int]:
-    """A network of OIALR: W = u s vh, or its transpose where the weight has more columns than rows.
+    """Import a network of OIALR: W = u s vh, or its transpose where the weight has more columns than rows.
 
     Input projections of nn.MultiheadAttention (in_proj_u, in_proj_s, in_proj_vh) are loaded as dense weights.
 
-    Args, Returns, Raises: as condlr.
+    Args:
+        source: Tensors or path, see the module.
+        model: Changed in place.
+
+    Returns:
+        {layer: rank}.
+
+    Raises:
+        CheckpointError: Keys are damaged, unknown or missing, or shapes do not fit; the model is unchanged then.
+        RankError: A layer of the model is low-rank already, with another rank.
     """
     state, where = _read(source)
     for prefix in [key.removesuffix("in_proj_s") for key in state if key.endswith("in_proj_s")]:
         parts = [f"{prefix}in_proj_{part}" for part in ("u", "s", "vh")]
-        u, s, vh = (_taken(state, key, where) for key in parts)
+        u, s, vh = (_pop(state, key, where) for key in parts)
         state[f"{prefix}in_proj_weight"] = u @ s @ vh
 
     def factors(name, take):
@@ -122,16 +140,23 @@ def oialr(source, model: nn.Module) -> dict[str, int]:
 
 
 def geolora(source, model: nn.Module, *, rank: int | dict[str, int], alpha: float) -> dict[str, int]:
-    """A network with GeoLoRA adapters: x W0ᵀ + alpha / r (x U S Vᵀ), capacity cut to the rank r.
+    """Import a network with GeoLoRA adapters: x W0ᵀ + alpha / r (x U S Vᵀ).
 
-    The frozen weights come from the checkpoint as well (original_linear); the layers get LowRankAdapters.
+    The layers get LowRankAdapters; the frozen weights come from the checkpoint too (original_linear).
 
     Args:
-        source, model: as condlr.
-        rank: r of all adapters or {layer: r}, alpha: both are attributes of the release's layers (r, alpha) that its
-            state_dict does not hold.
+        source: Tensors or path, see the module.
+        model: Changed in place.
+        rank: r of all adapters, or {layer: r}: an attribute of the release's layers that its state_dict lacks. Columns
+            beyond it are dropped.
+        alpha: Their attribute alpha, likewise.
 
-    Returns, Raises: as condlr; ValueError: ranks for other layers.
+    Returns:
+        {layer: rank}.
+
+    Raises:
+        CheckpointError: Keys are damaged, unknown or missing, or shapes do not fit; the model is unchanged then.
+        ValueError: `rank` names other layers.
     """
     state, where = _read(source)
     names = _prefixes(state, ".lora_S")
@@ -140,38 +165,41 @@ def geolora(source, model: nn.Module, *, rank: int | dict[str, int], alpha: floa
         raise ValueError(f"{where}: rank must be given for {', '.join(names)}, got {', '.join(ranks)}")
     changes, tensors = {}, {}
     for name in names:
-        _taken(state, f"{name}.Sinv", where)
-        U, S, V = (_taken(state, f"{name}.lora_{part}", where) for part in ("U", "S", "V"))
+        _pop(state, f"{name}.Sinv", where)
+        U, S, V = (_pop(state, f"{name}.lora_{part}", where) for part in ("U", "S", "V"))
         (r,) = _active(ranks[name], S.shape[:1], where, name)
         factors = _product(where, name, V[:, :r], S[:r, :r].mT, U[:, :r].mT)
         changes[name] = (*factors, float(alpha) / r)
     for key, value in state.items():
         tensors[key.replace(".original_linear.", ".layer.")] = value
     with undone_on_error(model):
-        put_on(model, changes, where)
+        adapters = set_adapters(model, changes, where)
         for name, (U, S, V, _) in changes.items():
-            delta = adapters(model)[name].delta
+            delta = adapters[name].delta
             tensors |= {f"{name}.delta.{role}": value for role, value in zip("USV", (U, S, V), strict=True)}
             if not S.any():
                 tensors |= {f"{name}.delta.{role}": getattr(delta, role).detach() for role in "USV"}
         restore(
             model, Checkpoint(tensors, {f"{name}.delta": len(S) for name, (_, S, *_) in changes.items()}, source=where)
         )
-    return {name: adapter.rank for name, adapter in adapters(model).items() if name in changes}
+    return {name: adapter.rank for name, adapter in adapters.items()}
 
 
 def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, LowRankAdapter]:
-    """PoLAR's adapters, delta W = alpha / r B S A, as LowRankAdapters on a base model.
+    """Import PoLAR's adapters, delta W = alpha / r B S A, as LowRankAdapters of a base model.
 
     Args:
-        source: the folder that PEFT's fork wrote (adapter_model.safetensors, adapter_config.json), or tensors or the
-            path of them, which need `alpha`, lora_alpha there, and hold an S that is free ("identity").
-        model: the base model, changed in place; its own parameters stay and are frozen.
+        source: Folder written by PoLAR's fork of PEFT (adapter_model.safetensors, adapter_config.json), or tensors or
+            their path; these need `alpha` and an S that is free ("identity").
+        model: The base model, changed in place; its own parameters stay and are frozen.
+        alpha: lora_alpha, where no adapter_config.json has it.
 
     Returns:
         The adapters by name.
 
-    Raises: as load_lora.
+    Raises:
+        CheckpointError: Files are missing or damaged, keys are unknown or missing, or shapes do not fit.
+        ValueError: The model lacks a layer or has it in another shape, or alpha is missing.
     """
     config = None
     if not isinstance(source, dict) and Path(source).is_dir():
@@ -196,15 +224,14 @@ def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, 
         r = len(parts["lora_A"])
         factors = _product(where, name, parts["lora_B"], forms[form](parts["lora_S"]), parts["lora_A"])
         changes[name] = (*factors, scaling(config, name, r, where) if config else float(alpha) / r)
-    put_on(model, changes, where)
-    return {name: adapter for name, adapter in adapters(model).items() if name in changes}
+    return set_adapters(model, changes, where)
 
 
 # --------------------------------------------------------------------------------------------------- reading
 
 
 def _read(source) -> tuple[dict, str]:
-    """The entries of a state_dict, without a prefix "module." of all keys, and what to call it in errors."""
+    """Return the entries of a state_dict without the prefix "module.", and its name for error texts."""
     where = "the checkpoint"
     if not isinstance(source, dict):
         where = str(source)
@@ -215,7 +242,7 @@ def _read(source) -> tuple[dict, str]:
                 source = torch.load(source, map_location="cpu", weights_only=True)
             except OSError as error:
                 raise CheckpointError(f"cannot read {where}: {error}") from None
-            except Exception:  # of a file that is none of its own torch's reader raises anything
+            except Exception:  # for a foreign file torch.load may raise anything
                 raise CheckpointError(
                     f"{where} is damaged or holds pickled objects, which are not loaded; write the state_dict of its"
                     " model with the code that made it"
@@ -233,14 +260,14 @@ def _prefixes(state: dict, ending: str) -> list[str]:
     return [key.removesuffix(ending) for key in state if key.endswith(ending)]
 
 
-def _taken(state: dict, key: str, where: str):
+def _pop(state: dict, key: str, where: str):
     if key not in state:
         raise CheckpointError(f"{where} lacks {key}")
     return state.pop(key)
 
 
 def _active(r, capacity, where: str, name: str) -> list[int]:
-    """The active ranks of a layer, one for each number in `capacity` and at most that."""
+    """Return the active ranks of a layer, one for each number in `capacity` and at most that."""
     values = r.flatten().tolist() if isinstance(r, Tensor) else list(r) if isinstance(r, (list, tuple)) else [r]
     fits = len(values) == len(capacity) and all(
         isinstance(v, int) and 1 <= v <= most for v, most in zip(values, capacity, strict=True)
@@ -253,7 +280,7 @@ def _active(r, capacity, where: str, name: str) -> list[int]:
 
 
 def _product(where: str, name: str, L: Tensor, C: Tensor, R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """orthonormal_factors of L C R, checked."""
+    """Check the factors of a product L C R and return it as U, S, V."""
     if any(t.dim() != 2 for t in (L, C, R)) or L.shape[1] != C.shape[0] or C.shape[1] != R.shape[0]:
         got = ", ".join(str(list(t.shape)) for t in (L, C, R))
         raise CheckpointError(f"{where}: the factors of layer {name!r} do not fit: {got}")
@@ -263,10 +290,10 @@ def _product(where: str, name: str, L: Tensor, C: Tensor, R: Tensor) -> tuple[Te
 
 
 def _import(state: dict, where: str, model: nn.Module, names: list[str], factors) -> dict[str, int]:
-    """Replaces the entries of each layer in `state` by U, S, V, and puts all into the model."""
+    """Replace the entries of each layer in `state` by U, S, V and load all into the model; return the ranks."""
     if not names:
         raise CheckpointError(f"{where} holds no low-rank layer of this layout, its keys are {', '.join(state)}")
-    ranks, take = {}, functools.partial(_taken, state, where=where)
+    ranks, take = {}, functools.partial(_pop, state, where=where)
     for name in names:
         U, S, V = factors(name, take)
         state |= {f"{name}.U": U, f"{name}.S": S, f"{name}.V": V}
@@ -276,7 +303,7 @@ def _import(state: dict, where: str, model: nn.Module, names: list[str], factors
 
 
 def _leaves(model: nn.Module, prefix: str = "") -> list[str]:
-    """The names of the modules without children, in the order of the children."""
+    """Return the names of the modules without children, in the order of the children."""
     names = []
     for key, child in model.named_children():
         names += _leaves(child, f"{prefix}{key}.") if any(True for _ in child.children()) else [prefix + key]

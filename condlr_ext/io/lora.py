@@ -1,4 +1,4 @@
-"""LoRA files in PEFT's format, written from adapters and read into them."""
+"""LoRA files in PEFT's format: written from adapters, read into adapters."""
 
 import json
 import math
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .._extras import require
 from .._factors import orthonormal_factors
 from .._files import whole_file, write_whole
-from ..adapters import adapters, put_on
+from .._modules import DENSE
+from ..adapters import adapters, set_adapters
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
 from .checkpoint import read_safetensors
@@ -21,7 +22,7 @@ __all__ = ["load_lora", "save_lora"]
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 
-# what a LoRA may say besides its two factors, and the value with which it says nothing
+# settings that would change the function, with the values that do not
 _NEUTRAL = {
     "bias": "none",
     "fan_in_fan_out": False,
@@ -33,19 +34,25 @@ _NEUTRAL = {
 
 
 def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> None:
-    """Writes the adapters of a model as a plain LoRA, which PEFT and what reads its files can load without us.
+    """Write the adapters of a model as a plain LoRA in PEFT's format.
 
-    B = U S and A = Vᵀ per layer, lora_alpha = scale * rank, so that (lora_alpha / r) B A is delta W: nothing is lost
-    but the rounding of the product U S. Two files, adapter_model.safetensors and adapter_config.json, each whole or
-    absent. The frozen weights are not written.
+    B = U S and A = Vᵀ per layer and lora_alpha = scale * rank, so (lora_alpha / r) B A is delta W up to the rounding of
+    U S. The files adapter_model.safetensors and adapter_config.json are each written atomically; the frozen weights are
+    not written.
 
     Args:
-        folder: made if it is not there.
-        base_model: name or path of the frozen model, for PEFT's "base_model_name_or_path".
+        model: A model with adapters.
+        folder: Created if it is missing.
+        base_model: Name or path of the frozen model, for PEFT's "base_model_name_or_path".
 
     Raises:
-        ValueError: no adapters, or one on a convolution whose dilation, groups or padding mode PEFT's LoRA lacks.
-        ImportError: without safetensors. OSError: the folder cannot be written.
+        ValueError: No adapters, or one on a convolution with dilation, groups or a padding mode that PEFT's LoRA lacks.
+        ImportError: safetensors is not installed.
+        OSError: The folder cannot be written.
+
+    Examples:
+        >>> adapters = condlr_ext.add_adapters(model, rank=4)
+        >>> condlr_ext.save_lora(model, "lora")
     """
     safetensors = require("safetensors.torch", "condlr_ext.save_lora", "safetensors")
     found = adapters(model)
@@ -65,22 +72,22 @@ def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> Non
 
 
 def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
-    """Puts the LoRA of a PEFT folder on a model, as adapters with the same function.
+    """Load the LoRA of a PEFT folder into adapters of a model, with the same function.
 
-    B A becomes U S Vᵀ by two QR decompositions. The core of a LoRA that was trained without a bound is what it is:
-    an optimizer with tau < inf clips it when it is made. A LoRA whose B is still zero starts as a new adapter.
+    B A becomes U S Vᵀ by two QR decompositions. The core is not clipped here: an optimizer with tau < inf does that at
+    construction. A LoRA whose B is still zero starts as a new adapter. An error leaves the model unchanged.
 
     Args:
-        model: the base model; its layers get adapters in place, and their own parameters are frozen.
-        folder: with adapter_model.safetensors and adapter_config.json.
+        model: The base model; its layers get adapters in place, and their own parameters are frozen.
+        folder: Folder with adapter_model.safetensors and adapter_config.json.
 
     Returns:
         The adapters by name.
 
     Raises:
-        CheckpointError: files missing, damaged, with keys other than lora_A and lora_B, or of a LoRA with more than
-            the two factors (DoRA, biases, saved modules). ValueError: layers that the model lacks or has in other
-            shapes. The model is unchanged then.
+        CheckpointError: Files are missing or damaged, have keys other than lora_A and lora_B, or belong to a LoRA with
+            more than two factors (DoRA, biases, saved modules).
+        ValueError: The model lacks a layer or has it in another shape.
     """
     folder = Path(folder)
     tensors, config = read_peft(folder, "LORA", "condlr_ext.load_lora")
@@ -96,15 +103,14 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
             )
         factors = orthonormal_factors(B.flatten(1), torch.eye(r, dtype=B.dtype), A.flatten(1).mT)
         changes[name] = (*factors, scaling(config, name, r, str(folder)))
-    put_on(model, changes, str(folder))
-    return {name: adapter for name, adapter in adapters(model).items() if name in changes}
+    return set_adapters(model, changes, str(folder))
 
 
 def read_peft(folder: Path, kind: str, user: str) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the configuration of a PEFT folder.
+    """Return the tensors and the configuration of a PEFT folder.
 
     Raises:
-        CheckpointError: files missing or damaged, another peft_type, settings that add to the low-rank factors.
+        CheckpointError: Files are missing or damaged, peft_type is another, or settings add to the low-rank factors.
     """
     tensors, _ = read_safetensors(folder / _WEIGHTS, user)
     try:
@@ -121,10 +127,10 @@ def read_peft(folder: Path, kind: str, user: str) -> tuple[dict[str, Tensor], di
 
 
 def split_keys(tensors: dict[str, Tensor], endings: dict[str, tuple[str, ...]], source: str) -> dict[str, dict]:
-    """{layer: {part: tensor}} of PEFT's keys base_model.model.LAYER.PART[.ADAPTER]ENDING.
+    """Return {layer: {part: tensor}} for PEFT's keys base_model.model.LAYER.PART[.ADAPTER]ENDING.
 
     Raises:
-        CheckpointError: other keys, with their names, or a layer with a part missing.
+        CheckpointError: There are other keys, or a layer lacks a part.
     """
     patterns = {
         part: re.compile(rf"(?:{re.escape(_PREFIX)})?(.+)\.{part}(?:\.[^.]+)?(?:{'|'.join(map(re.escape, ends))})")
@@ -152,15 +158,15 @@ def split_keys(tensors: dict[str, Tensor], endings: dict[str, tuple[str, ...]], 
 
 
 def scaling(config: dict, name: str, rank: int, source: str) -> float:
-    """PEFT's factor of B A for a layer: lora_alpha / r, or with use_rslora lora_alpha / √r.
+    """Return PEFT's factor of B A for a layer: lora_alpha / r, or lora_alpha / √r with use_rslora.
 
     Raises:
-        CheckpointError: settings that are missing, or contradict the rank of the tensors.
+        CheckpointError: Settings are missing or contradict the rank of the tensors.
     """
 
     def setting(key: str, pattern: str):
         for expression, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({expression})$", name):  # as PEFT matches them: the end of the name, or ^ all of it
+            if re.match(rf"(.*\.)?({expression})$", name):  # PEFT's rule: the end of the name, or with ^ all of it
                 return value
         return config[key]
 
@@ -174,7 +180,7 @@ def scaling(config: dict, name: str, rank: int, source: str) -> float:
 
 
 def _lora_factors(name: str, adapter: LowRankAdapter) -> tuple[Tensor, Tensor]:
-    """A [r, in, *kernel] and B [m, r, 1...]; the product U S is rounded once."""
+    """Return A [r, in, *kernel] and B [m, r, 1...]; the product U S is rounded once."""
     layer, delta = adapter.layer, adapter.delta
     if not isinstance(layer, nn.Linear):
         lacking = {
@@ -199,8 +205,8 @@ def _config(model: nn.Module, found: dict[str, LowRankAdapter]) -> dict:
     ranks = {name: adapter.rank for name, adapter in found.items()}
     alphas = {name: adapter.scale * adapter.rank for name, adapter in found.items()}
     r, alpha = (max(set(values), key=values.count) for values in (list(ranks.values()), list(alphas.values())))
-    # PEFT takes a name of the list for every module whose name ends in it
-    others = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))}
+    # PEFT applies a name of the list to every module whose name ends in it
+    others = {n for n, m in model.named_modules() if isinstance(m, DENSE)}
     others -= {f"{name}.layer" for name in found}
     alike = any(other != name and other.endswith(f".{name}") for name in found for other in (*others, *found))
     exact = {name: f"^{re.escape(name)}" for name in found}

@@ -3,7 +3,7 @@
 from .adapter import LowRankAdapter
 from .attention import LowRankMultiheadAttention
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
-from .layer import LowRankLayer
+from .layer import LowRankLayer, low_rank_layers
 from .linear import LowRankLinear
 from .rank import Energy
 from .transposed import LowRankTransposedLinear
@@ -18,4 +18,5 @@ __all__ = [
     "LowRankLinear",
     "LowRankMultiheadAttention",
     "LowRankTransposedLinear",
+    "low_rank_layers",
 ]

@@ -1,4 +1,4 @@
-"""LowRankAdapter: a frozen layer plus a low-rank change whose condition number the optimizers bound."""
+"""LowRankAdapter: a frozen layer plus a low-rank change with a bounded condition number."""
 
 import math
 import numbers
@@ -14,30 +14,33 @@ _CONVS = {nn.Conv1d: LowRankConv1d, nn.Conv2d: LowRankConv2d, nn.Conv3d: LowRank
 
 
 class LowRankAdapter(nn.Module):
-    """y = layer(x) + scale (U S Vᵀ) x: a frozen layer with a trainable change of its weight, delta W = scale U S Vᵀ.
+    """A frozen layer with a trainable low-rank change of its weight: y = layer(x) + scale (U S Vᵀ) x.
 
-    The change is a low-rank layer of its own, `delta`, with the geometry of the frozen one and without bias: the
-    optimizers of this package find it and keep its U and V orthonormal and kappa(S) <= 1 + tau.
+    The change `delta` is a low-rank layer with the frozen layer's geometry and without bias, so the optimizers of this
+    package keep its U and V orthonormal and kappa(S) <= 1 + tau.
 
     A core with a bounded condition number cannot be zero, so the change starts at the size of rounding: S = s I with
-    s such that ‖delta W‖_F = eps ‖W‖_F, eps that of the weight's dtype. The first steps of an optimizer take it from
-    there; nothing is subtracted from the frozen weight, so delta W is all there is to export (see save_lora).
+    ‖delta W‖_F = eps ‖W‖_F for delta W = scale U S Vᵀ and the eps of W's dtype. Nothing is subtracted from the frozen
+    weight: delta W is all that needs to be exported (see save_lora).
 
     Args:
         layer: nn.Linear or nn.Conv1d/2d/3d. It becomes part of the adapter, and its parameters are frozen.
-        rank: of the change, int in 1..min(m, n) of the weight as a matrix m x n, or a fraction of that.
-        scale: factor of the change. In PEFT's terms scale = lora_alpha / r: a rank is not divided by here.
+        rank: Rank of the change: an int in 1..min(m, n) for the weight as a matrix m x n, or a fraction of min(m, n).
+        scale: Factor of the change: PEFT's lora_alpha / r (it is not divided by the rank).
 
     Attributes:
-        layer, delta: the frozen layer; the LowRankLinear or LowRankConv of the change. scale. merged: whether the
-        change is in the frozen layer's weight.
+        layer: The frozen layer.
+        delta: The LowRankLinear or LowRankConv of the change.
+        scale: Factor of the change.
 
     Raises:
-        TypeError: another layer. RankError: the rank does not fit. ValueError: scale zero or not finite, a weight that
-            is computed (parametrized, pruned, normalized).
+        TypeError: The layer is of another class.
+        RankError: The rank does not fit.
+        ValueError: scale is zero or not finite, or the weight is computed (parametrized, pruned, normalized).
 
-    Source: U S Vᵀ adapters with orthonormal U, V as in Lion et al., PoLAR (NeurIPS 2025) and Li et al., StelLA
-        (NeurIPS 2025); the bound on kappa(S) as in Savostianova et al. (NeurIPS 2023).
+    Source:
+        U S Vᵀ adapters with orthonormal U, V: Lion et al., PoLAR, and Li et al., StelLA (both NeurIPS 2025); the bound
+        on kappa(S): Savostianova et al. (NeurIPS 2023).
     """
 
     def __init__(self, layer: nn.Module, rank, *, scale: float = 1.0):
@@ -50,8 +53,8 @@ class LowRankAdapter(nn.Module):
         self.layer, self.delta = layer, delta
         for p in layer.parameters():
             p.requires_grad_(False)
-        # The layer's own weight while it is merged: the very parameter, which other modules may have too. In a tuple,
-        # where nn.Module does not take it for one of the adapter's.
+        # The layer's own parameter, which other modules may share, while a merged one is in its place. The tuple keeps
+        # nn.Module from registering it as the adapter's.
         self._own: tuple[nn.Parameter] | None = None
         self.register_state_dict_post_hook(_keep_unmerged)
         self.register_load_state_dict_pre_hook(_unmerge_first)
@@ -60,7 +63,7 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random orthonormal U, V and S = s I with ‖delta W‖_F = eps ‖W‖_F: the frozen function, to rounding."""
+        """Draw orthonormal U, V and set S = s I with ‖delta W‖_F = eps ‖W‖_F: the frozen function to rounding."""
         self.delta.reset_parameters()
         S, W = self.delta.S, self.layer.weight
         norm = torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
@@ -74,11 +77,12 @@ class LowRankAdapter(nn.Module):
 
     @property
     def merged(self) -> bool:
+        """Whether the change is in the frozen layer's weight."""
         return self._own is not None
 
     @property
     def weight(self) -> Tensor:
-        """W + scale U S Vᵀ in torch's shape, differentiable, formed at each access."""
+        """W + scale U S Vᵀ in torch's shape, differentiable, computed at each access."""
         return self.layer.weight if self.merged else self.layer.weight + self.scale * self.delta.weight
 
     @property
@@ -86,7 +90,7 @@ class LowRankAdapter(nn.Module):
         return self.layer.bias
 
     def condition_number(self) -> float:
-        """kappa(S) of the change."""
+        """Return kappa(S) of the change."""
         return self.delta.condition_number()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -98,15 +102,18 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> "LowRankAdapter":
-        """Gives the frozen layer a weight with the change added, so that forward costs what the layer costs.
+        """Add the change to the frozen layer's weight, so that forward costs no more than the layer.
 
-        The sum is formed in float32 at least and rounded once. The layer's own weight is kept aside, unchanged, also
-        for modules that share it: unmerge gives it back, and the state_dict has it, never the sum. Returns the adapter;
-        merging twice changes nothing.
+        The sum is computed in float32 at least and rounded once. The layer's own weight is kept unchanged, also for
+        modules that share it: unmerge restores it, and the state_dict always holds it, never the sum. Merging twice
+        changes nothing.
+
+        Returns:
+            The adapter.
 
         Raises:
-            NonFiniteError: NaN or Inf in the sum. ValueError: the layer's weight has been parametrized. Nothing has
-                changed then.
+            NonFiniteError: NaN or Inf in the sum; nothing has changed then.
+            ValueError: The layer's weight has been parametrized; nothing has changed then.
         """
         if self.merged:
             return self
@@ -122,7 +129,7 @@ class LowRankAdapter(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> "LowRankAdapter":
-        """Gives the frozen layer its own weight back; returns the adapter."""
+        """Restore the frozen layer's own weight and return the adapter."""
         if self.merged:
             (self.layer.weight,) = self._own
             self._own = None
@@ -130,7 +137,7 @@ class LowRankAdapter(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.merged:  # the weight that is kept aside moves along
+        if self.merged:  # move the layer's own weight too
             (own,) = self._own
             own.data = fn(own.data)
         return self
@@ -140,7 +147,7 @@ class LowRankAdapter(nn.Module):
 
 
 def _delta(layer: nn.Module, rank) -> nn.Module:
-    """A low-rank layer of this rank with the geometry of a dense one, without bias."""
+    """Return a low-rank layer of this rank with the geometry of a dense one, without bias."""
     if isinstance(layer, nn.Linear):
         options = {"device": layer.weight.device, "dtype": layer.weight.dtype, "rank": rank}
         return LowRankLinear(layer.in_features, layer.out_features, bias=False, **options)
@@ -166,7 +173,7 @@ def _delta(layer: nn.Module, rank) -> nn.Module:
 
 
 def _own_weight(where: str, layer: nn.Module) -> nn.Parameter:
-    """The layer's weight, if it is a parameter: what is computed at each access cannot be added to."""
+    """Return the layer's weight. Raise ValueError if it is not a parameter but computed at each access."""
     weight = layer._parameters.get("weight")
     if weight is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention with low-rank projections: the input projections are no modules there but parameters."""
+"""nn.MultiheadAttention with low-rank projections; its input projections are parameters, not modules."""
 
 import math
 
@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..errors import ShapeError
 from .linear import LowRankLinear
 
-# the parameter of nn.MultiheadAttention, and the low-rank layer that takes its place
+# parameter of nn.MultiheadAttention: name of the low-rank layer that replaces it
 _PROJECTIONS = {
     "in_proj_weight": "in_proj",
     "q_proj_weight": "q_proj",
@@ -20,19 +20,19 @@ _PROJECTIONS = {
 
 
 class LowRankOutProjection(LowRankLinear):
-    """The low-rank twin of the class that nn.MultiheadAttention's `out_proj` has."""
+    """The low-rank twin of the class of nn.MultiheadAttention's `out_proj`."""
 
     _dense = NonDynamicallyQuantizableLinear
 
 
 class LowRankMultiheadAttention(nn.MultiheadAttention):
-    """nn.MultiheadAttention some of whose projections are low-rank layers: the same attributes, arguments and results.
+    """nn.MultiheadAttention with low-rank projections: the same attributes, arguments and results.
 
-    Queries, keys and values have one layer `in_proj` with U [3 embed_dim, r], or `q_proj`, `k_proj` and `v_proj` where
-    kdim or vdim differ from embed_dim; their biases stay in `in_proj_bias`. `in_proj_weight` and the like are formed at
-    each access, for the fused kernel of nn.TransformerEncoderLayer and whoever else reads them, and cannot be assigned.
+    Queries, keys and values share a layer `in_proj` with U [3 embed_dim, r], or have `q_proj`, `k_proj` and `v_proj`
+    where kdim or vdim differ from embed_dim; their biases stay in `in_proj_bias`. `in_proj_weight` and the like, which
+    the fused kernel of nn.TransformerEncoderLayer reads, are computed at each access and cannot be assigned.
 
-    Made in place from a dense one by `factorize`, undone by `to_dense`; it has no constructor.
+    `factorize` makes it from a dense one, in place, and `to_dense` undoes it; it has no constructor.
     """
 
     def __init__(self, *args, **kwargs):
@@ -66,12 +66,13 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As nn.MultiheadAttention.forward; every projection runs factorized or merged, as its layer's route says.
+        """Compute attention as nn.MultiheadAttention does; each projection runs by its layer's route.
 
         Raises:
-            ShapeError: inputs or masks that do not fit. ValueError: is_causal without attn_mask.
+            ShapeError: Inputs or masks do not fit.
+            ValueError: is_causal without attn_mask.
         """
-        if query.is_nested:  # torch has its fused kernel for these, which reads the weights
+        if query.is_nested:  # torch's fused kernel serves these; it reads the weights
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -104,7 +105,7 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
             weights = F.dropout(F.softmax(scores if mask is None else scores + mask, -1), dropout, dropout > 0)
             output = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
-        elif is_causal and key_padding_mask is None:  # as torch: the hint replaces the mask, also over added keys
+        elif is_causal and key_padding_mask is None:  # as in torch, the hint replaces the mask, also for added keys
             output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:
             output = F.scaled_dot_product_attention(q, k, v, mask, dropout)
@@ -130,7 +131,7 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
             )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values; the packed layer in as few products as equal inputs allow."""
+        """Return queries, keys and values; equal inputs share products of the packed layer."""
         b = self.in_proj_bias
         if not self._qkv_same_embed_dim:
             biases = (None,) * 3 if b is None else b.chunk(3)
@@ -151,13 +152,13 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
 
     @staticmethod
     def _linear(x: Tensor, layer: nn.Module | None, bias, weight=None, rows: slice = slice(None)) -> Tensor:
-        """x Wᵀ + bias with these rows of the layer's weight, or of a weight that is a plain parameter."""
+        """Return x W[rows]ᵀ + bias for the weight of a layer, or for a plain parameter."""
         if isinstance(layer, LowRankLinear):
             return layer.apply_rows(x, rows, bias)
         return F.linear(x, (layer.weight if weight is None else weight)[rows], bias)
 
     def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, mask: Tensor | None, batched: bool) -> Tensor | None:
-        """What is added to the scores, broadcastable to [B, heads, T, S]; -inf where a mask of bools is True."""
+        """Return what is added to the scores, broadcastable to [B, heads, T, S]: -inf where a bool mask is True."""
         (B, T, _), S = q.shape, k.shape[1]
         total = None
         for name, given, shapes in (
@@ -183,9 +184,9 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
 
 
 def dense_projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
-    """A linear layer over each of the input projections that are parameters, by the name its low-rank layer will get.
+    """Return a linear layer over each dense input projection, by the name of the low-rank layer to come.
 
-    It holds the attention's own parameter, nothing is copied.
+    The layers hold the attention's own parameters.
     """
     layers = {}
     for name, child in _PROJECTIONS.items():
@@ -198,16 +199,16 @@ def dense_projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
 
 
 def factorize_projection(attention: nn.MultiheadAttention, child: str, layer: LowRankLinear) -> None:
-    """Puts a low-rank layer in the place of the projection of this name, in place."""
+    """Replace the projection of this name by a low-rank layer, in place."""
     attention.__class__ = LowRankMultiheadAttention
     for name in _PROJECTIONS:
         if _PROJECTIONS[name] == child:
-            attention._parameters[name] = None  # holds the place: to_dense puts the weight back in torch's order
+            attention._parameters[name] = None  # keeps torch's order of parameters for to_dense
     attention._modules[child] = layer
 
 
 def to_dense_projections(attention: LowRankMultiheadAttention, dense: dict[nn.Module, nn.Module]) -> None:
-    """Makes it a plain nn.MultiheadAttention again, in place; dense: the dense twins of its low-rank layers."""
+    """Turn it back into nn.MultiheadAttention, in place; `dense` maps its low-rank layers to their dense twins."""
     for name, child in _PROJECTIONS.items():
         layer = attention._modules.pop(child, None)
         if layer is not None:

@@ -1,4 +1,4 @@
-"""LowRankConv1d, LowRankConv2d, LowRankConv3d."""
+"""LowRankConv1d, LowRankConv2d, LowRankConv3d: torch's convolutions with flattened weight U S Vᵀ."""
 
 import numbers
 
@@ -15,16 +15,27 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 class _LowRankConv(LowRankLayer):
     """Convolution whose weight, flattened to [C_out, C_in / groups * prod(kernel_size)], is U S Vᵀ.
 
+    The bound on the condition number holds for the flattened weight, not for the convolution as an operator. As with
+    torch's layers, to(memory_format=torch.channels_last) makes the outputs channels_last, the fast format on CPUs. All
+    arguments but the rank are those of the torch.nn convolution.
+
     Args:
-        in_channels ... padding_mode, device, dtype: as the torch.nn convolution, in its order.
-        rank: int in 1..min(C_out, C_in / groups * prod(kernel_size)), or a fraction in (0, 1] of that minimum; in
-            from_dense also an Energy.
+        in_channels: C_in.
+        out_channels: C_out.
+        kernel_size: An int, or one per space dimension.
+        stride: Likewise.
+        padding: Likewise, or "same" or "valid".
+        dilation: Likewise.
+        groups: Groups of channels; they share the filters in V.
+        bias: Whether to add a bias.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        device: Device of the parameters.
+        dtype: Their dtype.
+        rank: An int in 1..min(C_out, C_in / groups * prod(kernel_size)), or a fraction in (0, 1] of that minimum.
 
     Raises:
-        RankError: the rank does not fit. ValueError: torch's own argument rules.
-
-    The condition number bounded is that of the flattened weight, not of the convolution as an operator. As with torch's
-    layers, to(memory_format=torch.channels_last) makes the outputs channels_last, which is the fast format on CPUs.
+        RankError: The rank does not fit.
+        ValueError: An argument that torch's convolution refuses.
     """
 
     _cost_model = staticmethod(ops.cost_model_cpu.conv)
@@ -94,7 +105,7 @@ class _LowRankConv(LowRankLayer):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self._last is not None:
-            # to(memory_format=...) converts four- and five-dimensional parameters only: a probe shows what it asks for
+            # to(memory_format=...) converts only 4- and 5-dimensional parameters: see what it does to such a tensor
             format = self._last if self.channels_last else torch.contiguous_format
             probe = torch.empty((2,) * (self._d + 2), device="meta" if self.U.is_meta else "cpu")
             self.channels_last = self._is_channels_last(fn(probe.to(memory_format=format)))
@@ -107,7 +118,7 @@ class _LowRankConv(LowRankLayer):
             torch.empty(t.shape, device="meta").to(memory_format=f).stride()
             for f in (torch.contiguous_format, self._last)
         )
-        return t.stride() == last != plain  # strides tell where a dimension of 1 leaves both formats contiguous
+        return t.stride() == last != plain  # with a dimension of 1 only the strides tell the formats apart
 
     def copy_flags_from(self, module: nn.Module) -> "LowRankLayer":
         self.channels_last = self._is_channels_last(module.weight)
@@ -122,7 +133,7 @@ class _LowRankConv(LowRankLayer):
     def _in_format(self, module: nn.Module) -> nn.Module:
         return module.to(memory_format=self._last) if self.channels_last else module
 
-    def _pair_shell(self, rank: int) -> tuple[nn.Module, nn.Module]:
+    def _empty_pair(self, rank: int) -> tuple[nn.Module, nn.Module]:
         like, maps = {"device": "meta", "dtype": self.U.dtype}, self.groups * rank
         geometry = self.stride, self.padding, self.dilation, self.groups
         first = self._dense(
@@ -131,7 +142,7 @@ class _LowRankConv(LowRankLayer):
         return first, self._dense(maps, self.out_channels, 1, groups=self.groups, bias=self.bias is not None, **like)
 
     def forward(self, input: Tensor) -> Tensor:
-        low_rank_conv = getattr(functional, self._functional)  # looked up now: torch.fx puts a node of its graph there
+        low_rank_conv = getattr(functional, self._functional)  # looked up at each call: torch.fx patches it
         return low_rank_conv(*self._padded(input), kernel_size=self.kernel_size, route=self._route)
 
     def _arguments(self, input: Tensor) -> tuple:
@@ -140,7 +151,7 @@ class _LowRankConv(LowRankLayer):
         )
 
     def _padded(self, input: Tensor) -> tuple:
-        """The positional arguments of the functional form, which pads with zeros only."""
+        """Return the positional arguments of the functional form, which pads with zeros only."""
         if self.channels_last and input.dim() == self._d + 2 and not functional.transformed():
             input = as_channels_last(input, self._last)
         padding = self.padding
@@ -165,7 +176,7 @@ class _LowRankConv(LowRankLayer):
 
 
 def as_channels_last(input: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """The input in this format; one channel lies in memory as in any format, but its strides tell which is meant."""
+    """Return the input in this format, with its strides even where a single channel makes all formats the same."""
     if input.shape[1] > 1:
         return input.contiguous(memory_format=memory_format)
     return input.reshape(input.shape[0], *input.shape[2:], 1).movedim(-1, 1)

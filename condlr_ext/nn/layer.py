@@ -1,4 +1,4 @@
-"""What every low-rank layer has: the factors U, S, V, their initialization, the weight they stand for."""
+"""LowRankLayer, the base of all low-rank layers: factors, initialization, weight, conversion."""
 
 import math
 import weakref
@@ -11,19 +11,23 @@ from ..errors import NonFiniteError, ShapeError
 from .rank import resolve_rank
 from .truncated import truncated_svd
 
-_LAYERS = weakref.WeakSet()  # all there are; not of their parameters, which torch swaps and replaces
+_LAYERS = weakref.WeakSet()  # all live layers; not their parameters, which torch replaces
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, "LowRankLayer"]:
+    """Return the low-rank layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
 def is_factor(p: Tensor) -> bool:
-    """Whether p is the U, S or V of a layer in this process."""
+    """Whether p is the U, S or V of a live layer."""
     return any(p is factor for layer in _LAYERS for factor in layer._factors())
 
 
 def active_rank(U: Tensor, S: Tensor, V: Tensor) -> int:
-    """How many leading columns are in use: trailing columns of U and V and rows and columns of S of zeros are room.
+    """Return the number of leading directions in use; a direction is unused if U, S and V are all zero there.
 
-    That U and V are zero there too tells room from a singular core, and no gradient ever reaches it. Waits for the
-    device.
+    Zero columns of U and V tell an unused direction from a singular core; no gradient reaches it. Waits for the device.
     """
     if U.is_meta:
         return S.shape[0]
@@ -33,27 +37,32 @@ def active_rank(U: Tensor, S: Tensor, V: Tensor) -> int:
 
 
 class LowRankLayer(nn.Module):
-    """Base of the layers. Subclasses set `weight_shape` (torch's) before they call `_make_factors`.
+    """Base class of the layers with weight W = U S Vᵀ.
+
+    Subclasses set `weight_shape` before they call `_make_factors`.
 
     Attributes:
-        U [m, r], S [r, r], V [n, r]: parameters, m = weight_shape[0], n the product of the rest.
-        bias [m] or None.
-        rank, active_rank: the r of these shapes, and how many of the r directions are in use: all, unless a
-            RankController keeps room.
-        route: which products the layer runs, "factorized", "merged" or "auto" (default: at every call what the cost
-            model of ops.cost_model_cpu says is cheaper); may be set at any time, is no part of the state_dict.
+        U: Parameter [m, r].
+        S: Parameter [r, r], the core.
+        V: Parameter [n, r].
+        bias: Parameter [m] or None.
+        rank: r.
+        weight_shape: Shape of the weight in torch's twin of the layer; as a matrix it is [m, n].
     """
 
     weight_shape: tuple[int, ...]
     _route = "auto"
 
     def __new__(cls, *args, **kwargs):
-        layer = super().__new__(cls)  # copies and unpickled ones are made here too
+        layer = super().__new__(cls)  # copies and unpickled layers pass here too
         _LAYERS.add(layer)
         return layer
 
     @property
     def route(self) -> str:
+        """Which products the layer runs: "factorized", "merged" or "auto" (default: the cheaper by the cost model of
+        ops.cost_model_cpu, at every call). Can be set at any time; not part of the state_dict.
+        """
         return self._route
 
     @route.setter
@@ -61,10 +70,10 @@ class LowRankLayer(nn.Module):
         self._route = functional.check_route(f"{type(self).__name__}.route", route)
 
     def plan(self, input: Tensor) -> ops.cost_model_cpu.Plan:
-        """Why "auto" takes the route it takes for this input: the estimated costs, which one wins and by how much.
+        """Return the costs that the cost model estimates for this input, and with them the route "auto" would take.
 
         Args:
-            input: as for forward; only its shape, its requires_grad and whether gradients are on matter.
+            input: As for forward; only its shape, its requires_grad and whether gradients are enabled matter.
         """
         return self._cost_model(*self._arguments(input))
 
@@ -83,7 +92,7 @@ class LowRankLayer(nn.Module):
         self.reset_parameters()
 
     def _factors(self) -> list[Tensor]:
-        parameters = vars(self).get("_parameters", {})  # not there while a layer is being unpickled
+        parameters = vars(self).get("_parameters", {})  # missing while a layer is being unpickled
         return [p for name in "USV" if (p := parameters.get(name)) is not None]
 
     @property
@@ -93,14 +102,14 @@ class LowRankLayer(nn.Module):
 
     @staticmethod
     def as_matrix(weight: Tensor) -> Tensor:
-        """The dense twin's weight as the matrix [m, n] that is factorized."""
+        """Return the dense twin's weight as a matrix [m, n]."""
         return weight.flatten(1)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random orthonormal U, V and S = s I with the Frobenius norm that torch's default dense weight has.
+        """Draw orthonormal U, V and set S = s I with the Frobenius norm of torch's default dense weight.
 
-        So kappa = 1 at the start, and the outputs have the variance of the dense layer's.
+        So kappa = 1, and the outputs have the variance of the dense layer's.
         """
         if self.U.is_meta:
             return
@@ -115,7 +124,7 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W = U S Vᵀ in torch's shape, differentiable, formed at each access: what is written into it is lost."""
+        """W = U S Vᵀ in torch's shape, differentiable, computed at each access: writing into it changes nothing."""
         return self._from_matrix(self.U @ self.S @ self.V.mT)
 
     def _from_matrix(self, W: Tensor) -> Tensor:
@@ -131,13 +140,17 @@ class LowRankLayer(nn.Module):
 
     @property
     def active_rank(self) -> int:
-        """The leading directions in use, <= rank; see optim.RankController. Waits for the device."""
+        """Number of directions in use, <= rank (less only under a RankController). Waits for the device."""
         return active_rank(self.U, self.S, self.V)
 
     def condition_number(self) -> float:
-        """kappa(S), the condition number of the weight while U and V are orthonormal; Inf for a singular core.
+        """Return kappa(S) of the directions in use: that of the weight while U and V are orthonormal.
 
-        Of the directions in use, where a RankController keeps room for more.
+        Returns:
+            kappa, Inf for a singular core.
+
+        Raises:
+            NonFiniteError: NaN or Inf in S.
         """
         r = self.active_rank
         try:
@@ -147,19 +160,26 @@ class LowRankLayer(nn.Module):
 
     @classmethod
     def from_dense(cls, module: nn.Module, rank, *, row_space: Tensor | None = None) -> "LowRankLayer":
-        """The layer whose weight is the best rank-r approximation of the dense module's (truncated SVD).
+        """Return the layer whose weight is the best rank-r approximation of a dense module's (truncated SVD).
 
         Where min(m, n) >= 1024 and the rank is at most an eighth of it, the SVD is randomized: the error is at most
         1 % above the best.
 
         Args:
-            module: the dense twin of this class.
-            rank: int, a fraction of min(m, n), or an Energy.
-            row_space: [n, r] with orthonormal columns; V spans it then: W row_space row_spaceᵀ instead.
+            module: The dense twin of this class.
+            rank: An int, a fraction of min(m, n), or an Energy.
+            row_space: Optional [n, r] with orthonormal columns. V then spans it, and the layer has the weight
+                W row_space row_spaceᵀ instead.
 
         Raises:
-            TypeError: another module. RankError: the rank does not fit. NonFiniteError: NaN or Inf in the weight.
-            ShapeError, ValueError: row_space is not [n, r], not orthonormal to 1e-4.
+            TypeError: The module is of another class.
+            RankError: The rank does not fit.
+            NonFiniteError: NaN or Inf in the weight.
+            ShapeError: row_space is not [n, r].
+            ValueError: row_space is not orthonormal to 1e-4.
+
+        Examples:
+            >>> layer = condlr_ext.LowRankLinear.from_dense(nn.Linear(64, 256), rank=0.25)
         """
         layer = cls.empty_from_dense(module, rank)
         W = cls.as_matrix(module.weight.detach())
@@ -185,14 +205,14 @@ class LowRankLayer(nn.Module):
 
     @classmethod
     def empty_from_dense(cls, module: nn.Module, rank) -> "LowRankLayer":
-        """The layer for a dense module with its parameters on the meta device. Raises as from_dense."""
+        """Return the layer for a dense module with its parameters on the meta device; raises as from_dense."""
         cls._check(module)
         W = cls.as_matrix(module.weight)
         rank = resolve_rank(rank, *W.shape, f"{cls.__name__}.from_dense", W)
         return cls(*cls._dense_arguments(module), device="meta", dtype=W.dtype, rank=rank)
 
     def copy_flags_from(self, module: nn.Module) -> "LowRankLayer":
-        """Takes over from its dense twin which parameters are trained, and the mode; returns the layer."""
+        """Copy requires_grad and the training mode from the dense twin; return the layer."""
         for p in (self.U, self.S, self.V):
             p.requires_grad_(module.weight.requires_grad)
         if self.bias is not None:
@@ -207,8 +227,8 @@ class LowRankLayer(nn.Module):
             )
 
     def to_dense(self) -> nn.Module:
-        """The dense module with weight U S Vᵀ: the same function to rounding."""
-        dense, trained = self._dense_shell(), any(p.requires_grad for p in (self.U, self.S, self.V))
+        """Return the dense module with weight U S Vᵀ: the same function to rounding."""
+        dense, trained = self._empty_dense(), any(p.requires_grad for p in (self.U, self.S, self.V))
         with torch.no_grad(), ops.no_autocast(self.U.device.type):
             dense.weight = nn.Parameter(self.weight.contiguous(), requires_grad=trained)
         if self.bias is not None:
@@ -216,18 +236,20 @@ class LowRankLayer(nn.Module):
         return dense.train(self.training)
 
     def folded(self) -> nn.Module:
-        """Plain torch modules of the same function to rounding, with fewer products than this layer: Vᵀ, then U S as
-        one matrix, in an nn.Sequential; where the two have no fewer weights than the dense module, that.
+        """Return plain torch modules of the same function to rounding, for inference.
+
+        They are an nn.Sequential of two layers with weights Vᵀ and U S, or the dense module where that has no more
+        weights.
         """
         r = self.active_rank
-        first, second = self._pair_shell(r)
+        first, second = self._empty_pair(r)
         if first.weight.numel() + second.weight.numel() >= math.prod(self.weight_shape):
             return self.to_dense()
         U, S, V = self.U, self.S, self.V
         with torch.no_grad(), ops.no_autocast(U.device.type):
             wide = torch.promote_types(U.dtype, torch.float32)
             US = (U[:, :r].to(wide) @ S[:r, :r].to(wide)).to(U.dtype)
-            filters = V[:, :r].mT.repeat(len(first.weight) // r, 1)  # groups share them
+            filters = V[:, :r].mT.repeat(len(first.weight) // r, 1)  # the groups share the filters
             for module, matrix, factors in ((first, filters, (V,)), (second, US, (U, S))):
                 weight = matrix.reshape(module.weight.shape).contiguous()
                 module.weight = nn.Parameter(weight, requires_grad=any(p.requires_grad for p in factors))
@@ -235,7 +257,7 @@ class LowRankLayer(nn.Module):
             second.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return nn.Sequential(first, second).train(self.training)
 
-    def _dense_shell(self) -> nn.Module:
+    def _empty_dense(self) -> nn.Module:
         return self._dense(*self._dense_arguments(self), device="meta", dtype=self.U.dtype)
 
 

@@ -1,4 +1,4 @@
-"""LowRankLinear."""
+"""LowRankLinear: torch.nn.Linear with weight U S Vᵀ."""
 
 import numbers
 
@@ -9,16 +9,26 @@ from .layer import LowRankLayer
 
 
 class LowRankLinear(LowRankLayer):
-    """y = W x + b with W = U S Vᵀ: torch.nn.Linear with a rank.
+    """Linear layer y = W x + b with W = U S Vᵀ; the other arguments are those of torch.nn.Linear.
 
     Args:
-        in_features, out_features, bias, device, dtype: as torch.nn.Linear.
-        rank: int in 1..min(in_features, out_features), or a fraction in (0, 1] of that minimum.
+        in_features: n.
+        out_features: m.
+        bias: Whether to add b.
+        device: Device of the parameters.
+        dtype: Their dtype.
+        rank: An int in 1..min(m, n), or a fraction in (0, 1] of min(m, n).
 
     Raises:
-        RankError: the rank does not fit.
+        RankError: The rank does not fit.
 
-    Source: Savostianova et al., NeurIPS 2023, section 3.
+    Examples:
+        >>> layer = condlr_ext.LowRankLinear(784, 256, rank=32)
+        >>> layer(torch.randn(8, 784)).shape
+        torch.Size([8, 256])
+
+    Source:
+        Savostianova et al., NeurIPS 2023, section 3.
     """
 
     _dense, _cost_model = nn.Linear, staticmethod(ops.cost_model_cpu.linear)
@@ -36,7 +46,7 @@ class LowRankLinear(LowRankLayer):
     def _dense_arguments(module) -> tuple:
         return module.in_features, module.out_features, module.bias is not None
 
-    def _pair_shell(self, rank: int) -> tuple[nn.Linear, nn.Linear]:
+    def _empty_pair(self, rank: int) -> tuple[nn.Linear, nn.Linear]:
         like = {"device": "meta", "dtype": self.U.dtype}
         first = nn.Linear(self.in_features, rank, bias=False, **like)
         return first, nn.Linear(rank, self.out_features, self.bias is not None, **like)
@@ -45,7 +55,7 @@ class LowRankLinear(LowRankLayer):
         return functional.low_rank_linear(input, self.U, self.S, self.V, self.bias, route=self._route)
 
     def apply_rows(self, input: Tensor, rows: slice, bias: Tensor | None) -> Tensor:
-        """input W[rows]ᵀ + bias, by the layer's route: one of the projections that attention packs into one layer."""
+        """Return input W[rows]ᵀ + bias: one of the projections that attention packs into one layer."""
         return functional.low_rank_linear(input, self.U[rows], self.S, self.V, bias, route=self._route)
 
     def _arguments(self, input: Tensor) -> tuple:

@@ -1,4 +1,4 @@
-"""The ways to say which rank a layer gets."""
+"""Ranks as ints, fractions or shares of the energy."""
 
 import math
 import numbers
@@ -10,13 +10,17 @@ from ..errors import NonFiniteError, RankError
 
 
 class Energy:
-    """A rank by the weight itself: the least r whose leading singular values hold this share of ‖W‖_F².
+    """A rank chosen by the weight: the smallest r whose leading singular values hold this share of ‖W‖_F².
 
     Args:
-        share: in (0, 1].
+        share: In (0, 1].
 
     Raises:
-        RankError: a share outside (0, 1]. TypeError: not a number.
+        RankError: share is outside (0, 1].
+        TypeError: share is no number.
+
+    Examples:
+        >>> report = condlr_ext.factorize(model, rank=condlr_ext.Energy(0.9))
     """
 
     def __init__(self, share: float):
@@ -30,28 +34,33 @@ class Energy:
         return f"Energy({self.share:g})"
 
     def rank_of(self, W: Tensor, where: str) -> int:
-        """The rank for the matrix W [m, n]; 1 if it is zero."""
+        """Return the rank for the matrix W [m, n]; 1 if it is zero. `where` begins error texts."""
         if W.is_meta:
             raise ValueError(f"{where}: rank={self} needs the values of the weight, which is on the meta device")
         if not torch.isfinite(W).all():
             raise NonFiniteError(f"{where}: the weight must be finite, got NaN or Inf")
         W = W.detach().double()
-        W = W / W.abs().max().clamp_min(torch.finfo(torch.float64).tiny)  # so that squares are in range
+        W = W / W.abs().max().clamp_min(torch.finfo(torch.float64).tiny)  # keeps squares in range
         gram = W @ W.mT if W.shape[0] < W.shape[1] else W.mT @ W
         held = torch.linalg.eigvalsh(gram).clamp_min(0).flip(0).cumsum(0)
-        # what is below the rounding of the sum does not count: a matrix of rank r has all of its energy in r values
+        # values below the rounding of the sum do not count: a matrix of rank r has all its energy in r values
         enough = self.share * held[-1] - held.numel() * torch.finfo(torch.float64).eps * held[-1]
         return int((held < enough).sum()) + 1
 
 
 def resolve_rank(rank, m: int, n: int, where: str, weight: Tensor | None = None) -> int:
-    """An int rank from an int, from a fraction f in (0, 1] of min(m, n) as ceil(f min(m, n)), or from an Energy.
+    """Return the rank that an int, a fraction f in (0, 1] or an Energy stands for; f means ceil(f min(m, n)).
 
     Args:
-        weight: the matrix [m, n] that an Energy is measured on; without it an Energy is refused.
+        rank: An int, a fraction or an Energy.
+        m: Rows of the weight as a matrix.
+        n: Its columns.
+        where: First words of error texts.
+        weight: The matrix [m, n] that an Energy is measured on; without it an Energy is refused.
 
     Raises:
-        RankError: outside 1..min(m, n), or a fraction outside (0, 1]. TypeError: none of these.
+        RankError: An int outside 1..min(m, n), or a fraction outside (0, 1].
+        TypeError: rank is none of these.
     """
     full = min(m, n)
     if isinstance(rank, Energy) and weight is not None:

@@ -1,4 +1,4 @@
-"""LowRankTransposedLinear: HF's Conv1D with a rank."""
+"""LowRankTransposedLinear: the low-rank twin of HF's Conv1D."""
 
 import torch
 from torch import Tensor, nn
@@ -7,13 +7,14 @@ from .linear import LowRankLinear
 
 
 class LowRankTransposedLinear(LowRankLinear):
-    """y = W x + b with W = U S Vᵀ for a linear layer that stores Wᵀ, as transformers.pytorch_utils.Conv1D does.
+    """Linear layer y = W x + b with W = U S Vᵀ that stores Wᵀ, as transformers.pytorch_utils.Conv1D does.
 
-    Made by `from_dense`; Conv1D is known by its name and attributes, so that transformers need not be installed.
+    Make it with `from_dense`. Conv1D is recognized by its name and attributes: transformers need not be installed.
 
     Attributes:
-        nf, nx: out_features and in_features, by Conv1D's names.
-        weight: Wᵀ [nx, nf], as Conv1D has it; U [nf, r], V [nx, r].
+        nf: out_features, by Conv1D's name; U is [nf, r].
+        nx: in_features, by Conv1D's name; V is [nx, r].
+        weight: Wᵀ [nx, nf], as in Conv1D.
     """
 
     def __init__(self, dense: type[nn.Module], nf: int, nx: int, device=None, dtype=None, *, rank):
@@ -24,7 +25,7 @@ class LowRankTransposedLinear(LowRankLinear):
 
     @staticmethod
     def serves(module: nn.Module) -> bool:
-        """Whether the module is a Conv1D."""
+        """Whether the module is an HF Conv1D."""
         weight, bias, nf = (getattr(module, name, None) for name in ("weight", "bias", "nf"))
         return (
             type(module).__name__ == "Conv1D"
@@ -54,6 +55,6 @@ class LowRankTransposedLinear(LowRankLinear):
     def _dense_arguments(module) -> tuple:
         return type(module), module.nf, module.weight.shape[0]
 
-    def _dense_shell(self) -> nn.Module:
+    def _empty_dense(self) -> nn.Module:
         with torch.device("meta"):
             return self._original(self.nf, self.nx)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .._modules import unwrapped
-from ..nn.layer import LowRankLayer, is_factor
+from ..nn.layer import is_factor, low_rank_layers
 from ..reference import ROLES
 
 
@@ -46,15 +46,13 @@ def module_group(model: nn.Module) -> dict:
         ValueError: a layer whose factors are no parameters of it, with its name.
     """
     model, role_of = unwrapped(model), {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, LowRankLayer):
-            role_of |= {_join(prefix, role): role for role in "USV"}
-            if not any(role in module._parameters for role in "USV"):
-                raise ValueError(
-                    f"layer {prefix!r} must have U, S, V as its own parameters, got none; FullyShardedDataParallel"
-                    " flattens them into one, which cannot be stepped on the constraint set: use"
-                    " DistributedDataParallel"
-                )
+    for prefix, layer in low_rank_layers(model).items():
+        role_of |= {_join(prefix, role): role for role in "USV"}
+        if not any(role in layer._parameters for role in "USV"):
+            raise ValueError(
+                f"layer {prefix!r} must have U, S, V as its own parameters, got none; FullyShardedDataParallel"
+                " flattens them into one, which cannot be stepped on the constraint set: use DistributedDataParallel"
+            )
     params = list(model.named_parameters())
     return {"params": params, "roles": [role_of.get(name, "other") for name, _ in params]}
 

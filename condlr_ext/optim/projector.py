@@ -1,7 +1,7 @@
 """Projector: puts low-rank layers back on the constraint set after every step of any torch optimizer."""
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import ItemsView, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import linalg, ops, reference
 from ..errors import NonFiniteError
-from ..nn.layer import LowRankLayer
+from ..nn.layer import LowRankLayer, low_rank_layers
 from .base import ConstrainedOptimizer, start_on_constraint_set
 from .groups import refuse_sharded
 
@@ -104,8 +104,8 @@ class Projector:
                 layers.append(ProjectedLayer(name, module, **options))
         return layers
 
-    def _low_rank(self) -> Iterator[tuple[str, LowRankLayer]]:
-        return ((name, m) for name, m in self.model.named_modules() if isinstance(m, LowRankLayer))
+    def _low_rank(self) -> ItemsView[str, LowRankLayer]:
+        return low_rank_layers(self.model).items()
 
     def _before(self, layers: list["ProjectedLayer"]) -> None:
         """With gradients there: refuses what cannot be projected, and takes the tangent part."""

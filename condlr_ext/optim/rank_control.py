@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import _table, linalg, reference
 from ..errors import NonFiniteError, RankError
 from ..factorize.budget import stored_parameters
-from ..nn.layer import LowRankLayer
+from ..nn.layer import LowRankLayer, low_rank_layers
 from ..nn.rank import resolve_rank
 from .base import ConstrainedOptimizer, in_use, where_in_use
 
@@ -513,8 +513,8 @@ def _check_state(layers: dict[str, LowRankLayer], optimizer) -> None:
 def _trained_layers(model: nn.Module, optimizer) -> dict[str, LowRankLayer]:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     layers, seen = {}, {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LowRankLayer) or not all(getattr(layer, role).requires_grad for role in "USV"):
+    for name, layer in low_rank_layers(model).items():
+        if not all(getattr(layer, role).requires_grad for role in "USV"):
             continue
         if id(layer.S) not in stepped:
             raise ValueError(f"RankController: layer {name!r} is none of the optimizer's")
@@ -640,8 +640,8 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     Args:
         optimizer: if training goes on: gets the new parameters, and its state of them is cut likewise.
     """
-    for layer in model.modules():
-        if isinstance(layer, LowRankLayer) and (r := layer.active_rank) < layer.rank:
+    for layer in low_rank_layers(model).values():
+        if (r := layer.active_rank) < layer.rank:
             _resize(layer, r, optimizer)
     return model
 

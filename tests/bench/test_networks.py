@@ -202,7 +202,7 @@ def test_wrong_inference_gets_no_time(tiny, monkeypatch):
     fold = inference.fold
 
     def without_core(model):
-        for _, layer in network_setup.low_rank_layers(model):
+        for layer in network_setup.low_rank_layers(model).values():
             layer.S.data.copy_(layer.S.mean() * torch.eye(layer.rank))
         return fold(model)
 

@@ -1,8 +1,22 @@
-"""Small real networks for the tests: residual convolutions, a ViT, nn.TransformerEncoder, a GPT with HF's Conv1D."""
+"""Small networks for the tests: an MLP, a ResNet, a ViT, nn.TransformerEncoder, a GPT with HF's Conv1D."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers of these widths with ReLU between, by default 64-256-256-10."""
+    widths = widths or (64, 256, 256, 10)
+    layers = [layer for m, n in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(m, n), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def tied() -> nn.Sequential:
+    """Three linear layers, the first and the last with one weight."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 12), nn.Linear(12, 8))
+    model[2].weight = model[0].weight
+    return model
 
 
 class Residual(nn.Module):
@@ -24,11 +38,13 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Images [B, 3, 16, 16] to classes [B, 10]; its blocks have a plain, a grouped and a dilated convolution."""
+    """Images [B, channels, H, W] to classes [B, 10]; its blocks have a plain, a grouped and a dilated convolution."""
 
-    def __init__(self, width: int = 16):
+    def __init__(self, width: int = 16, channels: int = 3):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.layer1 = Residual(width, width)
         self.layer2 = Residual(width, 2 * width, stride=2, groups=4)
         self.layer3 = Residual(2 * width, 4 * width, stride=2, dilation=2)

@@ -6,13 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.layers import ROUTES
 from helpers.matrices import SPECTRA, with_spectrum
 from torch.autograd import gradcheck, gradgradcheck
 
 from condlr_ext import functional, linalg, reference
 
 F64 = torch.float64
-ROUTES = pytest.mark.parametrize("route", ["factorized", "merged"])
 
 
 def factors(m, n, r, requires_grad=True):
