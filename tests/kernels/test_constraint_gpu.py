@@ -294,27 +294,6 @@ def test_waiting_is_noticed():
         torch.ones(1, device=DEVICE).item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_groups_of_matrices(dtype):
-    """Of any shapes, rank-deficient and not finite ones among them."""
-    from condlr_ext.kernels.triton.qr import launch as qr
-
-    shapes = [(300, 40), (5, 5), (0, 3), (1, 1), (7, 20), (640, 200), (12, 0), (4000, 64)]
-    group = [torch.randn(m, n, dtype=dtype, device=DEVICE) for m, n in shapes]
-    group[1][:, 2] = 0
-    group[3][:] = math.nan
-    Q, info = qr.orthonormalize_grouped(group)
-    assert info.tolist() == [NOT_FINITE if i == 3 else OK for i in range(len(group))]
-    for i, (A, q) in enumerate(zip(group, Q, strict=True)):
-        assert q.shape == (A.shape[0], min(A.shape))
-        if i == 3:
-            assert q.isnan().all()
-        elif A.numel():
-            assert worst_gram(q[None]) <= backward_error(dtype, *A.shape)
-            square = A[:, : q.shape[1]]
-            assert residual(q @ (q.mT @ square) - square, square) <= backward_error(dtype, *A.shape)
-
-
 def test_batches_beyond_32_bits():
     """Offsets pass 2**31 elements."""
     count, r = (1 << 31) // 32**2 + 100, 32

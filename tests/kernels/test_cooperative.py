@@ -56,7 +56,7 @@ def at_once(monkeypatch, absent):
         if "work_ptr" in names:
             member_of = names["work_ptr"][:, 1].tolist()
         else:
-            member_of = [program % names["members"] for program in range(grid[0])]
+            member_of = [program % names["group_size"] for program in range(grid[0])]
         launched.append(max(member_of) + 1)
         for value in args:
             if isinstance(value, torch.Tensor) and value.numel():
@@ -72,7 +72,7 @@ def at_once(monkeypatch, absent):
             assert process.exitcode == 0
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", run_all)
-    monkeypatch.setattr(cooperative, "members", lambda device, jobs: [min(job, MEMBERS) for job in jobs])
+    monkeypatch.setattr(cooperative, "group_sizes", lambda device, jobs: [min(job, MEMBERS) for job in jobs])
     # tiles for all of them; in one process several sizes would only take longer
     sizes = newton_schulz.config("sm_90") | dict(TILE=64, WIDE_TILE=64, BLOCK=2048)
     monkeypatch.setattr(newton_schulz, "config", lambda name: dict(sizes))
@@ -81,7 +81,7 @@ def at_once(monkeypatch, absent):
 
 def alone(monkeypatch, compute):
     with monkeypatch.context() as patch:
-        patch.setattr(cooperative, "members", lambda device, jobs: [1] * len(jobs))
+        patch.setattr(cooperative, "group_sizes", lambda device, jobs: [1] * len(jobs))
         return compute()
 
 

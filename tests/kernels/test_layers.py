@@ -120,7 +120,7 @@ def test_only_the_gradients_asked_for(mask):
 
 
 def strided(t, how):
-    """The same numbers in other pointer_table: rows further apart, columns first, every other row or column."""
+    """Return a copy of t in another layout: rows apart, columns first, every other row or column of a larger tensor."""
     if how == "rows apart":
         return torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, dtype=t.dtype)[..., 1:-2].copy_(t)
     if how == "transposed":

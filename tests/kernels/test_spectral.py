@@ -28,10 +28,10 @@ if kernels.INTERPRETED:
     from condlr_ext.kernels.triton.spectral import launch as spectral
 
     @triton.jit
-    def is_within(A_ptr, interval_ptr, room_ptr, within_ptr, n, WIDE_TILE: tl.constexpr, BLOCK: tl.constexpr):
+    def is_within(A_ptr, interval_ptr, workspace_ptr, within_ptr, n, WIDE_TILE: tl.constexpr, BLOCK: tl.constexpr):
         p, q = tl.load(interval_ptr), tl.load(interval_ptr + 1)
-        other_ptr = room_ptr + n * n
-        args = A_ptr, n, n, p, q, room_ptr, other_ptr, 0, 1, within_ptr, WIDE_TILE, 128, BLOCK
+        other_ptr = workspace_ptr + n * n
+        args = A_ptr, n, n, p, q, workspace_ptr, other_ptr, 0, 1, within_ptr, WIDE_TILE, 128, BLOCK
         tl.store(within_ptr, tl.where(newton_schulz.is_within(*args), 1, 0))
 
     @triton.jit
@@ -198,7 +198,7 @@ def test_clip_spectrum(k, kind, tau, band):
     assert (out - exact).norm() <= 1e-6 * exact.norm()
 
 
-def test_clip_spectrum_of_wild_cores_is_in_float64():
+def test_clip_spectrum_of_ill_conditioned_cores_is_in_float64():
     A = with_spectrum(torch.logspace(0, -3, 24, dtype=torch.float64), 24, 24).float()
     exact = reference.clip_spectrum(A.double(), 0.1)
     out, _ = spectral.clip_spectrum(A, 0.1, 0, INF)
@@ -276,7 +276,7 @@ def test_matrices_of_a_batch_have_their_own_constraints():
     assert (info == OK).all()
 
 
-def test_a_batch_is_its_matrices_tame_wild_zero_and_non_finite():
+def test_a_batch_is_its_matrices_well_conditioned_ill_conditioned_zero_and_non_finite():
     kinds = ["two_values", "graded", "zero", "random", "repeated", "random"]
     A = torch.stack([with_spectrum(SPECTRA[kind](6), 6, 6).float() for kind in kinds]).reshape(3, 2, 6, 6)
     A[1, 1, 2, 5], A[2, 0, 0, 0] = math.nan, -INF
@@ -343,7 +343,7 @@ def test_reasons_not():
     assert "float16" in op.unsupported_reasons("triton", torch.empty(3, 3, dtype=torch.float16))[0]
 
 
-# what a matrix looks like in training, and at the ends of what counts as tame
+# what a matrix looks like in training, and at the ends of what counts as well_conditioned
 TAME = {
     "kappa_10": lambda k: torch.linspace(1, 0.1, k, dtype=torch.float64),
     "outlier": lambda k: torch.where(torch.arange(k) == 0, 1.0, 0.101).double(),
@@ -396,8 +396,16 @@ def test_clip_spectrum_by_products(m, n, tau, band, sigma_max):
 
 def test_products_serve_some_matrices_of_a_batch():
     k = 65
-    tame = batch_of([TAME["kappa_10"], TAME["equal"]], k, k)
-    A = torch.stack((tame[0], soon_done(torch.logspace(0, -3, k)), torch.zeros(k, k), tame[1], torch.randn(k, k)))
+    well_conditioned = batch_of([TAME["kappa_10"], TAME["equal"]], k, k)
+    A = torch.stack(
+        (
+            well_conditioned[0],
+            soon_done(torch.logspace(0, -3, k)),
+            torch.zeros(k, k),
+            well_conditioned[1],
+            torch.randn(k, k),
+        )
+    )
     A[4, 3, 60] = math.nan
     out, info = spectral.clip_spectrum(A, 0.1, 0, INF)
     assert info.tolist() == [OK, OK, ALL_ZERO, OK, NOT_FINITE]
@@ -408,15 +416,21 @@ def test_products_serve_some_matrices_of_a_batch():
     torch.testing.assert_close(out[4], A[4], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("others", ["non-finite", pytest.param("wild", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("others", ["non-finite", pytest.param("ill_conditioned", marks=pytest.mark.slow)])
 def test_polar_of_a_batch_of_which_products_serve_some(others):
     k = 65
-    tame = batch_of([TAME["kappa_10"]], k, k)[0]
-    A = torch.stack((torch.full((k, k), INF), tame, tame * 1e-20 if others == "wild" else tame))
-    if others == "wild":
+    well_conditioned = batch_of([TAME["kappa_10"]], k, k)[0]
+    A = torch.stack(
+        (
+            torch.full((k, k), INF),
+            well_conditioned,
+            well_conditioned * 1e-20 if others == "ill_conditioned" else well_conditioned,
+        )
+    )
+    if others == "ill_conditioned":
         A[0] = soon_done(torch.logspace(0, -3, k))
     Q, info = spectral.polar(A)
-    assert info.tolist() == [OK if others == "wild" else NOT_FINITE, OK, OK]
+    assert info.tolist() == [OK if others == "ill_conditioned" else NOT_FINITE, OK, OK]
     assert (Q[1] - Q[2]).abs().max() <= 1e-6
     for q, a in zip(Q, A, strict=True):
         if a.isfinite().all():
