@@ -1,25 +1,21 @@
 """The Triton qr in Triton's interpreter: invariants on all kinds of matrices against LAPACK, and outcomes."""
 
-import ast
-import inspect
 import math
-import os
 from itertools import product
 
 import pytest
 import torch
+from helpers.kernels import IN_INTERPRETER, host_waits
 from helpers.matrices import SPECTRA, backward_error, non_orthonormality, with_spectrum
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process with TRITON_INTERPRET=1"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about NaN and Inf
-]
-if os.environ.get("TRITON_INTERPRET") == "1":
+from condlr_ext.kernels.status import NOT_FINITE, OK
+from condlr_ext.kernels.triton import INTERPRETED
+
+pytestmark = IN_INTERPRETER
+if INTERPRETED:
     from condlr_ext.kernels.triton.qr import cholesky_qr
     from condlr_ext.kernels.triton.qr import launch as qr
-    from condlr_ext.kernels.triton.runtime import launching as launch
-    from condlr_ext.ops.linalg import NOT_FINITE, OK
+    from condlr_ext.kernels.triton.runtime import launching
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -166,12 +162,5 @@ def test_long_sums_are_split():
 
 
 def test_the_host_does_not_wait():
-    for module in (qr, launch):
-        assert not waits(module), waits(module)
-
-
-def waits(module) -> list[str]:
-    """Calls by which the host would wait for the device, or read from it, in the source of a module."""
-    calls = (node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call))
-    names = (c.func.attr if isinstance(c.func, ast.Attribute) else getattr(c.func, "id", "") for c in calls)
-    return sorted(set(names) & {"item", "tolist", "cpu", "numpy", "nonzero", "bool", "float", "equal", "synchronize"})
+    for module in (qr, launching):
+        assert host_waits(module) == [], module

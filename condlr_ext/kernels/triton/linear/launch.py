@@ -103,18 +103,18 @@ def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, p
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t [*, k] as a matrix whose rows are contiguous, any number of elements apart."""
+    """Return t [*, k] as a matrix with contiguous rows, any number of elements apart."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def _pixels(image: Tensor) -> Tensor:
-    """image [B, C, *space] as a matrix of one row per pixel; a view of channels_last memory."""
+    """Return image [B, C, *space] as a matrix with a row per pixel, a view if it is channels_last."""
     return _rows(image.movedim(1, -1))
 
 
 def _image(pixels: Tensor, batch: int, space) -> Tensor:
-    """Back to [B, C, *space] in the format in which torch answers: channels_last, which one dimension has not."""
+    """Return [B, C, *space] in the memory format that torch returns: channels_last, contiguous in one dimension."""
     image = pixels.view(batch, *space, pixels.shape[1]).movedim(-1, 1)
     return image if len(space) > 1 else image.contiguous()
 

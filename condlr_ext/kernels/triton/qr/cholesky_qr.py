@@ -13,13 +13,10 @@ import triton
 import triton.language as tl
 
 from ....reference import HYPER
-from ... import status
 from ..runtime.launching import columns, variant
+from ..runtime.status import ALL_ZERO, NOT_CONVERGED, NOT_FINITE, OK  # noqa: F401  the step reads them here
 
-OK, NOT_CONVERGED, NOT_FINITE, ALL_ZERO = map(
-    tl.constexpr, (status.OK, status.NOT_CONVERGED, status.NOT_FINITE, status.ALL_ZERO)
-)
-RESCUE = tl.constexpr(4)  # state of a matrix that Householder QR has to factor
+RESCUE = tl.constexpr(4)  # state of a matrix that Householder QR has to factor; other states are status codes
 
 EPSILON = tl.constexpr(2.0**-52)
 

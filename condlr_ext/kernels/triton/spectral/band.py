@@ -4,11 +4,10 @@ import triton
 import triton.language as tl
 
 from .... import reference
-from ... import status
+from ..runtime.status import ALL_ZERO, OK
 from .product import CORRECT, KEEP, REPLACE
 
 MEAN, OPTIMAL = tl.constexpr(reference.BANDS.index("mean")), tl.constexpr(reference.BANDS.index("optimal"))
-OK, ALL_ZERO = tl.constexpr(status.OK), tl.constexpr(status.ALL_ZERO)
 TAU, BAND, SIGMA_MAX = map(tl.constexpr, range(3))  # columns of a constraint
 
 

@@ -14,11 +14,10 @@ of a pair goes to the lower index, so clustered spectra converge in a few sweeps
 import triton
 import triton.language as tl
 
-from ... import status
 from .. import INTERPRETED
 from ..runtime.cooperative import barrier, copy, product, reset, split_program_id, timed_out
+from ..runtime.status import NOT_CONVERGED, NOT_FINITE, OK
 
-OK, NOT_CONVERGED, NOT_FINITE = map(tl.constexpr, (status.OK, status.NOT_CONVERGED, status.NOT_FINITE))
 SWEEPS = 40  # graded spectra need 20, others fewer than ten
 SWEEPS_OF_BLOCKS = 20
 PAIR = 64  # columns of two blocks, which rotate together
