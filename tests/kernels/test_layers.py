@@ -39,9 +39,9 @@ def error(got, true) -> float:
 
 
 def check(got, plain, true, moduli, dtype):
-    """At most twice the error of plain PyTorch, plus two roundings of the sum of moduli: one number may be exact by luck.
+    """Assert at most twice the error of plain PyTorch, plus two roundings of the sum of moduli for lucky exact numbers.
 
-    In float64, the rounding of both sides: what `true` is computed in.
+    In float64 rounding of both sides is allowed, since `true` is computed in it.
     """
     eps = torch.finfo(dtype).eps
     for mine, theirs, exact, modulus in zip(got, plain, true, moduli, strict=True):

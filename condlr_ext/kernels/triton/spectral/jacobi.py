@@ -173,8 +173,8 @@ def _tolerance(rows, dtype: tl.constexpr):
 
 
 @triton.jit
-def _sweep(W_ptr, m, V_ptr, n, first, second, J_ptr, rounds, passes, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Rotate the columns of `_multiply` against each other. Return whether any were not orthogonal."""
+def rotate_columns(W_ptr, m, V_ptr, n, first, second, J_ptr, rounds, passes, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Rotate columns first + k, k < R / 2, and second + k from there on. Return whether any were not orthogonal."""
     k = tl.arange(0, R)
     cols = k + tl.where(k < R // 2, first, second)
     inside = cols < n
@@ -191,8 +191,8 @@ def _sweep(W_ptr, m, V_ptr, n, first, second, J_ptr, rounds, passes, R: tl.const
 
 
 @triton.jit
-def _start(A_ptr, a_row, a_col, W_ptr, m, V_ptr, n, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Set W = A / scale, V = I, or W = 0 if A is not finite. Return the scale, then NaN."""
+def start(A_ptr, a_row, a_col, W_ptr, m, V_ptr, n, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Set W = A / scale and V = I. Return the scale; if A is not finite, W = 0 and the scale is NaN."""
     dtype = W_ptr.dtype.element_ty
     cols = tl.arange(0, R)
     inside = cols < n
@@ -276,7 +276,7 @@ def _permute(X_ptr, rows, n, factor, rank, shift, R: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _finish(W_ptr, m, V_ptr, n, sigma_ptr, scale, R: tl.constexpr, BLOCK: tl.constexpr):
+def finish(W_ptr, m, V_ptr, n, sigma_ptr, scale, R: tl.constexpr, BLOCK: tl.constexpr):
     """Compute sigma, descending, from the lengths of the columns of W; sort W and V; scale W to U."""
     dtype = W_ptr.dtype.element_ty
     cols, i = tl.arange(0, R), tl.arange(0, BLOCK)
@@ -307,7 +307,7 @@ def _finish(W_ptr, m, V_ptr, n, sigma_ptr, scale, R: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _polish(X_ptr, rows, n, J_ptr, R: tl.constexpr, BLOCK: tl.constexpr):
+def polish(X_ptr, rows, n, J_ptr, R: tl.constexpr, BLOCK: tl.constexpr):
     """X <- X (3 I - XᵀX) / 2: makes nearly orthonormal columns orthonormal to rounding."""
     k = tl.arange(0, R)
     G = _gram(X_ptr, rows, n, k, k < n, BLOCK)
@@ -341,15 +341,15 @@ def svd(
         U_ptr += batch * m * n
         V_ptr += batch * n * n
         J_ptr += batch * R * R
-        scale = _start(A_ptr + batch * a_batch, a_row, a_col, U_ptr, m, V_ptr, n, R, BLOCK)
+        scale = start(A_ptr + batch * a_batch, a_row, a_col, U_ptr, m, V_ptr, n, R, BLOCK)
         rotated = tl.cast(n, tl.int32) > 1
         sweeps = 0
         while rotated & (sweeps < SWEEPS):
-            rotated = _sweep(U_ptr, m, V_ptr, n, 0, 0, J_ptr, rounds, 1, R, BLOCK)
+            rotated = rotate_columns(U_ptr, m, V_ptr, n, 0, 0, J_ptr, rounds, 1, R, BLOCK)
             sweeps += 1
-        _finish(U_ptr, m, V_ptr, n, sigma_ptr + batch * n, scale, R, BLOCK)
-        _polish(U_ptr, m, n, J_ptr, R, BLOCK)
-        _polish(V_ptr, n, n, J_ptr, R, BLOCK)
+        finish(U_ptr, m, V_ptr, n, sigma_ptr + batch * n, scale, R, BLOCK)
+        polish(U_ptr, m, n, J_ptr, R, BLOCK)
+        polish(V_ptr, n, n, J_ptr, R, BLOCK)
         tl.store(info_ptr + batch, _verdict(scale, rotated))
 
 
@@ -375,7 +375,7 @@ def _rotate_blocks(
             for pair in range(member, blocks // 2, group_size):
                 block = (pair & low) | ((pair & ~low) << 1)
                 first, second = block * (PAIR // 2), (block ^ across) * (PAIR // 2)
-                if _sweep(W_ptr, m, V_ptr, n, first, second - PAIR // 2, J_ptr, PAIR, 2, PAIR, BLOCK):
+                if rotate_columns(W_ptr, m, V_ptr, n, first, second - PAIR // 2, J_ptr, PAIR, 2, PAIR, BLOCK):
                     tl.store(rotated_ptr + sweep, 1)
             barrier(counter_ptr, group_size)
         rotated = tl.load(rotated_ptr + sweep) != 0
@@ -411,7 +411,7 @@ def svd_by_group(
     """
     scale = tl.full([], 1.0, U_ptr.dtype.element_ty)
     if member == 0:
-        scale = _start(A_ptr, a_row, a_col, U_ptr, m, V_ptr, n, R, BLOCK)
+        scale = start(A_ptr, a_row, a_col, U_ptr, m, V_ptr, n, R, BLOCK)
         for sweep in range(SWEEPS):
             tl.store(rotated_ptr + sweep, 0)
     barrier(counter_ptr, group_size)
@@ -421,7 +421,7 @@ def svd_by_group(
         U_ptr, m, V_ptr, n, J_ptr, rotated_ptr, blocks, member, group_size, counter_ptr, PAIR, BLOCK, SWEEPS
     )
     if member == 0:
-        _finish(U_ptr, m, V_ptr, n, sigma_ptr, scale, R, BLOCK)
+        finish(U_ptr, m, V_ptr, n, sigma_ptr, scale, R, BLOCK)
         tl.store(info_ptr, _verdict(scale, rotated | timed_out(counter_ptr)))
     barrier(counter_ptr, group_size)
     _polish_by_group(U_ptr, m, n, T_ptr, other_ptr, member, group_size, counter_ptr, TILE, BLOCK)

@@ -95,15 +95,15 @@ def _clip(
     J_ptr = V_ptr + R * R
     sigma_ptr = J_ptr + R * R
     n, rounds = tl.load(core + 1).to(tl.int32), tl.load(core + 3).to(tl.int32)
-    scale = jacobi._start(base_ptr + tl.load(core), n, 1, U_ptr, n, V_ptr, n, R, BLOCK)
+    scale = jacobi.start(base_ptr + tl.load(core), n, 1, U_ptr, n, V_ptr, n, R, BLOCK)
     active = n > 1
     sweeps = 0
     while active & (sweeps < SWEEPS):
-        active = jacobi._sweep(U_ptr, n, V_ptr, n, 0, 0, J_ptr, rounds, 1, R, BLOCK)
+        active = jacobi.rotate_columns(U_ptr, n, V_ptr, n, 0, 0, J_ptr, rounds, 1, R, BLOCK)
         sweeps += 1
-    jacobi._finish(U_ptr, n, V_ptr, n, sigma_ptr, scale, R, BLOCK)
-    jacobi._polish(U_ptr, n, n, J_ptr, R, BLOCK)
-    jacobi._polish(V_ptr, n, n, J_ptr, R, BLOCK)
+    jacobi.finish(U_ptr, n, V_ptr, n, sigma_ptr, scale, R, BLOCK)
+    jacobi.polish(U_ptr, n, n, J_ptr, R, BLOCK)
+    jacobi.polish(V_ptr, n, n, J_ptr, R, BLOCK)
     tl.debug_barrier()
 
     S_ptr, layer = base_ptr + tl.load(core), tl.load(core + 2)
