@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def torch_reason() -> str | None:
-    """Why torch cannot be built against, or None."""
+    """Return the reason why no build against torch is possible, or None."""
     try:
         version = importlib.import_module("torch").__version__
     except ImportError as error:
@@ -30,7 +30,7 @@ def torch_reason() -> str | None:
 
 
 def extensions() -> list[Extension]:
-    """The compiled modules, or none, saying why."""
+    """Return the modules to compile; print the reason if there are none."""
     choice = os.environ.get("CONDLR_EXT_BUILD", "auto")
     if choice not in ("auto", "none"):
         raise SystemExit(f"setup.py: CONDLR_EXT_BUILD must be auto or none, got {choice!r}")
@@ -49,7 +49,7 @@ def extensions() -> list[Extension]:
 
 
 def tool(package: str, directory: str) -> str:
-    """A build tool from its PyPI package, else from PATH."""
+    """Return the path of a build tool, from its PyPI package or from PATH."""
     try:
         path = shutil.which(package, path=getattr(importlib.import_module(package), directory))
     except ImportError:
@@ -63,7 +63,7 @@ def tool(package: str, directory: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake once for all extensions, in build/cmake-<platform>: a second build is incremental."""
+    """Run CMake once for all extensions, in build/cmake-<platform>; a second build is incremental."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # _C links no Python: its name carries no Python version
@@ -93,7 +93,7 @@ class CMakeBuild(build_ext):
             options["pybind11_DIR"] = importlib.import_module("pybind11").get_cmake_dir()
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         definitions = [f"-D{name}={value}" for name, value in options.items()]
-        # the cache may name the paths of an earlier environment; the objects beside it stay good
+        # the cache may contain paths of an earlier environment; the object files stay valid
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *definitions], check=True)
         subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)

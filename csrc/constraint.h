@@ -1,4 +1,4 @@
-// What tau, band and sigma_max must be, for the torch ops and for _host.
+// The check of tau, band and sigma_max for the torch ops and for _host.
 #pragma once
 
 #include <sstream>
@@ -8,7 +8,7 @@
 
 namespace condlr {
 
-// The text of the error, or nothing.
+// The error text, or an empty string.
 inline std::string constraint_error(const std::string& where, double tau, double band, double sigma_max) {
   std::ostringstream text;
   if (!(tau >= 0)) {

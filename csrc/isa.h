@@ -1,4 +1,4 @@
-// Which instruction sets are compiled, which this CPU runs, and which one is used.
+// The compiled instruction sets, those that this CPU supports, and the one in use.
 #pragma once
 
 #include <string>

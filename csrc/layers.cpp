@@ -23,11 +23,11 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Multiply-adds of the forward for each thread above which torch's products, which are threaded, were measured
-// to be no slower.
+// Multiply-adds of the forward per thread, above which torch's threaded products were measured to be no
+// slower.
 constexpr int64_t kLargest = 8'000'000;
 
-// A layer and as many rows as `like` has, checked to fit together.
+// The sizes of a layer and its rows, checked to fit together.
 struct Call {
   int64_t rows, m, n, r;
   ScalarType dtype;
@@ -51,7 +51,7 @@ struct Call {
             rows * r * (m + n) <= kLargest / torch::stable::get_num_threads();
   }
 
-  // Of that many elements and the dtype of the layer.
+  // Checks the number of elements and the dtype of a tensor.
   void check(const Tensor& t, int64_t elements, const char* name) const {
     STD_TORCH_CHECK(t.numel() == elements && t.scalar_type() == dtype, "low_rank_linear: ", name,
                     " must have ", elements, " elements and the dtype of U");
@@ -92,8 +92,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& U, const T
   if (bias) call.check(*bias, call.m, "bias");
   if (!call.small) {
     std::array<StableIValue, 5> stack{from(input), from(U), from(S), from(V), from(bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("condlr_ext::_reference_low_rank_linear", "",
-                                                        stack.data(), TORCH_ABI_VERSION));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("condlr_ext::_reference_low_rank_linear", "", stack.data(), TORCH_ABI_VERSION));
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
   }
   const Tensor X = dense(input), u = dense(U), s = dense(S), v = dense(V);
@@ -111,8 +111,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& input, const Tensor& U, const T
 StableIValue from_mask(const std::vector<bool>& mask) {
   StableListHandle list;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(mask.size(), &list));
-  for (const bool wanted : mask)
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, torch::stable::detail::from(wanted)));
+  for (const bool needed : mask)
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, torch::stable::detail::from(needed)));
   return torch::stable::detail::from(list);
 }
 
@@ -134,16 +134,16 @@ Gradients backward(const Tensor& grad, const std::optional<Tensor>& input, const
   }
   const Tensor G = dense(grad), u = dense(U), s = dense(S), v = dense(V);
   const Tensor X = needs_X ? dense(*input) : G, p = needs_P ? dense(*P) : G;
-  const auto wanted = [&](int i, std::initializer_list<int64_t> shape) {
+  const auto gradient = [&](int i, std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(U, mask[i] ? std::vector<int64_t>(shape) : std::vector<int64_t>{0});
   };
-  const Tensor dX = mask[0] ? empty_rows(G, call.n) : wanted(0, {}), dU = wanted(1, {call.m, call.r}),
-               dS = wanted(2, {call.r, call.r}), dV = wanted(3, {call.n, call.r}), db = wanted(4, {call.m});
+  const Tensor dX = mask[0] ? empty_rows(G, call.n) : gradient(0, {}), dU = gradient(1, {call.m, call.r}),
+               dS = gradient(2, {call.r, call.r}), dV = gradient(3, {call.n, call.r}),
+               db = gradient(4, {call.m});
   call.run([&](const auto& kernels, auto zero, Workspace& workspace) {
     using T = decltype(zero);
     const Linear<T> layer{call.rows, call.m, call.n, call.r, read<T>(u), read<T>(s), read<T>(v)};
-    const LinearGradients<T> gradients{write<T>(dX), write<T>(dU), write<T>(dS), write<T>(dV),
-                                       write<T>(db)};
+    const LinearGradients<T> gradients{write<T>(dX), write<T>(dU), write<T>(dS), write<T>(dV), write<T>(db)};
     kernels.linear_backward(layer, read<T>(G), read<T>(X), read<T>(p), gradients, workspace);
   });
   return {dX, dU, dS, dV, db};

@@ -1,4 +1,4 @@
-// The block list behind Workspace, and the pool of the process.
+// The block list of Workspace, and the pool of the process.
 #include "core/workspace.h"
 
 #include <algorithm>

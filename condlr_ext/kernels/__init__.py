@@ -1,1 +1,1 @@
-"""Kernels in Python-embedded languages; nothing here is imported before a call needs it."""
+"""Kernels in languages embedded in Python; each module is imported when an op first needs it."""

@@ -1,4 +1,4 @@
-"""torch.ops.condlr_ext.*: schema, fake, reference registration and choice of implementation, per op family."""
+"""torch.ops.condlr_ext.*: schema, fake, reference and choice of implementation, one module per op family."""
 
 from . import cost_model_cpu, cost_model_gpu, layers, linalg, step
 from ._dispatch import BACKENDS, COMPILED, OPS, Op, autocast_enabled, backend, can_check, current_backend, no_autocast

@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and what keeps each of the others from it."""
+"""Registration of the ops, and the choice of the implementation that serves a call."""
 
 import contextlib
 import importlib
@@ -16,11 +16,16 @@ COMPILED = _load.load()
 LIB = torch.library.Library("condlr_ext", "FRAGMENT")
 OPS: dict[str, "Op"] = {}
 
-# process-wide, as torch.backends' flags: autograd runs backward in other threads, and compiled code guards on it
+# process-wide, like torch.backends' flags: autograd runs backward in other threads, and compiled code guards on it
 _current = os.environ.get("CONDLR_EXT_BACKEND", "auto")
 
 
 def current_backend() -> str:
+    """Return the name of the chosen backend.
+
+    Raises:
+        ValueError: CONDLR_EXT_BACKEND names no backend.
+    """
     if _current not in BACKENDS:
         raise ValueError(
             f"condlr_ext: backend must be one of {', '.join(BACKENDS)}, got {_current!r} (from CONDLR_EXT_BACKEND)"
@@ -31,13 +36,15 @@ def current_backend() -> str:
 class backend:
     """Context manager that chooses the implementation of every op inside its block.
 
+    A named backend is strict: a call that it cannot serve raises BackendError with the reason. The choice is
+    process-wide; forward remembers it for its backward.
+
     Args:
         name: "auto" (the fastest that can serve each call), "reference" (plain PyTorch), "cpu" (compiled kernels
-            and torch's CPU products) or "triton". A named backend is strict: what it cannot serve raises
-            BackendError with the reason. The choice is process-wide; forward remembers it for its backward.
+            and torch's CPU products) or "triton".
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: The name is unknown.
     """
 
     def __init__(self, name: str):
@@ -57,21 +64,23 @@ class backend:
 
 
 class Op:
-    """One op: `condlr_ext::name`, served by torch's dispatcher, `condlr_ext::_reference_name` and, where there is a
+    """An op and its implementations.
+
+    Registers `condlr_ext::name`, for which torch's dispatcher chooses, `condlr_ext::_reference_name` and, if there is a
     Triton kernel, `condlr_ext::_triton_name`.
 
     Args:
-        schema: the schema string without namespace.
-        reference: plain PyTorch implementation, registered for every device.
-        fake: shape and dtype propagation.
-        cpu_unsupported: given the arguments, the reasons why the CPU implementation cannot serve them.
-        cpu_is: what that implementation is, for people to read.
+        schema: Schema string without namespace.
+        reference: Plain PyTorch implementation, registered for every device.
+        fake: Shape and dtype propagation.
+        cpu_unsupported: Returns the reasons why the CPU implementation cannot serve the arguments.
+        cpu_is: Description of that implementation.
         triton: "module.function" in kernels.triton that launches the kernels, imported when first called.
-        triton_unsupported: given the arguments, the reasons why those cannot serve them, beyond what
-            holds for all kernels.
-        prefer_reference: given the arguments, why the implementation for their device is slower than the
-            reference, so that "auto" does not take it; empty if it is not.
-        vmap: makes, for an overload, its torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims).
+        triton_unsupported: Returns the reasons why the kernels cannot serve the arguments, beyond those that hold for
+            all kernels.
+        prefer_reference: Returns the reason why "auto" takes the reference although the implementation for the
+            device can serve the arguments; empty if it does not.
+        vmap: Makes the torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims) of an overload.
     """
 
     def __init__(
@@ -110,7 +119,7 @@ class Op:
         OPS[self.name] = self
 
     def unsupported_reasons(self, backend_name: str, *args) -> list[str]:
-        """Why this backend cannot serve these arguments; empty if it can."""
+        """Return the reasons why this backend cannot serve these arguments."""
         if backend_name == "cpu":
             return self._cpu_unsupported(*args)
         if backend_name == "triton":
@@ -120,19 +129,22 @@ class Op:
         return []
 
     def explain(self, *args) -> tuple[str, str]:
-        """The backend that "auto" takes for these arguments, and why."""
+        """Return the backend that "auto" takes for these arguments, and the reason."""
         candidate = "cpu" if next(_tensors(args)).device.type == "cpu" else "triton"
         why = "; ".join(self.unsupported_reasons(candidate, *args)) or self._prefer_reference(*args)
         return ("reference", why) if why else (candidate, "it serves these arguments, and nothing faster is known")
 
     def automatic(self, *args) -> str:
-        """The backend that "auto" takes for these arguments."""
+        """Return the backend that "auto" takes for these arguments."""
         return self.explain(*args)[0]
 
     def choose(self, *args) -> str:
-        """The backend that serves these arguments now, "auto" where that is found out when the op runs.
+        """Return the backend for these arguments; "auto" on a GPU, where the op chooses when it runs.
 
-        On a GPU it is, because what the choice looks up cannot be traced. Raises BackendError where a named one cannot.
+        The choice there looks up what cannot be traced.
+
+        Raises:
+            BackendError: The named backend cannot serve them.
         """
         name = current_backend()
         if name == "auto":
@@ -143,7 +155,7 @@ class Op:
         return name
 
     def run(self, backend_name: str, *args):
-        """Calls the implementation that `choose` named."""
+        """Call the implementation that `choose` named."""
         return self._overloads.get(backend_name, self.dispatched)(*args)
 
     def __call__(self, *args):
@@ -159,7 +171,7 @@ def _tensors(args) -> Iterable[torch.Tensor]:
 
 
 def _on_first_call(path: str) -> Callable:
-    """A function of kernels.triton, whose module, and with it Triton, is imported when it is first called."""
+    """Return a function of kernels.triton that imports its module, and with it Triton, when first called."""
     module, function = path.rsplit(".", 1)
 
     def run(*args):
@@ -169,22 +181,22 @@ def _on_first_call(path: str) -> Callable:
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """Whether an autocast region is active; the meta device has none, and torch raises when asked."""
+    """Return whether an autocast region is active; torch raises when asked about the meta device, which has none."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def no_autocast(device_type: str):
-    """A context in which autocast is off."""
+    """Return a context in which autocast is off."""
     if autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
 def _as_op(fn: Callable) -> Callable:
-    """The arithmetic runs in the dtype it was handed, also inside an autocast region, and no output is a view.
+    """Wrap fn to ignore autocast and to return no views.
 
-    A view that an autograd Function returns may not be changed in place, and a layer's output may be: by
-    ReLU(inplace=True), say.
+    Autograd forbids in-place changes of a view that a Function returns, but a layer's output may go to
+    ReLU(inplace=True).
     """
 
     def run(*args):
@@ -197,12 +209,12 @@ def _as_op(fn: Callable) -> Callable:
 
 
 def _no_view(t):
-    """The same memory, which autograd does not know to be that of another tensor."""
+    """Return the same memory as a tensor that autograd does not take for a view."""
     return torch.ops.aten._unsafe_view(t, t.shape) if isinstance(t, torch.Tensor) and t._is_view() else t
 
 
 def unsupported_by_compiled(tensors, dtypes=(torch.float32, torch.float64)) -> list[str]:
-    """Reasons shared by every kernel of the compiled CPU library."""
+    """Return the reasons why no kernel of the compiled CPU library can serve these tensors."""
     reasons = []
     if COMPILED.ops_reason:
         reasons.append(COMPILED.ops_reason)
@@ -218,7 +230,7 @@ def unsupported_by_compiled(tensors, dtypes=(torch.float32, torch.float64)) -> l
 
 
 def can_check(t: torch.Tensor) -> bool:
-    """Whether looking at values costs no wait and breaks no trace: plain CPU tensors, nothing being transformed."""
+    """Return whether values can be read without waiting for a device or breaking a trace or a transform."""
     return (
         t.device.type == "cpu"
         and not torch.compiler.is_compiling()

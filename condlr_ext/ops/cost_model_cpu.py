@@ -1,14 +1,14 @@
-"""Factorized or merged: which products a layer runs, chosen at every call by a cost model.
+"""The cost model that chooses, at every call of a layer, between its factorized and its merged products.
 
-Factorized, the thin products with V and with U S, saves work where the rank is low. Merged forms W = U S Vᵀ, runs the
-dense product and takes the factors' gradients from dW: it pays where the rank is high, or a side so thin that a second
-product costs more than it saves, and the rows are many, since forming W costs the same for any number of them.
+The factorized route, thin products with V and with U S, saves work at low rank. The merged route forms W = U S Vᵀ, runs
+the dense product and takes the factors' gradients from dW. It is faster at high rank, or where a side is so thin that a
+second product costs more than it saves, and with many rows, since forming W costs the same for any number of them.
 
 Costs are in flops of a large product, so the constants are ratios, which carry over between machines better than
-seconds do; the choice hardly depends on them: halving or doubling one changes it near the crossing only.
-`python -m bench routes` sets it against the clock. Sizes that compiled or exported code keeps open, as of the batch,
-count as many (reference.sizes), so that one graph serves all of them. On GPUs the costs are those of cost_model_gpu, in
-microseconds.
+seconds do. The choice hardly depends on them: halving or doubling one changes it only near the crossing.
+`python -m bench routes` compares it with measured times. Sizes that compiled or exported code keeps open, such as the
+batch, count as large (reference.sizes), so that one graph serves all of them. On GPUs the costs are those of
+cost_model_gpu, in microseconds.
 """
 
 import functools
@@ -25,17 +25,17 @@ from ._dispatch import current_backend
 
 ROUTES = ("auto", "factorized", "merged")
 
-CHANNELS = 16  # oneDNN's convolutions work on blocks of so many channels, full or not; up to 3 of an image as they are
+CHANNELS = 16  # oneDNN's convolutions pad channels to blocks of this size, except up to 3 channels of an image
 MOVE = 60  # reading or writing one number of an activation
-COPY = 300  # one number of a filter bank copied into another memory format, as every use of it does
-FORM = 1.5  # one flop of the small products that form W or take it apart
-CALL = 10e6  # what a dense layer of any size costs forward and backward: autograd and the calls
-CALLS = 3  # so many times that, merged or a convolution
-FEWER_CALLS = 1.5  # the same, factorized and linear: one call of compiled code each way where the layer is small
+COPY = 300  # copying one number of a filter bank into another memory format, which every use of it does
+FORM = 1.5  # one flop of the small products that form W or split its gradient
+CALL = 10e6  # overhead of a dense layer of any size, forward and backward: autograd and the calls
+CALLS = 3  # multiple of that overhead for merged layers and for convolutions
+FEWER_CALLS = 1.5  # the same for factorized linear layers: small ones are one compiled call each way
 
 
 class Plan(NamedTuple):
-    """Cost of one call, forward and the backward it will need, by each route and of the dense layer, and its source."""
+    """Costs of one call, with the backward it will need: by each route and of the dense layer; and their source."""
 
     factorized: float
     merged: float
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
     @property
     def route(self) -> str:
-        """The cheaper route."""
+        """Name of the cheaper route."""
         return "merged" if self.merged < self.factorized else "factorized"
 
     @property
@@ -54,15 +54,17 @@ class Plan(NamedTuple):
 
 
 def choose(plan: Callable[..., Plan], input: Tensor, *args) -> str:
-    """The route that plan, linear or conv, names for these arguments; "factorized" where Triton is named, and in
-    torch.jit.trace, where sizes are tensors."""
+    """Return the route that plan (linear or conv) finds cheaper.
+
+    It is "factorized" if the backend is "triton", and in torch.jit.trace, where sizes are tensors.
+    """
     if current_backend() == "triton" or torch.jit.is_tracing():
         return "factorized"
     return plan(input, *args).route if input.is_cpu or input.is_cuda else "factorized"
 
 
 def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) -> Plan:
-    """The costs of low_rank_linear on these arguments, of which only sizes and requires_grad are looked at."""
+    """Return the costs of low_rank_linear on these arguments, from their sizes and requires_grad."""
     if input.is_cuda:
         fused = not layers.low_rank_linear.unsupported_reasons("triton", input, U, S, V, bias)
         return _on_gpu(lambda direction: cost_model_gpu.linear(direction, input, U, V), fused, input, U, S, V)
@@ -72,7 +74,7 @@ def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) 
 
 
 def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Plan:
-    """The costs of low_rank_conv on these arguments, as for linear."""
+    """Return the costs of low_rank_conv on these arguments, from their sizes and requires_grad."""
     geometry = kernel_size, stride, padding, dilation, groups
     if input.is_cuda:
         fused = not layers.low_rank_conv.unsupported_reasons("triton", input, U, S, V, bias, *geometry)
@@ -92,7 +94,7 @@ def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -
 
 
 def _on_gpu(costs, fused: bool, input, U, S, V) -> Plan:
-    """From the costs of each direction that will run; fused: the Triton kernels serve it."""
+    """Return the plan from the costs of each direction that will run; fused: Triton kernels serve the layer."""
     directions = [costs("forward")] + ([costs("backward")] if any(_gradients(input, U, S, V)) else [])
     factorized = sum(min(c.triton if fused else c.products, c.products) for c in directions)
     merged, dense = (sum(getattr(c, name) for c in directions) for name in ("merged", "dense"))
@@ -104,22 +106,37 @@ def _blocks(channels: int) -> int:
 
 
 def _gradients(input: Tensor, U: Tensor, S: Tensor, V: Tensor) -> tuple[bool, bool]:
-    """Whether a backward will ask for the gradients of the factors, and of the input."""
+    """Return whether a backward will need the gradients of the factors, and of the input."""
     graph = torch.is_grad_enabled()
     return graph and (U.requires_grad or S.requires_grad or V.requires_grad), graph and input.requires_grad
 
 
 def _cost_model(n):
-    """_plan, remembered for the sizes seen; where code is traced, and those of the factors may be symbols, computed."""
+    """Return `_plan`, cached unless code is traced, where sizes of the factors may be symbols."""
     return _plan if torch.compiler.is_compiling() or type(n) is not int else _remembered
 
 
 def _plan(m, n, r, numbers, rows, width, first, second, full, copy, calls, factors, image) -> Plan:
-    """From the sizes of an input of so many numbers, the numbers of P for one row of the output, and for one row the
-    multiply-adds of the first, the second and the dense product."""
+    """Return the plan.
+
+    Args:
+        m: Rows of U [m, r].
+        n: Rows of V [n, r].
+        r: Rank.
+        numbers: Elements of the input.
+        rows: Rows or pixels of the output.
+        width: Elements of P for each row.
+        first: Multiply-adds of the product with V for each row.
+        second: Those of the product with U S.
+        full: Those of the dense product.
+        copy: Cost of copying an element of the weights.
+        calls: Calls of the factorized route.
+        factors: Whether the gradients of the factors are needed.
+        image: Whether the gradient of the input is needed.
+    """
     passes = 1 + factors + image
     P = rows * width
-    outer = (numbers + rows * m) * passes  # what any route reads and writes
+    outer = (numbers + rows * m) * passes  # traffic of every route
     form = r * min(m * (r + n), n * (r + m))
 
     thin = first * passes + second * (1 + factors + (factors or image))

@@ -1,8 +1,8 @@
-"""What each way to run a layer costs on a GPU: as measured, where a table has the size, else as estimated.
+"""Costs of each way to run a layer on a GPU: measured where the table has a similar size, otherwise estimated.
 
-The table is measured.json beside this file, which `python -m bench --tune` produces. An estimate adds
-up kernels, each as long as its arithmetic or its memory traffic takes at the rates of the data sheet, or as a launch.
-It serves to rank the ways; it predicts no time.
+The table is measured.json beside this file, written by `python -m bench --tune`. An estimate is a sum over kernels, each
+as long as its arithmetic or its memory traffic at the rates of the data sheet, or as a launch. It ranks the ways; it
+does not predict times.
 """
 
 import functools
@@ -17,14 +17,14 @@ from torch import Tensor
 from .. import reference
 
 BLOCK = 64  # rows of one program of the forward kernel
-LAUNCH = 4e-6  # seconds that the shortest kernel takes
-LIBRARY = 0.75  # of the peak arithmetic that a library's products reach
-KERNEL = 0.5  # and ours: a guess, they have not yet run on a GPU
-L2 = 80e9  # bytes/s that one multiprocessor reads from the second-level cache
+LAUNCH = 4e-6  # seconds of the shortest kernel
+LIBRARY = 0.75  # fraction of peak arithmetic that a library's products reach
+KERNEL = 0.5  # the same for our kernels: a guess, they have not yet run on a GPU
+L2 = 80e9  # bytes/s that one multiprocessor reads from the L2 cache
 
 
 class Costs(NamedTuple):
-    """Microseconds of one direction: fused kernels, thin products by libraries, by way of W, the dense layer."""
+    """Microseconds of one direction by fused kernels, by thin products, merged and dense, and their source."""
 
     triton: float
     products: float
@@ -34,8 +34,10 @@ class Costs(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Rows or pixels of Y, sizes of the weight, numbers in X, bytes of a number; whether it is a convolution, whose
-    first half is torch's."""
+    """Sizes of a layer: rows or pixels of Y, V [n, r] and U [m, r], elements of X, bytes of one.
+
+    The first half of a convolution (conv) is torch's.
+    """
 
     rows: int
     n: int
@@ -47,7 +49,7 @@ class Size(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """bytes/s; flop/s of float16 and bfloat16, tf32, float32, float64."""
+    """Peak bytes/s, and peak flop/s in float16 or bfloat16, tf32, float32, float64."""
 
     memory: float
     half: float
@@ -56,7 +58,7 @@ class Rates(NamedTuple):
     double: float
 
 
-# data sheets of A100, H100, B200, MI300X, and for all others of a card for a desktop
+# data sheets of A100, H100, B200, MI300X; a desktop card stands for all others
 _RATES = {
     (8, 0): Rates(2.0e12, 312e12, 156e12, 19.5e12, 19.5e12),
     (9, 0): Rates(3.3e12, 990e12, 495e12, 67e12, 67e12),
@@ -67,20 +69,20 @@ _OTHER = Rates(0.9e12, 140e12, 70e12, 35e12, 0.6e12)
 
 
 def linear(direction: str, rows_of: Tensor, U: Tensor, V: Tensor) -> Costs:
-    """A linear layer in one direction, "forward" or "backward"; rows_of: a tensor with its rows, X or the gradient."""
+    """Return the costs of a linear layer in a direction, "forward" or "backward"; rows_of is X or the gradient of Y."""
     rows = math.prod(reference.sizes(rows_of)[:-1])
     n, (m, r) = V.shape[0], U.shape
     return costs(direction, rows_of.dtype, rows_of.device, Size(rows, n, m, r, rows * n, rows_of.itemsize, False))
 
 
 def conv(direction: str, input: Tensor, rows: int, U: Tensor, V: Tensor) -> Costs:
-    """A convolution with so many pixels of output; the kernels take its second half, torch the first."""
+    """Return the costs of a convolution with `rows` output pixels, whose first half is torch's."""
     size = Size(rows, V.shape[0], *U.shape, math.prod(reference.sizes(input)), input.itemsize, True)
     return costs(direction, input.dtype, input.device, size)
 
 
 def pixels(shape, kernel_size, stride, padding, dilation) -> int:
-    """Number of pixels of a convolution's output, over the batch, for an input of this shape."""
+    """Return the number of output pixels of a convolution, over the batch, for an input of this shape."""
     rows = shape[0]
     for size, k, s, p, d in zip(shape[2:], kernel_size, stride, padding, dilation, strict=True):
         rows *= (size + 2 * p - d * (k - 1) - 1) // s + 1
@@ -88,9 +90,9 @@ def pixels(shape, kernel_size, stride, padding, dilation) -> int:
 
 
 def costs(direction: str, dtype: torch.dtype, device: torch.device, size: Size) -> Costs:
-    """Measured on this kind of device at the nearest size, at most a factor of 2 away in any number, or estimated.
+    """Return the costs measured on this kind of device at the nearest size, or estimated ones.
 
-    Code that is being traced is estimated: a table cannot be looked up there.
+    A measured size may differ by a factor of 2 in each number. Traced code cannot look up the table and estimates.
     """
     precision = _precision(dtype, size.conv)
     return (estimate if torch.compiler.is_compiling() else _known)(direction, precision, device, size)
@@ -118,7 +120,7 @@ def _nearest(device: str, direction: str, kind: str, precision: str, size: tuple
 
 @functools.cache
 def _table(device: str) -> dict[tuple, list]:
-    """By direction, kind and precision, rows of [rows, n, m, r, triton, products, merged, dense]."""
+    """Return {(direction, kind, precision): [(rows, n, m, r, triton, products, merged, dense), ...]}."""
     table = {}
     for entry in json.loads(Path(__file__).with_name("measured.json").read_text())["tables"]:
         if entry["device"] == device:
@@ -139,7 +141,7 @@ _precision._dynamo_marked_constant = True
 
 
 def estimate(direction: str, precision: str, device: torch.device, size: Size) -> Costs:
-    """Costs from the rates of the device."""
+    """Return the costs from the rates of the device."""
     properties = torch.cuda.get_device_properties(device)
     rates = _RATES.get((properties.major, properties.minor), _OTHER)
     flops = getattr(rates, {"tf32": "tf32", "float32": "single", "float64": "double"}.get(precision, "half"))
@@ -166,7 +168,7 @@ def _forward(size: Size, memory: float, flops: float, programs: int):
 
 
 def _chain(rows, n, m, r, itemsize, memory: float, flops: float, programs: int) -> float:
-    """The forward kernel: programs share memory and arithmetic, and each reads U and V from the cache."""
+    """Return the time of the forward kernel, whose programs share memory bandwidth and each read U and V from L2."""
     blocks = (rows + BLOCK - 1) // BLOCK
     waves = (blocks + programs - 1) // programs
     arithmetic = 2 * BLOCK * r * (n + m + r) * programs / (KERNEL * flops)

@@ -1,9 +1,8 @@
 """low_rank_linear and low_rank_conv, factorized and merged, with their backwards.
 
-On CPUs small factorized linear layers are one compiled call each way; everything else is products by torch's own
+On CPUs small factorized linear layers take one compiled call each way; all other layers are products by torch's own
 libraries (oneDNN, MKL) in the cheapest order, which the "cpu" backend serves too. On GPUs Triton kernels serve the
-factorized layers, where cost_model_gpu does not say that the products are faster. Gradients that are not asked for
-come back empty.
+factorized layers unless cost_model_gpu finds the products faster. Gradients that are not asked for are empty tensors.
 """
 
 import torch
@@ -14,12 +13,12 @@ from . import cost_model_gpu
 from ._dispatch import COMPILED, Op
 
 
-def _cpu(input: Tensor, *_) -> list[str]:
+def _cpu_unsupported(input: Tensor, *_) -> list[str]:
     return [] if input.device.type == "cpu" else [f"the input is on {input.device}"]
 
 
 def _check_conv(input, kernel_size, stride, padding, dilation, groups):
-    """What a direct call must respect; the public functions say more."""
+    """Check the arguments of direct calls; the public functions check more."""
     d = len(kernel_size)
     torch._check(groups >= 1, lambda: f"low_rank_conv: groups must be >= 1, got {groups}")
     torch._check(
@@ -39,7 +38,7 @@ def _merged_conv(input, U, S, V, bias, *geometry):
 
 
 def _or_empty(backward):
-    """The gradients that are not asked for as empty tensors, the others contiguous but for dX, which is as it comes."""
+    """Make gradients that are not asked for empty tensors, and the others contiguous except dX."""
 
     def run(grad, *args):
         dX, *factors = (grad.new_empty(0) if g is None else g for g in backward(grad, *args))
@@ -64,62 +63,67 @@ _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int
 
 
 def _op(schema, implementation, cpu_is=_LIBRARIES, **triton) -> Op:
-    return Op(schema, reference=implementation, fake=implementation, cpu_unsupported=_cpu, cpu_is=cpu_is, **triton)
+    return Op(
+        schema, reference=implementation, fake=implementation, cpu_unsupported=_cpu_unsupported, cpu_is=cpu_is, **triton
+    )
 
 
 LARGEST_RANK = 256  # of the Triton kernels, which keep a tile [rows, rank] on chip
 
 
-def _rank_not(U: Tensor) -> list[str]:
+def _rank_unsupported(U: Tensor) -> list[str]:
     rank = U.shape[1]
     return [f"rank {rank} exceeds {LARGEST_RANK}, what stays on chip"] if rank > LARGEST_RANK else []
 
 
-def _groups_not(groups: int) -> list[str]:
+def _groups_unsupported(groups: int) -> list[str]:
     return [f"groups = {groups}, only 1 is served"] if groups != 1 else []
 
 
-def _conv_not(input, U, *rest) -> list[str]:
-    format_not = [] if _channels_last(input) else ["the input is not in channels_last memory format"]
-    return _rank_not(U) + _groups_not(rest[-1]) + format_not
+def _conv_unsupported(input, U, *rest) -> list[str]:
+    layout = [] if _channels_last(input) else ["the input is not in channels_last memory format"]
+    return _rank_unsupported(U) + _groups_unsupported(rest[-1]) + layout
 
 
 def _channels_last(image: Tensor) -> bool:
-    """And not contiguous too, as with one channel or pixel: in which format torch answers then is its affair."""
+    """Return whether the image is channels_last only; with one channel or pixel torch may answer in either format."""
     return image.movedim(1, -1).is_contiguous() and not image.is_contiguous()
 
 
-def _linear_slower(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias) -> str:
-    return _slower(cost_model_gpu.linear("forward", input, U, V)) if input.is_cuda else ""
+def _linear_prefer_reference(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias) -> str:
+    return _compare(cost_model_gpu.linear("forward", input, U, V)) if input.is_cuda else ""
 
 
-def _linear_backward_slower(grad: Tensor, input, P, U: Tensor, S: Tensor, V: Tensor, mask) -> str:
-    return _slower(cost_model_gpu.linear("backward", grad, U, V)) if grad.is_cuda else ""
+def _linear_backward_prefer_reference(grad: Tensor, input, P, U: Tensor, S: Tensor, V: Tensor, mask) -> str:
+    return _compare(cost_model_gpu.linear("backward", grad, U, V)) if grad.is_cuda else ""
 
 
-def _conv_slower(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> str:
+def _conv_prefer_reference(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> str:
     if not input.is_cuda:
         return ""
     if reference.is_pointwise(kernel_size, stride, padding):
-        return _slower(cost_model_gpu.linear("forward", input.movedim(1, -1), U, V))
+        return _compare(cost_model_gpu.linear("forward", input.movedim(1, -1), U, V))
     rows = cost_model_gpu.pixels(input.shape, kernel_size, stride, padding, dilation)
-    return _slower(cost_model_gpu.conv("forward", input, rows, U, V))
+    return _compare(cost_model_gpu.conv("forward", input, rows, U, V))
 
 
-def _conv_backward_slower(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups) -> str:
+def _conv_backward_prefer_reference(
+    grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups
+) -> str:
     if not grad.is_cuda:
         return ""
     for name, image in ("gradient", grad), ("input", input):
         if image is not None and not _channels_last(image):
             return f"the {name} is not in channels_last memory format"
     if reference.is_pointwise(kernel_size, stride, padding):
-        return _slower(cost_model_gpu.linear("backward", grad.movedim(1, -1), U, V))
-    return _slower(
+        return _compare(cost_model_gpu.linear("backward", grad.movedim(1, -1), U, V))
+    return _compare(
         cost_model_gpu.conv("backward", grad if input is None else input, grad.numel() // grad.shape[1], U, V)
     )
 
 
-def _slower(costs: cost_model_gpu.Costs) -> str:
+def _compare(costs: cost_model_gpu.Costs) -> str:
+    """Return the reason to prefer products; empty if the Triton kernels are no slower."""
     if costs.triton <= costs.products:
         return ""
     return f"products take {costs.products:.3g} us, the Triton kernels {costs.triton:.3g} us ({costs.source})"
@@ -130,30 +134,30 @@ low_rank_linear = _op(
     reference.low_rank_linear,
     _SMALL,
     triton="linear.launch.low_rank_linear",
-    triton_unsupported=lambda input, U, *_: _rank_not(U),
-    prefer_reference=_linear_slower,
+    triton_unsupported=lambda input, U, *_: _rank_unsupported(U),
+    prefer_reference=_linear_prefer_reference,
 )
 low_rank_linear_backward = _op(
     f"low_rank_linear_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}) -> {_GRADS}",
     _linear_backward,
     _SMALL,
     triton="linear.launch.low_rank_linear_backward",
-    triton_unsupported=lambda grad, input, P, U, *_: _rank_not(U),
-    prefer_reference=_linear_backward_slower,
+    triton_unsupported=lambda grad, input, P, U, *_: _rank_unsupported(U),
+    prefer_reference=_linear_backward_prefer_reference,
 )
 low_rank_conv = _op(
     f"low_rank_conv({_LAYER}, {_GEOMETRY}) -> (Tensor output, Tensor P)",
     _conv,
     triton="linear.launch.low_rank_conv",
-    triton_unsupported=_conv_not,
-    prefer_reference=_conv_slower,
+    triton_unsupported=_conv_unsupported,
+    prefer_reference=_conv_prefer_reference,
 )
 low_rank_conv_backward = _op(
     f"low_rank_conv_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}, {_GEOMETRY}) -> {_GRADS}",
     _conv_backward,
     triton="linear.launch.low_rank_conv_backward",
-    triton_unsupported=lambda grad, input, P, U, *rest: _rank_not(U) + _groups_not(rest[-1]),
-    prefer_reference=_conv_backward_slower,
+    triton_unsupported=lambda grad, input, P, U, *rest: _rank_unsupported(U) + _groups_unsupported(rest[-1]),
+    prefer_reference=_conv_backward_prefer_reference,
 )
 merged_linear = _op(f"merged_linear({_LAYER}) -> Tensor", reference.merged_linear)
 merged_linear_backward = _op(

@@ -1,20 +1,19 @@
-"""svd, qr, polar, clip_spectrum: reference everywhere, compiled kernels on CPUs.
+"""svd, qr, polar, clip_spectrum: reference everywhere, compiled kernels on CPUs, Triton kernels on GPUs.
 
-`info` (int32, one per matrix): OK, NOT_CONVERGED, NOT_FINITE (outputs NaN; clip_spectrum returns its input) or
-ALL_ZERO (clip_spectrum only, input returned).
+`info` is int32, one status per matrix: OK, NOT_CONVERGED, NOT_FINITE (outputs are NaN; clip_spectrum returns its input)
+or ALL_ZERO (clip_spectrum only, returns its input).
 """
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..kernels.status import ALL_ZERO, NOT_CONVERGED, NOT_FINITE, OK  # noqa: F401  callers read them from here
 from ._dispatch import Op, unsupported_by_compiled
-
-OK, NOT_CONVERGED, NOT_FINITE, ALL_ZERO = range(4)
 
 
 def _check(A: Tensor, tau: float = 0.0, band: int = 0, sigma_max: float = 1.0) -> None:
-    """What a direct call of torch.ops.condlr_ext must respect; the public functions say it better."""
+    """Check the arguments of direct calls; the public functions have better error messages."""
     torch._check(A.dim() >= 2, lambda: f"A must be a matrix or a batch of matrices, got shape {list(A.shape)}")
     torch._check(A.is_floating_point(), lambda: f"A must be real floating point, got {A.dtype}")
     torch._check(tau >= 0, lambda: f"tau must be >= 0, got {tau}")
@@ -23,7 +22,7 @@ def _check(A: Tensor, tau: float = 0.0, band: int = 0, sigma_max: float = 1.0) -
 
 
 def _flagged(fn):
-    """Runs fn on the finite matrices of a batch; the outputs of the others are NaN and flagged."""
+    """Wrap fn to return NaN and NOT_FINITE for matrices of a batch that are not finite."""
 
     def run(A: Tensor):
         _check(A)
@@ -69,29 +68,29 @@ def _same_shape_fake(A: Tensor, *constraint):
     return A.new_empty(A.shape), _info(A)
 
 
-LARGEST = 512  # Jacobi sweeps, where a matrix needs them, take seconds above
+LARGEST = 512  # above, a matrix that needs Jacobi sweeps takes seconds
 
 
-def _cpu(A: Tensor, *_) -> list[str]:
+def _cpu_unsupported(A: Tensor, *_) -> list[str]:
     reasons = unsupported_by_compiled((A,))
     if min(A.shape[-2:]) > LARGEST:
         reasons.append(f"min(m, n) = {min(A.shape[-2:])} exceeds {LARGEST}")
     return reasons
 
 
-# LAPACK was measured to be faster there, on one thread or on two, which our kernels use for batches only
+# on one thread and on two, which our kernels use for batches only
 _LAPACK = "LAPACK was measured to be faster at this size"
 
 
-def _svd_slower(A: Tensor) -> str:
+def _svd_prefer_reference(A: Tensor) -> str:
     if not A.is_cpu:
-        return ""  # nothing was measured on other devices
+        return ""  # not measured on other devices
     m, n = A.shape[-2:]
     slower = min(m, n) > 200 if A.dtype == torch.float64 else m > 16 * n > 16 * 64
     return _LAPACK if slower else ""
 
 
-def _qr_slower(A: Tensor) -> str:
+def _qr_prefer_reference(A: Tensor) -> str:
     if not A.is_cpu:
         return ""
     m, n = A.shape[-2], min(A.shape[-2:])
@@ -99,7 +98,7 @@ def _qr_slower(A: Tensor) -> str:
     return _LAPACK if slower else ""
 
 
-LARGEST_ON_GPU = 512  # the order of more singular values does not fit in one program, nor does a Gram matrix
+LARGEST_ON_GPU = 512  # one program sorts the singular values or factors the Gram matrix
 
 
 def _triton_unsupported(A: Tensor, *_) -> list[str]:
@@ -112,7 +111,7 @@ def _triton_unsupported(A: Tensor, *_) -> list[str]:
 
 
 def _batch_first(op):
-    """vmap of a batched op: the mapped dimension is one more leading one."""
+    """Return the vmap rule of a batched op: the mapped dimension becomes a leading one."""
 
     def rule(info, in_dims, A: Tensor, *args):
         outputs = op(A.movedim(in_dims[0], 0), *args)
@@ -125,8 +124,8 @@ svd = Op(
     "svd(Tensor A) -> (Tensor U, Tensor sigma, Tensor V, Tensor info)",
     reference=_flagged(reference.svd),
     fake=_svd_fake,
-    cpu_unsupported=_cpu,
-    prefer_reference=_svd_slower,
+    cpu_unsupported=_cpu_unsupported,
+    prefer_reference=_svd_prefer_reference,
     triton="spectral.launch.svd",
     triton_unsupported=_triton_unsupported,
     vmap=_batch_first,
@@ -135,8 +134,8 @@ qr = Op(
     "qr(Tensor A) -> (Tensor Q, Tensor R, Tensor info)",
     reference=_flagged(reference.qr),
     fake=_qr_fake,
-    cpu_unsupported=_cpu,
-    prefer_reference=_qr_slower,
+    cpu_unsupported=_cpu_unsupported,
+    prefer_reference=_qr_prefer_reference,
     triton="qr.launch.qr",
     triton_unsupported=_triton_unsupported,
     vmap=_batch_first,
@@ -145,8 +144,8 @@ polar = Op(
     "polar(Tensor A) -> (Tensor Q, Tensor info)",
     reference=_flagged(reference.polar),
     fake=_same_shape_fake,
-    cpu_unsupported=_cpu,
-    prefer_reference=_svd_slower,
+    cpu_unsupported=_cpu_unsupported,
+    prefer_reference=_svd_prefer_reference,
     triton="spectral.launch.polar",
     triton_unsupported=_triton_unsupported,
     vmap=_batch_first,
@@ -155,7 +154,7 @@ clip_spectrum = Op(
     "clip_spectrum(Tensor A, float tau, int band, float sigma_max) -> (Tensor out, Tensor info)",
     reference=_clip_spectrum,
     fake=_same_shape_fake,
-    cpu_unsupported=_cpu,
+    cpu_unsupported=_cpu_unsupported,
     triton="spectral.launch.clip_spectrum",
     triton_unsupported=_triton_unsupported,
     vmap=_batch_first,

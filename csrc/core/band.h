@@ -24,10 +24,10 @@ inline double optimal_lower_edge(const double* sigma, int64_t k, double c, Scrat
     const double next_low = sigma[k - 1 - low];
     const double next_high = sigma[high - 1] / c;
     const double a = next_low < next_high ? next_low : next_high;
-    // both sides over c, which keeps c² out
+    // both sides over c, to avoid c²
     const double weight = static_cast<double>(low) / c + c * static_cast<double>(high);
     const double target = low_sum / c + high_sum[high];
-    // the left side reaches the right one at this breakpoint, at the latest where no σ is above c a any more
+    // the left side reaches the right one at this breakpoint, at the latest where no σ exceeds c a
     const bool last = high == 1 && next_high <= next_low;
     if (last || a * weight >= target) return target / weight;
     if (next_low < next_high) {

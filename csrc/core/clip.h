@@ -8,17 +8,17 @@
 namespace condlr {
 namespace CONDLR_ISA {
 
-// Half a unit in the last place, relative to 1: what storing one entry costs at most.
+// The largest relative error of storing one entry: half a unit in the last place.
 template <class T>
 constexpr double kRounding = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
 
-// Singular values computed in W are known to a few rounding errors of the largest one: closer than that to an
-// edge is in the band. In float32 that is kept below what the bound on kappa would feel.
+// Singular values computed in W are known to a few rounding errors of the largest one: those closer to an
+// edge count as in the band. In float32 the slack is too small for the bound on kappa to notice.
 template <class W>
 constexpr double kSlack = sizeof(W) == 4 ? 0x1p-23 : 0x1p-49;
 
-// A Gram matrix squares the condition number; above this one it is left to an SVD in double.
-constexpr double kTameKappa = 3;
+// A Gram matrix squares the condition number; above this one an SVD in double takes over.
+constexpr double kWellConditioned = 3;
 
 struct Constraint {
   double tau;
@@ -26,7 +26,7 @@ struct Constraint {
   double sigma_max;
 };
 
-// Where the band lies and which singular values, descending, are not in it: [0, above) and [below, k).
+// The band, and the singular values, descending, that are outside of it: [0, above) and [below, k).
 struct Clip {
   Edges edges;
   int64_t above, below;
@@ -40,8 +40,8 @@ Clip plan_clip(const double* sigma, int64_t k, const Constraint& constraint, Scr
   const double slack = kSlack<W> * sigma[0];
   if (sigma[0] <= edges.hi + slack && sigma[k - 1] >= edges.lo - slack) return clip;
 
-  // Storing the result moves each of its singular values by at most `stored`. Where that would be felt in
-  // kappa (a lower edge far below the upper one) the lower edge rises by as much.
+  // Storing the result moves each singular value by at most `stored`. Where kappa would feel that (a lower
+  // edge far below the upper one), the lower edge rises by as much.
   double norm2 = 0;
   for (int64_t i = 0; i < k; ++i) {
     const double s = sigma[i] < edges.lo ? edges.lo : sigma[i] > edges.hi ? edges.hi : sigma[i];
@@ -82,11 +82,12 @@ bool correct(T* B, int64_t m, int64_t n, const T* Q, bool right, const double* s
   return true;
 }
 
-enum Outcome { kInBand, kClipped, kWild };
+enum Outcome { kInBand, kClipped, kIllConditioned };
 
-// In the arithmetic of T, which a condition number below kTameKappa allows; kWild asks for an SVD in double.
+// In the arithmetic of T, which serves condition numbers below kWellConditioned.
 template <class T>
-Outcome clip_tame(T* B, int64_t m, int64_t n, const Constraint& constraint, Workspace& workspace) {
+Outcome clip_well_conditioned(T* B, int64_t m, int64_t n, const Constraint& constraint,
+                              Workspace& workspace) {
   Scratch scratch(workspace);
   const bool tall = m > n;
   const int64_t k = tall ? n : m, l = tall ? m : n;
@@ -96,20 +97,22 @@ Outcome clip_tame(T* B, int64_t m, int64_t n, const Constraint& constraint, Work
   double* sigma = scratch.take<double>(k);
   gemm<T>(k, k, l, 1, wide, wide.transpose(), false, gram, k, workspace, 0);
   Eigen<T> eigen = take_eigen<T>(k, scratch);
-  if (!eigenvalues(gram, eigen, lambda, workspace)) return kWild;
-  if (!(lambda[k - 1] > 0 && lambda[0] <= kTameKappa * kTameKappa * lambda[k - 1])) return kWild;
+  if (!eigenvalues(gram, eigen, lambda, workspace)) return kIllConditioned;
+  if (!(lambda[k - 1] > 0 && lambda[0] <= kWellConditioned * kWellConditioned * lambda[k - 1]))
+    return kIllConditioned;
   for (int64_t i = 0; i < k; ++i) sigma[i] = __builtin_sqrt(static_cast<double>(lambda[i]));
   const Clip clip = plan_clip<T, T>(sigma, k, constraint, scratch);
   const int64_t above = clip.above, below = k - clip.below;
   if (above + below == 0) return kInBand;
   T* Q = scratch.take<T>((above + below) * k);
   eigenvectors(eigen, above, below, Q, workspace);
-  return correct(B, m, n, Q, /*right=*/tall, sigma, k, clip, workspace) ? kClipped : kWild;
+  return correct(B, m, n, Q, /*right=*/tall, sigma, k, clip, workspace) ? kClipped : kIllConditioned;
 }
 
-// B [m, n] in double, of any spectrum.
+// For any spectrum, by an SVD in double.
 template <class T>
-int clip_wild(const T* A, int64_t m, int64_t n, const Constraint& constraint, T* out, Workspace& workspace) {
+int clip_ill_conditioned(const T* A, int64_t m, int64_t n, const Constraint& constraint, T* out,
+                         Workspace& workspace) {
   const int64_t k = m < n ? m : n;
   Scratch scratch(workspace);
   Svd svd = take_svd(m, n, scratch);
@@ -145,11 +148,11 @@ int clip_spectrum(const T* A, int64_t m, int64_t n, double tau, int band, double
   const Constraint scaled{tau, band, sigma_max * scaling.down};
   T* B = scratch.take<T>(size);
   for (int64_t i = 0; i < size; ++i) B[i] = static_cast<T>(scaling.down * static_cast<double>(A[i]));
-  switch (clip_tame(B, m, n, scaled, workspace)) {
+  switch (clip_well_conditioned(B, m, n, scaled, workspace)) {
     case kInBand:
       return kOk;
-    case kWild:
-      return clip_wild(A, m, n, {tau, band, sigma_max}, out, workspace);
+    case kIllConditioned:
+      return clip_ill_conditioned(A, m, n, {tau, band, sigma_max}, out, workspace);
     case kClipped:
       for (int64_t i = 0; i < size; ++i) out[i] = static_cast<T>(scaling.up * static_cast<double>(B[i]));
       break;

@@ -141,8 +141,8 @@ struct Secular {
   }
 };
 
-// The root between the poles at `left` < 0 and `right` > 0 of a function with two poles, seen from a point
-// where it is w, from the coefficients of c x² - a x + b = 0.
+// The root (a - √(a² - 4 b c)) / 2c of c x² - a x + b = 0 without cancellation: the step to the root of a
+// function that lies between its two poles.
 template <class T>
 inline typename Vec<T>::type two_pole_root(const typename Vec<T>::type& a, const typename Vec<T>::type& b,
                                            const typename Vec<T>::type& c) {
@@ -162,7 +162,7 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
   using S = typename V::type;
   T norm2 = 0;
   for (int64_t j = 0; j < k; ++j) norm2 += z2[j];
-  // the last root is at most rho |z|² to the right: beyond twice that stand poles of no weight
+  // the last root is at most rho |z|² to the right of its pole: twice as far are poles without weight
   for (int64_t j = k; j < k + 2 * kLanes; ++j) d[j] = d[j - 1] + 2 * rho * norm2;
   T lanes[kLanes], weights[kLanes + 1];
   for (int i = 0; i < kLanes; ++i) lanes[i] = static_cast<T>(i);
@@ -177,7 +177,7 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
     const auto in_right = middle.f < 0;
     const S origin = in_right ? right : left;
     S low = in_right ? -half : S{}, high = in_right ? S{} : half;
-    // start: the two poles beside the root as they are, the others as their sum in the middle
+    // start: the two poles beside the root exact, the sum of the others as in the middle
     const S rest = middle.f + (left2 - right2) / half;
     const S signed_gap = in_right ? -gap : gap;
     S tau =
@@ -204,8 +204,8 @@ bool solve_secular(int64_t k, T* d, const T* z2, T rho, T* origins, T* taus) {
   return converged;
 }
 
-// The z for which the computed roots are exact (from it eigenvectors are orthogonal), up to its sign and
-// length.
+// The z for which the computed roots are exact, up to its sign and length: it makes the eigenvectors
+// orthogonal.
 template <class T>
 void exact_weights(int64_t k, const T* d, const T* origins, const T* taus, T* z) {
   constexpr int kLanes = Vec<T>::kLanes;
@@ -277,8 +277,8 @@ Deflation<T> take_deflation(int64_t n, Scratch& scratch) {
       0, 0, scratch.take<int64_t>(n), scratch.take<int64_t>(n), scratch.take<int64_t>(n), scratch.take<T>(n)};
 }
 
-// A row with no weight stays as it is; so does, of two rows with nearly equal eigenvalues, the one that a
-// rotation of the pair leaves without weight. What is neglected is at most `tolerance`.
+// A row without weight is an eigenvector already; so is, of two rows with nearly equal eigenvalues, the one
+// that a rotation of the pair leaves without weight. Neglected entries are at most `tolerance`.
 template <class T>
 void deflate(int64_t n1, int64_t n2, T e, T tolerance, T* lambda, T* Q, int64_t stride, Deflation<T>& out,
              Workspace& workspace) {
@@ -332,7 +332,7 @@ void deflate(int64_t n1, int64_t n2, T e, T tolerance, T* lambda, T* Q, int64_t 
 
 // Joins two halves with the coupling e between them. In: their eigenvalues, ascending each, in lambda, and
 // their eigenvectors in the two diagonal blocks of Q (rows, zeros in the other blocks). Out: all eigenvalues
-// ascending in lambda, the eigenvectors by what `merge` holds; Q is used up.
+// ascending in lambda, and in `merge` what forms the eigenvectors; Q is overwritten.
 template <class T>
 bool join(Merge<T>& merge, int64_t n1, int64_t n2, T e, T tolerance, T* lambda, T* Q, int64_t stride,
           Workspace& workspace) {
@@ -358,12 +358,12 @@ bool join(Merge<T>& merge, int64_t n1, int64_t n2, T e, T tolerance, T* lambda, 
   merge.k = k;
   merge.in_first = merge.in_second = 0;
   const int64_t stride1 = row_stride<T>(n1), stride2 = row_stride<T>(n2);
-  for (int64_t group = 0, place = 0; group < 3; ++group) {
+  for (int64_t group = 0, at = 0; group < 3; ++group) {
     for (int64_t j = 0; j < k; ++j) {
       const int64_t row = rows.pole_row[j];
       if (rows.half[row] != group) continue;
-      merge.grouped_d[place] = merge.d[j];
-      merge.grouped_z[place++] = rows.z[row] < 0 ? -weights[j] : weights[j];
+      merge.grouped_d[at] = merge.d[j];
+      merge.grouped_z[at++] = rows.z[row] < 0 ? -weights[j] : weights[j];
       const T* q = Q + row * stride;
       if (group < 2)
         std::memcpy(merge.first + merge.in_first++ * stride1, q, sizeof(T) * static_cast<std::size_t>(n1));
@@ -439,16 +439,17 @@ void form_rows(const Merge<T>& merge, T* Q, int64_t stride, Workspace& workspace
   }
 }
 
-// X [n, stride]: the eigenvectors at these places of the ascending order, in columns that `column` names.
+// X [n, stride]: the eigenvectors at these positions of the ascending order; `column` holds the column of
+// each.
 template <class T>
-void form_columns(const Merge<T>& merge, const int64_t* places, int64_t count, T* X, int64_t stride,
+void form_columns(const Merge<T>& merge, const int64_t* positions, int64_t count, T* X, int64_t stride,
                   int64_t* column, Workspace& workspace) {
   const int64_t n1 = merge.n1, n2 = merge.n2, n = n1 + n2, k = merge.k;
   Scratch scratch(workspace);
   int64_t* roots = scratch.take<int64_t>(count);
   int64_t found = 0, rest = count;
   for (int64_t c = 0; c < count; ++c) {
-    const int64_t source = merge.order[places[c]];
+    const int64_t source = merge.order[positions[c]];
     if (source < k) {
       column[c] = found;
       roots[found++] = source;
@@ -465,13 +466,13 @@ void form_columns(const Merge<T>& merge, const int64_t* places, int64_t count, T
           U + (k - merge.in_second) * width, width, false, X + n1 * stride, stride);
   for (int64_t c = 0; c < count; ++c) {
     if (column[c] < found) continue;
-    const T* row = merge.deflated + (merge.order[places[c]] - k) * n;
+    const T* row = merge.deflated + (merge.order[positions[c]] - k) * n;
     for (int64_t i = 0; i < n; ++i) X[i * stride + column[c]] = row[i];
   }
 }
 
-// The last join of T with diagonal lambda and couplings e [n - 1]: all eigenvalues ascending in lambda, the
-// eigenvectors by what `merge` holds. e is used up.
+// T has diagonal lambda and couplings e [n - 1]. Out: all eigenvalues ascending in lambda, and in `merge`
+// what forms the eigenvectors.
 template <class T>
 bool divide_conquer(int64_t n, T* lambda, T* e, Merge<T>& merge, Workspace& workspace) {
   Scratch scratch(workspace);

@@ -1,7 +1,7 @@
 // Eigenvalues and eigenvectors of a symmetric matrix, in two phases: all eigenvalues, then chosen vectors.
 //
-// Householder reduction to tridiagonal form, divide and conquer, and for the vectors asked for the last
-// product of divide and conquer and the reflections of the reduction.
+// Householder reduction to tridiagonal form and divide and conquer; the chosen vectors take the last product
+// of divide and conquer and the reflections of the reduction.
 #pragma once
 
 #include "divide_conquer.h"
@@ -11,7 +11,7 @@
 namespace condlr {
 namespace CONDLR_ISA {
 
-// What eigenvalues() leaves behind for eigenvectors(). It lives in the Scratch given to take_eigen().
+// The state that eigenvalues() leaves for eigenvectors(), in the memory of the Scratch given to take_eigen().
 template <class T>
 struct Eigen {
   Tridiagonal<T> reduction;
@@ -23,8 +23,8 @@ Eigen<T> take_eigen(int64_t n, Scratch& scratch) {
   return {take_tridiagonal<T>(n, scratch), take_merge<T>(n, scratch)};
 }
 
-// A [n, n] row-major, of which the lower half is read; lambda [n] descending. False for non-finite input or
-// where something did not converge: then lambda means nothing, and there are no eigenvectors.
+// A [n, n] row-major, of which the lower half is read; lambda [n] descending. Returns false for non-finite
+// input or without convergence: then lambda is undefined, and there are no eigenvectors.
 template <class T>
 bool eigenvalues(const T* A, Eigen<T>& eigen, T* lambda, Workspace& workspace) {
   Tridiagonal<T>& reduction = eigen.reduction;
@@ -63,12 +63,12 @@ void eigenvectors(const Eigen<T>& eigen, int64_t head, int64_t tail, T* V, Works
   const int64_t n = eigen.reduction.n, count = head + tail;
   if (count == 0) return;
   Scratch scratch(workspace);
-  int64_t* places = scratch.take<int64_t>(count);
+  int64_t* positions = scratch.take<int64_t>(count);
   int64_t* column = scratch.take<int64_t>(count);
   const int64_t stride = row_stride<T>(count);
   T* X = scratch.take<T>(n * stride);
-  for (int64_t c = 0; c < count; ++c) places[c] = (c < head ? n : count) - 1 - c;
-  form_columns(eigen.merge, places, count, X, stride, column, workspace);
+  for (int64_t c = 0; c < count; ++c) positions[c] = (c < head ? n : count) - 1 - c;
+  form_columns(eigen.merge, positions, count, X, stride, column, workspace);
   back_transform(eigen.reduction, count, X, stride, workspace);
   for (int64_t c = 0; c < count; ++c) {
     for (int64_t i = 0; i < n; ++i) V[c * n + i] = X[i * stride + column[c]];

@@ -1,4 +1,5 @@
-// C = C0 + alpha A B by register tiles: up to four vectors of a row of B against scalars of A with any strides.
+// C = C0 + alpha A B by register tiles: up to four vectors of a row of B against scalars of A with any
+// strides.
 #pragma once
 
 #include "vec.h"
@@ -90,8 +91,8 @@ struct TileOf<T, V, 0> {
   static void run(int64_t, int64_t, T, View<T>, const T*, int64_t, bool, int64_t, T*, int64_t) {}
 };
 
-// C [m, columns] = C or 0 + alpha A B for one panel, B [depth, V vectors]. Tiles whose first column lies above
-// the diagonal j = i + diagonal of their last row are left out; `column` is that of B's first one.
+// C [m, columns] = C or 0 + alpha A B for one panel, B [depth, V vectors]. Tiles whose first column lies
+// above the diagonal j = i + diagonal of their last row are left out; `column` is that of B's first one.
 template <class T, int V>
 void panel_product(int64_t m, int64_t depth, T alpha, View<T> A, const T* B, int64_t stride, bool accumulate,
                    int64_t columns, T* C, int64_t ldc, int64_t column, int64_t diagonal) {
@@ -110,13 +111,17 @@ void any_panel_product(int64_t vectors, int64_t m, int64_t depth, T alpha, View<
                        int64_t diagonal) {
   switch (vectors) {
     case 1:
-      return panel_product<T, 1>(m, depth, alpha, A, B, stride, accumulate, columns, C, ldc, column, diagonal);
+      return panel_product<T, 1>(m, depth, alpha, A, B, stride, accumulate, columns, C, ldc, column,
+                                 diagonal);
     case 2:
-      return panel_product<T, 2>(m, depth, alpha, A, B, stride, accumulate, columns, C, ldc, column, diagonal);
+      return panel_product<T, 2>(m, depth, alpha, A, B, stride, accumulate, columns, C, ldc, column,
+                                 diagonal);
     case 3:
-      return panel_product<T, 3>(m, depth, alpha, A, B, stride, accumulate, columns, C, ldc, column, diagonal);
+      return panel_product<T, 3>(m, depth, alpha, A, B, stride, accumulate, columns, C, ldc, column,
+                                 diagonal);
     default:
-      return panel_product<T, 4>(m, depth, alpha, A, B, stride, accumulate, columns, C, ldc, column, diagonal);
+      return panel_product<T, 4>(m, depth, alpha, A, B, stride, accumulate, columns, C, ldc, column,
+                                 diagonal);
   }
 }
 

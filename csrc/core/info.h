@@ -1,4 +1,4 @@
-// The codes of the ops: the outcome of one factorization, and the ways to place the band.
+// The status codes of the ops and the kinds of bands, with the numbers of the Python side.
 #pragma once
 
 namespace condlr {

@@ -9,7 +9,7 @@ namespace condlr {
 namespace CONDLR_ISA {
 
 constexpr int kMaxSweeps = 60;
-// Entries are near 1 at most; a row with a smaller square is not told from zero.
+// Entries are at most about 1; a row with a smaller square counts as zero.
 constexpr double kNullSquare = 1e-120;
 
 using Lanes = Vec<double>::type;
@@ -40,7 +40,7 @@ inline Lanes sum_each(Lanes* v) {
   return v[0];
 }
 
-// x . y, still in lanes
+// x · y, not yet summed over lanes
 inline Lanes dot_lanes(const double* x, const double* y, int64_t width) {
   using V = Vec<double>;
   Lanes a{}, b{};
@@ -53,8 +53,8 @@ inline Lanes dot_lanes(const double* x, const double* y, int64_t width) {
   return a + b;
 }
 
-// (x, y) <- (c x - s y, s x + c y) with c = 1 - s h, h = s / (1 + c): in this form the lengths of x and y do
-// not drift over many small rotations.
+// (x, y) <- (c x - s y, s x + c y) with c = 1 - s h, h = s / (1 + c): in this form the lengths do not drift
+// over many small rotations.
 inline void rotate(int64_t width, double s, double h, double* x, double* y) {
   using V = Vec<double>;
   for (int64_t i = 0; i < width; i += kLanes) {
@@ -75,7 +75,7 @@ inline void sort_descending(const double* square, int64_t n, int64_t* order) {
 }
 
 // One round of a tournament: pair i is (top[i], bottom[i]), with the squared norms of these rows. Every array
-// has room for a vector more than the pairs fill; past the last pair everything is zero.
+// is longer by a vector than the pairs need, and zero past them.
 struct Round {
   int64_t pairs;
   int64_t *top, *bottom;
@@ -83,18 +83,18 @@ struct Round {
   double *product, *s, *h;
 
   Round(int64_t n, Scratch& scratch) : pairs((n + 1) / 2) {
-    const int64_t room = padded(pairs) + kLanes;
+    const int64_t size = padded(pairs) + kLanes;
     for (int64_t** rows : {&top, &bottom}) {
-      *rows = scratch.take<int64_t>(room);
-      fill(*rows, room, int64_t{0});
+      *rows = scratch.take<int64_t>(size);
+      fill(*rows, size, int64_t{0});
     }
     for (double** values : {&top_square, &bottom_square, &product, &s, &h}) {
-      *values = scratch.take<double>(room);
-      fill(*values, room, 0.0);
+      *values = scratch.take<double>(size);
+      fill(*values, size, 0.0);
     }
   }
 
-  // The first round, from the rows in order. Where n is odd, row n, which is empty, makes the last pair whole.
+  // The first round, from the rows in order. If n is odd, the empty row n completes the last pair.
   void seat(const int64_t* order, const double* square, int64_t n) {
     for (int64_t i = 0; i < pairs; ++i) {
       top[i] = order[i];
@@ -105,14 +105,14 @@ struct Round {
     }
   }
 
-  // All seats but the first move on by one: in 2 pairs - 1 rounds all meet all.
+  // All seats but the first move on by one: 2 pairs - 1 rounds pair every two rows once.
   void move() {
     turn(top, bottom);
     turn(top_square, bottom_square);
   }
 
  private:
-  // Whole vectors move; what comes along from past the last pair is put right.
+  // Moves whole vectors, then corrects the entries past the last pair.
   template <class S>
   void turn(S* upper, S* lower) const {
     using V = Vec<S>;
@@ -149,7 +149,7 @@ inline int find_rotations(const Round& round, double tolerance) {
     std::memcpy(xy, round.product + p, sizeof xy);
     for (int i = 0; i < kLanes; ++i) {
       const double bound = tolerance * __builtin_sqrt(xx[i]) * __builtin_sqrt(yy[i]);
-      // tan 2a = twice / gap; what is no null row keeps the squares clear of underflow
+      // tan 2a = twice / gap; squares of rows that are not null do not underflow
       const double gap = yy[i] - xx[i], twice = 2 * xy[i];
       const double tangent = twice / (__builtin_fabs(gap) + __builtin_sqrt(gap * gap + twice * twice));
       const bool turn = (__builtin_fabs(xy[i]) > bound) & (xx[i] >= kNullSquare) & (yy[i] >= kNullSquare);
@@ -167,9 +167,9 @@ inline int find_rotations(const Round& round, double tolerance) {
   return needed;
 }
 
-// X: n rows, one more where n is odd; G: n rows that turn with those of X; widths are multiples of the vector
-// length. Pairs count as orthogonal where the cosine of their angle is below `tolerance`. order: the rows by
-// descending norm, square: their squared norms at the end. Returns whether it converged.
+// X: n rows, and room for one more if n is odd; G: n rows that rotate with those of X; widths are multiples
+// of the vector length. Pairs count as orthogonal if the cosine of their angle is below `tolerance`. Returns
+// whether it converged, the rows by descending norm in order, and their squared norms in square.
 inline bool jacobi(double* X, int64_t width, int64_t n, double* G, int64_t width_of_G, double tolerance,
                    double* square, int64_t* order, Workspace& workspace) {
   Scratch scratch(workspace);

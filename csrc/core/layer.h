@@ -1,4 +1,5 @@
-// The factorized linear layer: Y = X V Sᵀ Uᵀ + b and its gradients, for sizes where calls cost more than flops.
+// The factorized linear layer: Y = X V Sᵀ Uᵀ + b and its gradients, for sizes where calls cost more than
+// flops.
 #pragma once
 
 #include "gemm.h"
@@ -23,8 +24,7 @@ void linear_forward(const Linear<T>& layer, const T* X, const T* bias, T* Y, T* 
   const T* PS = fold_into_rows ? folded : P;
   const T* US = fold_into_rows ? layer.U : folded;
   if (bias != nullptr) {
-    for (int64_t i = 0; i < rows; ++i)
-      std::memcpy(Y + i * m, bias, sizeof(T) * static_cast<std::size_t>(m));
+    for (int64_t i = 0; i < rows; ++i) std::memcpy(Y + i * m, bias, sizeof(T) * static_cast<std::size_t>(m));
   }
   gemm<T>(rows, m, r, 1, row_major(PS, r), row_major(US, r).transpose(), bias != nullptr ? Y : nullptr, Y,
           workspace);

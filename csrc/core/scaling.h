@@ -1,4 +1,5 @@
-// Between storage and scaled double columns: a power of two brings the largest entry near 1, exactly.
+// Conversion between stored matrices and columns in double, scaled by a power of two to entries of at most
+// about 1.
 #pragma once
 
 #include "gemm.h"

@@ -25,7 +25,7 @@ inline Svd take_svd(int64_t m, int64_t n, Scratch& scratch) {
   return {scratch.take<double>(m * k), scratch.take<double>(k), scratch.take<double>(n * k), {1, 1}};
 }
 
-// The cosine below which vectors of this length, to be stored as T, count as orthogonal: rounding hides it.
+// The cosine below which vectors of this length count as orthogonal: rounding to T hides it.
 template <class T>
 double orthogonality(int64_t length) {
   if (sizeof(T) == 4) return 0x1p-26;
@@ -58,10 +58,10 @@ inline void multiply_rows(const double* Q, int64_t n, int64_t m, double* X, Work
   gemm<double>(n, m, n, 1, row_major(Q, n), row_major<double>(copy, m), false, X, m, workspace);
 }
 
-// X [n, m] turns: the rows from `head` on lose what the angles [n - head, head] say of those before, which gain
-// it. The squares of the angles are no more than rounding.
-inline void turn_away(const double* angles, int64_t head, double* X, int64_t n, int64_t m,
-                      Workspace& workspace) {
+// Rotates the rows of X [n, m] from `head` on away from those before by the angles [n - head, head], whose
+// squares are below rounding.
+inline void rotate_away(const double* angles, int64_t head, double* X, int64_t n, int64_t m,
+                        Workspace& workspace) {
   const int64_t tail = n - head;
   double* rest = X + head * m;
   const View<double> a = row_major(angles, head);
@@ -69,9 +69,9 @@ inline void turn_away(const double* angles, int64_t head, double* X, int64_t n, 
   gemm<double>(head, m, tail, 1, a.transpose(), row_major<double>(rest, m), true, X, m, workspace);
 }
 
-// The rows of W = V Aᵀ, by descending norm, are orthogonal to the rounding of the longest one, which is much to
-// the short ones. Those turn away from the long ones, then by the eigenvectors of their own Gram matrix, and so
-// on with what is short among them. square: the squared norms of the rows; gram: room.
+// The rows of W = V Aᵀ, by descending norm, are orthogonal to the rounding of the longest one, which is too
+// coarse for the short ones. Those are rotated away from the long ones, then by the eigenvectors of their own
+// Gram matrix; the shortest of them again, and so on. square: the squared norms of the rows; gram: workspace.
 inline void separate_scales(double* W, int64_t m, double* V, int64_t n, double* square, double* gram,
                             Workspace& workspace) {
   constexpr double kShort = 0x1p-24;  // squared length relative to the longest
@@ -87,8 +87,8 @@ inline void separate_scales(double* W, int64_t m, double* V, int64_t n, double* 
     for (int64_t i = 0; i < tail; ++i) {
       for (int64_t j = 0; j < head; ++j) angles[i * head + j] /= square[j];
     }
-    turn_away(angles, head, W, n, m, workspace);
-    turn_away(angles, head, V, n, n, workspace);
+    rotate_away(angles, head, W, n, m, workspace);
+    rotate_away(angles, head, V, n, n, workspace);
     gram_of_rows(short_rows, tail, m, gram, workspace);
     if (!eigh(gram, tail, tail, int64_t{0}, square + head, Q, workspace)) return;
     multiply_rows(Q, tail, m, short_rows, workspace);
@@ -97,10 +97,10 @@ inline void separate_scales(double* W, int64_t m, double* V, int64_t n, double* 
   }
 }
 
-// Up to here rotations alone take no longer.
+// Up to this size rotations alone are as fast.
 constexpr int64_t kLargestJacobi = 8;
 
-// The rows of X and of V turn together until those of X are orthogonal; square: their squared norms.
+// Rotates the rows of X, and those of V alike, until those of X are orthogonal; square: their squared norms.
 inline bool rotate_rows(double* X, int64_t m, double* V, int64_t n, double tolerance, double* square,
                         int64_t* order, Workspace& workspace) {
   Scratch scratch(workspace);
@@ -117,8 +117,8 @@ inline bool rotate_rows(double* X, int64_t m, double* V, int64_t n, double toler
   return converged;
 }
 
-// m >= n. The eigenvectors V of AᵀA make the columns of A V orthogonal up to rounding errors of sigma_1²; where
-// small singular values feel those, rotations finish what is then almost done.
+// m >= n. The eigenvectors V of AᵀA make the columns of A V orthogonal up to rounding errors of sigma_1²;
+// where those are too large for small singular values, rotations finish.
 template <class T>
 bool svd_tall(View<T> A, int64_t m, int64_t n, Svd out, Workspace& workspace) {
   Scratch scratch(workspace);
@@ -131,19 +131,19 @@ bool svd_tall(View<T> A, int64_t m, int64_t n, Svd out, Workspace& workspace) {
   const View<double> a = row_major<double>(columns, m), v = row_major<double>(V, n);
 
   to_columns(A, m, n, out.scaling.down, columns);
-  bool turned = false;
+  bool rotated = false;
   if (n > kLargestJacobi) {
     gram_of_rows(columns, n, m, gram, workspace);
-    turned = eigh(gram, n, n, int64_t{0}, square, V, workspace);
+    rotated = eigh(gram, n, n, int64_t{0}, square, V, workspace);
   }
-  if (!turned) {
+  if (!rotated) {
     for (int64_t i = 0; i < n * n; ++i) V[i] = i % (n + 1) == 0;
   }
   gemm<double>(n, m, n, 1, v, a, false, W, m, workspace);
   gram_of_rows(W, n, m, gram, workspace);
   const double tolerance = orthogonality<T>(m);
   bool converged = is_orthogonal(gram, n, tolerance, square);
-  if (!converged && turned) {
+  if (!converged && rotated) {
     for (int64_t i = 0; i < n; ++i) square[i] = gram[i * (n + 1)];
     separate_scales(W, m, V, n, square, gram, workspace);
     gram_of_rows(W, n, m, gram, workspace);

@@ -33,9 +33,9 @@ Tridiagonal<T> take_tridiagonal(int64_t n, Scratch& scratch) {
   return {n, stride, scratch.take<T>(n * stride), scratch.take<T>(n), scratch.take<T>(n), scratch.take<T>(n)};
 }
 
-// Rows [i, i + R): A -= v wᵀ + w vᵀ, and in the same pass their share of y = A x: the columns before `square`
-// stand for both halves of the symmetric matrix, those from `square` on are the diagonal tile. Each row
-// leaves the sum over its columns in `part`.
+// Rows [i, i + R): A -= v wᵀ + w vᵀ, and in the same pass their share of y = A x. Columns before `square`
+// stand for both halves of the symmetric matrix, those from there on are the diagonal tile. Each row stores
+// the sum over its columns in `part`.
 template <class T, int R>
 inline void update_rows(T* A, int64_t stride, int64_t i, int64_t square, const T* v, const T* w, const T* x,
                         T* y, T* part) {
@@ -77,8 +77,8 @@ inline T dot_padded(const T* x, const T* y, int64_t n) {
 }
 
 // Eliminates from the last row up. The rank-two update of one step is applied in the pass that multiplies by
-// the vector of the next one, so that the matrix goes through the cache once a step. Entries are near 1 at
-// most.
+// the vector of the next one, so that the matrix goes through the cache once per step. Entries are at most
+// about 1.
 template <class T>
 void tridiagonalize(Tridiagonal<T>& t, Workspace& workspace) {
   using V = Vec<T>;

@@ -68,7 +68,7 @@ struct Vec {
 #endif
 };
 
-// The sum of the 16-byte parts of a vector: the last steps of a sum over lanes are left to row_sums().
+// The 16-byte parts of a vector, to which a sum over lanes is reduced first.
 template <class T>
 struct Part {
   static constexpr int kLanes = 16 / sizeof(T);
@@ -188,13 +188,14 @@ inline bool any(const Mask& mask) {
   return all != 0;
 }
 
-// A row of n as an odd number of whole vectors: rows do not all fall on the same sets of the cache.
+// The length of a row of n in whole vectors, an odd number of them so that rows spread over the sets of the
+// cache.
 template <class T>
 inline int64_t row_stride(int64_t n) {
   return ((n + Vec<T>::kLanes - 1) / Vec<T>::kLanes | 1) * Vec<T>::kLanes;
 }
 
-// Memory of a workspace that is given back at the end of the scope.
+// Memory of a workspace, released at the end of the scope.
 class Scratch {
  public:
   explicit Scratch(Workspace& workspace) : workspace_(workspace), mark_(workspace.mark()) {}

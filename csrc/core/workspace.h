@@ -1,11 +1,11 @@
-// Scratch memory that a caller hands to the core: a stack of blocks which grows on demand and is reused.
+// Scratch memory that a caller passes to the core: a reusable stack of blocks that grows on demand.
 #pragma once
 
 #include <cstddef>
 
 namespace condlr {
 
-// Defined out of line in workspace.cpp, so that no code of it is compiled for a particular instruction set.
+// Defined in workspace.cpp, so that none of it is compiled for a particular instruction set.
 class Workspace {
  public:
   struct Block {
@@ -29,14 +29,14 @@ class Workspace {
   void release(Mark mark);
 
  private:
-  Block head_{0, 0, nullptr};  // holds nothing: memory is asked for with the first take()
+  Block head_{0, 0, nullptr};  // empty: the first take() allocates
   Block* current_ = &head_;
   Workspace* next_ = nullptr;  // in a list of idle ones
   friend class Workspaces;
 };
 
-// Workspaces for one call, a thread each, from a pool of the process: their memory is used again by the next
-// call, so that only the first one allocates.
+// Workspaces for one call, one per thread, from a pool of the process: the next call reuses their memory, so
+// that only the first one allocates.
 class Workspaces {
  public:
   Workspaces() = default;
@@ -44,7 +44,8 @@ class Workspaces {
   Workspaces(const Workspaces&) = delete;
   Workspaces& operator=(const Workspaces&) = delete;
 
-  // One for the calling thread until the lease ends; what was taken from it stays until the call ends.
+  // A workspace for the calling thread until the lease ends; memory taken from it stays valid until the call
+  // ends.
   class Lease {
    public:
     explicit Lease(Workspaces& from);

@@ -348,14 +348,14 @@ def test_clip(kind, band, dtype, isa):
 
 
 CORES = {
-    "tame": lambda k: np.sort(rng(k).uniform(1, 1.3, k))[::-1],
+    "well_conditioned": lambda k: np.sort(rng(k).uniform(1, 1.3, k))[::-1],
     "repeated": SPECTRA["repeated"],
     "two_values": SPECTRA["two_values"],
     "clustered": SPECTRA["clustered"],
-    "just_tame": lambda k: np.geomspace(2.99, 1, k),
-    "just_wild": lambda k: np.geomspace(3.01, 1, k),
+    "just_well_conditioned": lambda k: np.geomspace(2.99, 1, k),
+    "just_ill_conditioned": lambda k: np.geomspace(3.01, 1, k),
     "one_small": lambda k: np.r_[np.full(k - 1, 1.0), 1e-3],
-    "wild": lambda k: np.geomspace(1, 1e-4, k),
+    "ill_conditioned": lambda k: np.geomspace(1, 1e-4, k),
     "graded": SPECTRA["graded"],
     "rank_deficient": SPECTRA["rank_deficient"],
 }

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of Triton kernels, without a device: what the machine code is like."""
+"""Ahead-of-time compilation of Triton kernels without a device, and properties of the machine code."""
 
 import re
 import signal
@@ -14,9 +14,9 @@ SECONDS = 60
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as a launch would compile it.
+    """A kernel as a launch would compile it.
 
-    types: of every argument that is no constant, "i32", "*fp32" and so on, ":16" behind it where it is divisible by 16.
+    types has "i32", "*fp32" and so on for every argument that is no constant, with ":16" for multiples of 16.
     """
 
     module: str
@@ -26,7 +26,7 @@ class Variant:
     constants: dict
     options: dict
     default: bool = True
-    kind: str = ""  # for people, and for the tests that ask for it
+    kind: str = ""  # a label for the test ids
     dtype: str = ""
 
     def __str__(self):
@@ -36,7 +36,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Code:
-    """What came out."""
+    """A compiled kernel."""
 
     seconds: float
     shared: int
@@ -50,7 +50,7 @@ class Code:
 
 
 def compile_variant(variant: Variant) -> Code:
-    """Compiles in this process, which is killed if that takes more than SECONDS."""
+    """Compile in this process, which an alarm kills after SECONDS."""
     import importlib
 
     import triton

@@ -72,7 +72,7 @@ def arguments(name):
 
 
 def one_of_each():
-    """Runs every op of the package once through the public functions and the optimizer."""
+    """Run every op of the package once through the public functions and the optimizer."""
     torch.manual_seed(0)
     A = torch.randn(4, 4)
     linalg.svd(A), linalg.qr(A), linalg.polar(A), linalg.clip_spectrum(A, 0.1)

@@ -25,11 +25,11 @@ CHAINS = {
     "pointwise": {"FIRST": False, "LAST": True, "BIAS": True, "s_col": 1},
     "pointwise backward": {"FIRST": True, "LAST": False, "BIAS": False, "s_row": 1},
 }
-COUNTS = ("n_rows", "splits", "u_tiles", "v_tiles", "rows_per_split")  # integers that are of no special size
+COUNTS = ("n_rows", "splits", "u_tiles", "v_tiles", "rows_per_split")  # integers of any value
 
 
 def layer_variants():
-    """Every configuration of the kernels of the layers."""
+    """Yield every configuration of the kernels of the layers."""
     import torch
 
     from condlr_ext.kernels.triton.linear import configs, low_rank
@@ -62,7 +62,7 @@ def layer_variants():
 
 
 def other_variants():
-    """Those that the modules of the other kernels name themselves."""
+    """Yield the `variants` of all other modules with kernels."""
     from condlr_ext.kernels.triton.linear import configs
 
     for name in (
@@ -84,11 +84,11 @@ VARIANTS = [] if INTERPRETED else [*layer_variants(), *other_variants()]
 
 @pytest.fixture(scope="module")
 def compiled(request):
-    """Variant -> Code, being compiled by all cores for the tests that were selected."""
-    wanted = [item.callspec.params["variant"] for item in request.session.items if item.module is request.module]
+    """Return a function Variant -> Code; all cores compile the variants of the selected tests."""
+    selected = [item.callspec.params["variant"] for item in request.session.items if item.module is request.module]
     # a process that imports torch anew and is never forked from one with threads
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-        futures = {str(variant): pool.submit(aot.compile_variant, variant) for variant in wanted}
+        futures = {str(variant): pool.submit(aot.compile_variant, variant) for variant in selected}
         yield lambda variant: futures[str(variant)].result()
         pool.shutdown(cancel_futures=True)
 
@@ -104,11 +104,11 @@ def test_compiles_within_the_limits(variant, compiled):
     assert code.shared <= (101376 if variant.architecture == "sm_80" else aot.SHARED[variant.architecture])
     if variant.default:
         assert code.spilled == 0
-    if variant.kernel == "chain":  # which the interpreter, where nothing is concurrent, cannot tell
+    if variant.kernel == "chain":  # in the interpreter, where nothing is concurrent, a missing barrier does not show
         reads_back = variant.constants["FIRST"] and variant.constants["CORE"] < variant.constants["RANK"]
         assert ("barrier" in code.ttir) == reads_back
     if "counter_ptr" in variant.types and variant.constants.get("LARGE", 1):
-        # programs of a team see what others stored: released before they come, acquired before they go on
+        # a barrier releases the stores of a member and acquires those of the others
         if variant.architecture == "gfx942":
             assert code.count(r"buffer_wbl2 sc1") >= 2 and code.count(r"buffer_inv sc1") >= 2
         else:

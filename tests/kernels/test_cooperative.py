@@ -1,23 +1,20 @@
-"""Programs that work on one matrix together, in Triton's interpreter: each in a process of its own, all at once."""
+"""Cooperative groups in Triton's interpreter: every member is a process of its own, all at once."""
 
 import math
 import multiprocessing
 
 import pytest
 import torch
+from helpers.kernels import IN_INTERPRETER
 from helpers.matrices import with_spectrum
 
 from condlr_ext import reference
-from condlr_ext.kernels import triton as kernels
-from condlr_ext.ops.linalg import NOT_CONVERGED, OK
+from condlr_ext.kernels.status import NOT_CONVERGED, OK
+from condlr_ext.kernels.triton import INTERPRETED
 from condlr_ext.reference import HYPER
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(not kernels.INTERPRETED, reason="needs a process started with TRITON_INTERPRET=1"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-if kernels.INTERPRETED:
+pytestmark = IN_INTERPRETER
+if INTERPRETED:
     from triton.runtime import interpreter
 
     from condlr_ext.kernels.triton.runtime import cooperative
@@ -30,22 +27,22 @@ MEMBERS = 3
 
 @pytest.fixture
 def absent():
-    """Members that do not come."""
+    """Members that never run."""
     return set()
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch, absent):
-    """Launches with teams run in as many processes as a team has members, over the same memory."""
+    """Run launches of groups in one process per member, over the same memory. Return their group sizes."""
     run, launched = interpreter.InterpretedFunction.run, []
 
     def run_member(mine, programs, kernel, args, options):
-        """These programs, one after another, in a process that has a grid of all of them."""
+        """Run these programs one after another, in a process that knows the grid of all of them."""
         builder = interpreter.interpreter_builder
         place, size = builder.set_grid_idx, builder.set_grid_dim
         builder.set_grid_idx = lambda x, y, z: place(mine[x], y, z)
         builder.set_grid_dim = lambda x, y, z: size(programs, y, z)
-        # what it writes back is the memory that all share
+        # no copying back: the memory is shared
         interpreter.GridExecutor._restore_args_dev = lambda *args: None
         run(kernel, *args, grid=(len(mine),), **options)
 
@@ -56,7 +53,7 @@ def at_once(monkeypatch, absent):
         if "work_ptr" in names:
             member_of = names["work_ptr"][:, 1].tolist()
         else:
-            member_of = [program % names["members"] for program in range(grid[0])]
+            member_of = [program % names["group_size"] for program in range(grid[0])]
         launched.append(max(member_of) + 1)
         for value in args:
             if isinstance(value, torch.Tensor) and value.numel():
@@ -72,8 +69,8 @@ def at_once(monkeypatch, absent):
             assert process.exitcode == 0
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "run", run_all)
-    monkeypatch.setattr(cooperative, "members", lambda device, jobs: [min(job, MEMBERS) for job in jobs])
-    # tiles for all of them; in one process several sizes would only take longer
+    monkeypatch.setattr(cooperative, "group_sizes", lambda device, jobs: [min(job, MEMBERS) for job in jobs])
+    # small tiles, so that every member has some
     sizes = newton_schulz.config("sm_90") | dict(TILE=64, WIDE_TILE=64, BLOCK=2048)
     monkeypatch.setattr(newton_schulz, "config", lambda name: dict(sizes))
     return launched
@@ -81,33 +78,33 @@ def at_once(monkeypatch, absent):
 
 def alone(monkeypatch, compute):
     with monkeypatch.context() as patch:
-        patch.setattr(cooperative, "members", lambda device, jobs: [1] * len(jobs))
+        patch.setattr(cooperative, "group_sizes", lambda device, jobs: [1] * len(jobs))
         return compute()
 
 
 def spectra(*smallest):
-    """Matrices [70, 65], of which no product has as many tiles as there are members, or a multiple."""
+    """Matrices [70, 65], whose products have numbers of tiles that the members cannot share evenly."""
     return torch.stack([with_spectrum(torch.linspace(1, s, 65, dtype=torch.float64), 70, 65) for s in smallest]).float()
 
 
 def clipped(A):
     out, row = torch.zeros_like(A), torch.zeros(len(A), dtype=torch.int32)
-    wanted = newton_schulz.clip_spectrum(A, torch.tensor([[0.1, 0, math.inf]], dtype=torch.float64), row, out)
-    return out, wanted
+    active_mask = newton_schulz.clip_spectrum(A, torch.tensor([[0.1, 0, math.inf]], dtype=torch.float64), row, out)
+    return out, active_mask
 
 
-def test_a_team_clips_as_one_program_does(monkeypatch, at_once):
-    """One matrix near the band, one that products do not serve: its team leaves early, together."""
+def test_a_group_clips_as_one_program_does(monkeypatch, at_once):
+    """One matrix near the band, one that products do not serve: its group stops early, together."""
     A = spectra(0.5, 1e-3)
-    out, wanted = clipped(A)
-    assert at_once == [MEMBERS] and wanted.tolist() == [0, 1]
-    same, wanted = alone(monkeypatch, lambda: clipped(A))
-    assert at_once == [MEMBERS, 1] and wanted.tolist() == [0, 1]
+    out, active_mask = clipped(A)
+    assert at_once == [MEMBERS] and active_mask.tolist() == [0, 1]
+    same, active_mask = alone(monkeypatch, lambda: clipped(A))
+    assert at_once == [MEMBERS, 1] and active_mask.tolist() == [0, 1]
     assert torch.equal(out, same) and out[0].any() and not out[1].any()
 
 
-def test_a_team_turns_blocks_as_one_program_does(monkeypatch, at_once):
-    """Two pairs of blocks, turned at the same time."""
+def test_a_group_rotates_blocks_as_one_program_does(monkeypatch, at_once):
+    """Two pairs of blocks, rotated at the same time."""
     # columns that are nearly orthogonal, which takes one sweep
     A = torch.eye(80, 66)[None] * torch.linspace(1, 2, 66) + 1e-5 * torch.randn(1, 80, 66)
     results = spectral.svd(A)
@@ -116,14 +113,14 @@ def test_a_team_turns_blocks_as_one_program_does(monkeypatch, at_once):
         assert torch.equal(ours, theirs)
 
 
-def test_teams_clip_the_cores_of_a_network(at_once):
-    """Of two ranks, beside one that a program clips alone; one core asks for another round."""
+def test_groups_clip_the_cores_of_a_network(at_once):
+    """Two ranks, beside one that a program clips alone; one core needs the second launch."""
     cores, ranks = [], (66, 5, 65)
     for r in ranks:
         cores.append(with_spectrum(torch.linspace(1, 1.4, r, dtype=torch.float64), r, r))
     cores[2] = torch.diag(torch.linspace(0.05, 1.4, 65, dtype=torch.float64))
-    room = torch.cat([core.flatten() for core in cores]).float()
-    views = [t.view(r, r) for t, r in zip(room.split([r * r for r in ranks]), ranks, strict=True)]
+    flat = torch.cat([core.flatten() for core in cores]).float()
+    views = [t.view(r, r) for t, r in zip(flat.split([r * r for r in ranks]), ranks, strict=True)]
     hyper, info = torch.zeros(3, 4, len(HYPER), dtype=torch.float64), torch.full((3,), -1, dtype=torch.int32)
     hyper[..., HYPER.index("tau")], hyper[..., HYPER.index("sigma_max")] = 0.1, math.inf
     clip = core_clip.CoreClip(views, range(3))
@@ -136,9 +133,9 @@ def test_teams_clip_the_cores_of_a_network(at_once):
 
 @pytest.mark.parametrize("absent", [{1}])
 def test_nobody_waits_forever(monkeypatch, absent):
-    """What a team could not finish is not taken for a result."""
+    """Nobody takes the result of a group that timed out."""
     monkeypatch.setattr(cooperative, "MAX_SPINS", 3)
     A = spectra(0.5)
-    out, wanted = clipped(A)
-    assert wanted.tolist() == [1]
+    out, active_mask = clipped(A)
+    assert active_mask.tolist() == [1]
     assert spectral.svd(torch.eye(80, 66)[None])[3] == NOT_CONVERGED

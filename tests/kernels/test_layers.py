@@ -39,9 +39,9 @@ def error(got, true) -> float:
 
 
 def check(got, plain, true, moduli, dtype):
-    """At most twice the error of plain PyTorch, plus two roundings of the sum of moduli: one number may be exact by luck.
+    """Assert at most twice the error of plain PyTorch, plus two roundings of the sum of moduli for lucky exact numbers.
 
-    In float64, the rounding of both sides: what `true` is computed in.
+    In float64 rounding of both sides is allowed, since `true` is computed in it.
     """
     eps = torch.finfo(dtype).eps
     for mine, theirs, exact, modulus in zip(got, plain, true, moduli, strict=True):
@@ -120,7 +120,7 @@ def test_only_the_gradients_asked_for(mask):
 
 
 def strided(t, how):
-    """The same numbers in other pointer_table: rows further apart, columns first, every other row or column."""
+    """Return a copy of t in another layout: rows apart, columns first, every other row or column of a larger tensor."""
     if how == "rows apart":
         return torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, dtype=t.dtype)[..., 1:-2].copy_(t)
     if how == "transposed":

@@ -1,26 +1,21 @@
-"""The Triton qr in Triton's interpreter: invariants on all kinds of matrices against LAPACK, outcomes, groups."""
+"""The Triton qr in Triton's interpreter: invariants on all kinds of matrices against LAPACK, and outcomes."""
 
-import ast
-import inspect
 import math
-import os
 from itertools import product
 
 import pytest
 import torch
+from helpers.kernels import IN_INTERPRETER, host_waits
 from helpers.matrices import SPECTRA, backward_error, non_orthonormality, with_spectrum
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process with TRITON_INTERPRET=1"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about NaN and Inf
-]
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from condlr_ext import linalg
+from condlr_ext.kernels.status import NOT_FINITE, OK
+from condlr_ext.kernels.triton import INTERPRETED
+
+pytestmark = IN_INTERPRETER
+if INTERPRETED:
     from condlr_ext.kernels.triton.qr import cholesky_qr
     from condlr_ext.kernels.triton.qr import launch as qr
-    from condlr_ext.kernels.triton.runtime import launching as launch
-    from condlr_ext.ops.linalg import NOT_FINITE, OK
+    from condlr_ext.kernels.triton.runtime import launching
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -159,53 +154,13 @@ def test_the_input_is_not_written():
 def test_long_sums_are_split():
     """More rows than one program sums, and the same bits every time."""
     A = torch.randn(700, 5)
-    assert len(qr._plan(((1, 700, 5),), A.device).gram_work) > 1
+    assert len(qr._plan(1, 700, 5, A.device).gram_work) > 1
     Q, R, _ = qr.qr(A)
     check(A, Q, R)
     again = qr.qr(A)
     assert torch.equal(Q, again[0]) and torch.equal(R, again[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_groups_of_any_shapes(dtype):
-    """Each as alone, also a rank-deficient one and one that is not finite among them."""
-    shapes = [(30, 4), (5, 5), (0, 3), (1, 1), (7, 20), (64, 33), (12, 0), (3, 2)]
-    group = [torch.randn(m, n, dtype=dtype) for m, n in shapes]
-    group[1][:, 2] = 0
-    group[3][:] = math.nan
-    Q, info = qr.orthonormalize_grouped(group)
-    assert info.tolist() == [NOT_FINITE if i == 3 else OK for i in range(len(group))]
-    for i, (A, q) in enumerate(zip(group, Q, strict=True)):
-        assert q.shape == (A.shape[0], min(A.shape)) and q.is_contiguous()
-        if i == 3:
-            assert q.isnan().all()
-        elif A.numel():
-            assert non_orthonormality(q) <= backward_error(dtype, *A.shape)
-            if i != 1:  # unique at full rank
-                torch.testing.assert_close(q, linalg.orthonormalize(A), rtol=0, atol=2e3 * torch.finfo(dtype).eps)
-
-
-def test_groups_follow_their_matrices():
-    """The same shapes somewhere else in memory."""
-    for _ in range(3):
-        group = [torch.randn(9, 4), torch.randn(20, 6)]
-        for A, q in zip(group, qr.orthonormalize_grouped(group)[0], strict=True):
-            torch.testing.assert_close(q.mT @ A, qr.qr(A)[1], rtol=0, atol=1e-5)
-
-
-def test_empty_groups():
-    assert qr.orthonormalize_grouped([])[0] == []
-    Q, info = qr.orthonormalize_grouped([torch.empty(3, 0), torch.empty(0, 3)])
-    assert [q.shape for q in Q] == [(3, 0), (0, 0)] and info.tolist() == [OK, OK]
-
-
 def test_the_host_does_not_wait():
-    for module in (qr, launch):
-        assert not waits(module), waits(module)
-
-
-def waits(module) -> list[str]:
-    """Calls by which the host would wait for the device, or read from it, in the source of a module."""
-    calls = (node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call))
-    names = (c.func.attr if isinstance(c.func, ast.Attribute) else getattr(c.func, "id", "") for c in calls)
-    return sorted(set(names) & {"item", "tolist", "cpu", "numpy", "nonzero", "bool", "float", "equal", "synchronize"})
+    for module in (qr, launching):
+        assert host_waits(module) == [], module

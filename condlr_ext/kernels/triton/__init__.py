@@ -1,4 +1,4 @@
-"""Triton kernels, and what they need to run. Triton is imported by the modules of this package, on first use only."""
+"""Triton kernels and the devices they run on. Only the modules of the wings import Triton, on first use."""
 
 import importlib.util
 import os
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 INSTALLED = importlib.util.find_spec("triton") is not None
-# triton.jit looks at this variable when a kernel is defined: what it is now, it stays
+# triton.jit reads this variable once, when a kernel is defined
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unsupported_reasons(tensors: Sequence[torch.Tensor]) -> list[str]:
-    """Why no Triton kernel can serve these tensors, whatever their shapes; empty if one can."""
+    """Return the reasons why no Triton kernel can serve these tensors, whatever their shapes."""
     if not INSTALLED:
         return ["Triton is not installed"]
     device = tensors[0].device
@@ -35,7 +35,7 @@ def unsupported_reasons(tensors: Sequence[torch.Tensor]) -> list[str]:
 
 
 def architecture(device: torch.device) -> str:
-    """The name under which configurations for this device are listed."""
+    """Return the name under which the configurations for this device are listed."""
     if device.type != "cuda":
         return "sm_90"  # interpreted: any will do
     if torch.version.hip is not None:

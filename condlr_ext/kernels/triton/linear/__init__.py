@@ -1,0 +1,1 @@
+"""The products of low-rank layers, forward and backward."""

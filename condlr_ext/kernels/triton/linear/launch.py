@@ -1,6 +1,6 @@
 """low_rank_linear, low_rank_conv and their backwards by Triton kernels: sizes, strides, memory and launches.
 
-Same signatures and results as in reference.py, but gradients that are not asked for are empty tensors.
+Signatures and results are those of reference.py, but gradients that are not asked for are empty tensors.
 """
 
 import torch
@@ -14,21 +14,21 @@ from . import configs, low_rank, tuning
 
 
 def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None):
-    """Y = X V Sᵀ Uᵀ + b and P = X V in one launch."""
+    """Return Y = X V Sᵀ Uᵀ + b and P = X V, by one launch."""
     lead = input.shape[:-1]
     Y, P = _linear(_rows(input), U, S, V, bias)
     return Y.reshape(*lead, U.shape[0]), P.reshape(*lead, U.shape[1])
 
 
 def _linear(X: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None, conv: bool = False):
-    """low_rank_linear on a matrix X with contiguous rows."""
+    """Return low_rank_linear of a matrix X with contiguous rows."""
     P, Y = X.new_empty(X.shape[0], U.shape[1]), X.new_empty(X.shape[0], U.shape[0])
     _chain(X, V, S, U, bias, P, Y, conv)
     return Y, P
 
 
 def low_rank_linear_backward(grad, input, P, U: Tensor, S: Tensor, V: Tensor, mask):
-    """Gradients of low_rank_linear: dX and Q = G U in one launch, all others in two."""
+    """Return the gradients of low_rank_linear: one launch for dX and Q = G U, two for all others."""
     G = _rows(grad)
     X = None if input is None else _rows(input)
     if P is not None:
@@ -50,7 +50,7 @@ def _linear_backward(G: Tensor, X: Tensor | None, P: Tensor | None, U, S, V, mas
 
 
 def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups):
-    """Convolution with the filters of V by torch, then the pointwise one with U S; a 1x1 convolution in one launch.
+    """Return Y and P of a convolution: torch convolves with the filters of V, a launch with U S; 1x1 takes one launch.
 
     The activations must be channels_last, and groups 1.
     """
@@ -70,7 +70,7 @@ def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, 
 
 
 def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
-    """Gradients of low_rank_conv; those of the first convolution by torch."""
+    """Return the gradients of low_rank_conv; torch computes those of the first convolution."""
     rank = U.shape[1]
     G, space = _pixels(grad), grad.shape[2:]
     pointwise = is_pointwise(kernel_size, stride, padding)
@@ -103,30 +103,30 @@ def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, p
 
 
 def _rows(t: Tensor) -> Tensor:
-    """t [*, k] as a matrix whose rows are contiguous, any number of elements apart."""
+    """Return t [*, k] as a matrix with contiguous rows, any number of elements apart."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def _pixels(image: Tensor) -> Tensor:
-    """image [B, C, *space] as a matrix of one row per pixel; a view of channels_last memory."""
+    """Return image [B, C, *space] as a matrix with a row per pixel, a view if it is channels_last."""
     return _rows(image.movedim(1, -1))
 
 
 def _image(pixels: Tensor, batch: int, space) -> Tensor:
-    """Back to [B, C, *space] in the format in which torch answers: channels_last, which one dimension has not."""
+    """Return [B, C, *space] in the memory format that torch returns: channels_last, contiguous in one dimension."""
     image = pixels.view(batch, *space, pixels.shape[1]).movedim(-1, 1)
     return image if len(space) > 1 else image.contiguous()
 
 
 def precision(dtype: torch.dtype, conv: bool = False) -> str:
-    """What a product of float32 tiles rounds its operands to, as torch's products or convolutions are set to do."""
+    """Return the input precision of tl.dot by torch's setting for products or convolutions."""
     backend = torch.backends.cudnn.conv if conv else torch.backends.cuda.matmul
     return "tf32" if dtype == torch.float32 and backend.fp32_precision == "tf32" else "ieee"
 
 
 def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor, conv: bool = False) -> None:
-    """P = X V, Y = P Sᵀ Uᵀ + b, into P and Y. X and V None: P is given. U None: Y = P Sᵀ."""
+    """Set P = X V, Y = P Sᵀ Uᵀ + b. If X and V are None, P is given; if U is None, Y = P Sᵀ."""
     n_rows, r = P.shape
     if n_rows == 0:
         return
@@ -136,7 +136,7 @@ def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor, conv: bool = False) -> None:
     n, m = V.shape[0] if first else 0, Y.shape[1]
     rank = triton.next_power_of_2(max(r, 16))
     rounding = precision(Y.dtype, conv)
-    # pointers of tensors that are not there are not followed
+    # the kernel does not read these placeholders
     X, V, U, b = (P if t is None else t for t in (X, V, U, bias))
 
     def launch(config: triton.Config) -> None:
@@ -150,14 +150,14 @@ def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor, conv: bool = False) -> None:
 
 
 def _tuned(kernel: str, kind, P: Tensor, rank: int, rounding: str, sizes, launch) -> None:
-    """Launches with the configuration for these sizes, on the device of P."""
+    """Launch on the device of P with the configuration for these sizes."""
     candidates = configs.of(kernel, architecture(P.device), P.dtype, rank, rounding)
     with on(P.device):
         launch(tuning.fastest((kernel, kind, P.device, P.dtype, rank, rounding), sizes, candidates, launch))
 
 
 def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask, conv: bool = False):
-    """dU = (Gᵀ P) Sᵀ, dS = Qᵀ P, dV = (Xᵀ Q) S, db = Σ G; those the mask leaves out are empty."""
+    """Return dU = (Gᵀ P) Sᵀ, dS = Qᵀ P, dV = (Xᵀ Q) S, db = Σ G; empty where the mask is false."""
     n_rows, (m, r), n = G.shape[0], U.shape, V.shape[0]
     by_U, by_S, by_V, by_bias = mask[1:]
     dU, dS, dV = (G.new_empty(t.shape if by else 0) for t, by in ((U, by_U), (S, by_S), (V, by_V)))
@@ -172,13 +172,13 @@ def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask,
     rounding = precision(G.dtype, conv)
     widths = by_U * m, by_V * n, by_S * r
     wide = torch.float64 if G.dtype == torch.float64 else torch.float32
-    X, P, Q = (G if t is None else t for t in (X, P, Q))  # not followed
+    X, P, Q = (G if t is None else t for t in (X, P, Q))  # placeholders
 
     def launch(config: triton.Config) -> None:
         block, step = config.kwargs["BLOCK_I"], config.kwargs["BLOCK_B"]
         u_tiles, v_tiles, s_tiles = (triton.cdiv(w, block) for w in widths)
         tiles = u_tiles + v_tiles + s_tiles
-        # two programs for every multiprocessor, none with fewer than four steps
+        # about two programs per multiprocessor, each of at least four steps
         splits = max(1, min(2 * multiprocessors(G.device) // tiles, n_rows // (4 * step)))
         per_split = triton.cdiv(triton.cdiv(n_rows, step), splits) * step
         splits = triton.cdiv(n_rows, per_split)

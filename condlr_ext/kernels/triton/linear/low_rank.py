@@ -1,11 +1,11 @@
-"""The three-factor products of a low-rank layer, forward and backward: kernels.
+"""Kernels of the three-factor products of a low-rank layer, forward and backward.
 
-`chain` owns a block of rows and takes it through Y = ((X V) Sᵀ) Uᵀ + b without leaving the chip; with the factors
-swapped it is dX = ((G U) S) Vᵀ, and without its first or its last factor the pointwise half of a convolution, forward
-and backward. `sums` and `combine` give the gradients of the factors: what is summed over the rows is summed in
-splits and then once more, in a fixed order, so equal inputs give equal bits.
+A program of `chain` takes a block of rows through Y = ((X V) Sᵀ) Uᵀ + b without leaving the chip. With the factors
+swapped this is dX = ((G U) S) Vᵀ, and without its first or its last factor the pointwise half of a convolution, forward
+and backward. `sums` and `combine` compute the gradients of the factors: sums over rows are taken in splits and then
+over the splits in a fixed order, so equal inputs give equal bits.
 
-Tiles are upcast to the accumulator's type (float64 for float64, else float32) by the products alone.
+Only the products upcast tiles to the accumulator's type (float64 for float64, else float32).
 """
 
 import triton
@@ -17,7 +17,7 @@ def _accumulate(
     acc, A_ptr, a_row, rows, n_rows, B_ptr, b_row, b_col, cols, n_cols, inner,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + A[rows] B[:, cols] over `inner` columns of A and rows of B, BLOCK at a time."""
+    """Return acc + A[rows] B[:, cols], summed over `inner` columns of A, BLOCK at a time."""
     k = tl.arange(0, BLOCK)
     a_ptrs = A_ptr + rows[:, None] * a_row + k[None, :]
     b_ptrs = B_ptr + k[:, None].to(tl.int64) * b_row + cols[None, :] * b_col
@@ -40,8 +40,8 @@ def chain(
 ):  # fmt: skip
     """P = X V, Y = P Sᵀ Uᵀ + b for BLOCK_B rows. Not FIRST: P is given. Not LAST: Y = P Sᵀ.
 
-    RANK >= r is the width of a tile of P. CORE: how many columns of P meet the core at a time; all of them, CORE =
-    RANK, never leave the chip, fewer are read back from where P was written.
+    RANK >= r is the width of a tile of P. CORE is the number of columns of P that meet the core at a time: with
+    CORE = RANK they never leave the chip, fewer are read back from P in memory.
     """
     ACC: tl.constexpr = tl.float64 if Y_ptr.dtype.element_ty == tl.float64 else tl.float32
     dtype = Y_ptr.dtype.element_ty
@@ -58,7 +58,7 @@ def chain(
         T = tl.dot(P, S_T, T, input_precision=PRECISION, out_dtype=ACC)
     else:
         if FIRST:
-            tl.debug_barrier()  # every thread of the program sees all of the rows of P it has written
+            tl.debug_barrier()  # P is read back by other threads
         T = _accumulate(T, P_ptr, p_row, rows, n_rows, S_ptr, s_col, s_row, cols, r, r, CORE, PRECISION)
     T = T.to(dtype)
     if LAST:
@@ -84,9 +84,9 @@ def sums(
     n_rows, m, n, r, u_tiles, v_tiles, rows_per_split, g_row, x_row, p_row, q_row,
     BIAS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """One tile of Gᵀ P (and Σ G beside it), of Xᵀ Q or of Qᵀ P, over the rows of one split.
+    """One tile of Gᵀ P (with Σ G), of Xᵀ Q or of Qᵀ P, over the rows of one split.
 
-    Grid: tiles of all products, one after the other, by splits. sums [splits, tiles * BLOCK_I, r], db [splits, m].
+    Grid: tiles of the three products in this order, by splits. sums [splits, tiles * BLOCK_I, r], db [splits, m].
     """
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
     tile, split = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -128,7 +128,7 @@ def combine(
     m, n, r, splits, u_tiles, v_tiles, s_row, s_col,
     BIAS: tl.constexpr, RANK: tl.constexpr, CORE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Adds the splits of `sums` in order: dU = (Gᵀ P) Sᵀ, dV = (Xᵀ Q) S, dS = Qᵀ P, db; grid: the tiles of `sums`."""
+    """Add the splits of `sums` in order: dU = (Gᵀ P) Sᵀ, dV = (Xᵀ Q) S, dS = Qᵀ P, db; grid: the tiles of `sums`."""
     ACC: tl.constexpr = sums_ptr.dtype.element_ty
     tile = tl.program_id(0)
     out_ptr, width, first = dU_ptr, m, tile

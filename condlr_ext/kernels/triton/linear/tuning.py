@@ -1,4 +1,4 @@
-"""The fastest of a handful of configurations, found at the first call of each kind of size and remembered."""
+"""Autotuning: the fastest of a few configurations, timed at the first call with sizes of a kind and cached."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +25,16 @@ def impose(kernel: str, config: triton.Config) -> Iterator[None]:
 
 
 def fastest(key: tuple, sizes: Sequence[int], configs: Sequence[triton.Config], launch: Callable) -> triton.Config:
-    """The configuration with which `launch(config)`, which must bear repetition, takes the least time.
+    """Return the configuration with which `launch(config)` is fastest.
 
-    The first one, without a trial, where timing is impossible or unwanted: in the interpreter, while a CUDA graph is
-    captured, under torch.use_deterministic_algorithms (configurations round differently), or where there is no other.
+    It is the first one, untimed, in the interpreter, while a CUDA graph is captured, and under
+    torch.use_deterministic_algorithms, since configurations round differently.
 
     Args:
-        key: what the answer depends on besides the sizes: kernel, device, dtype and the like.
-        sizes: numbers of rows and columns, of which only the power of two above matters.
+        key: Everything but the sizes that the result depends on: kernel, device, dtype and so on.
+        sizes: Numbers of rows and columns; those with the same next power of two share a result.
+        configs: The candidates.
+        launch: Launches the kernel; must be repeatable.
     """
     if _imposed is not None:
         return _imposed.get(key[0], configs[0])
@@ -50,7 +52,7 @@ def fastest(key: tuple, sizes: Sequence[int], configs: Sequence[triton.Config], 
 
 
 def _time(launch: Callable, config: triton.Config) -> float:
-    """Median milliseconds; Inf where the device lacks the resources."""
+    """Return the median time in milliseconds; inf if the device lacks the resources."""
     try:
         return triton.testing.do_bench(lambda: launch(config), warmup=5, rep=25, return_mode="median")
     except OutOfResources:

@@ -1,0 +1,1 @@
+"""QR of many matrices of any shapes at once."""

@@ -1,43 +1,97 @@
-"""Kernels of Cholesky-QR for many matrices of different shapes at once, with Householder's for those it cannot do.
+"""Kernels of Cholesky-QR for many matrices of different shapes at once, and of Householder QR where it fails.
 
-`pointer_table` holds how many elements from a base pointer each matrix starts, a row of `jobs` its sizes and which
-entries of the table it uses, a row of `work` the job and the part of it that one program does. Whatever
-the matrices are stored in, sums, triangular factors and substitutions are float64: one pass then gives what
-Householder gives up to a condition number of about 1e4, and two up to 1e7, and on the GPUs made for computing float64
-products are no slower than float32 ones that do not round to TF32.
+`pointer_table` holds the offset of each matrix from a base pointer, a row of `jobs` the sizes of a matrix and its
+entries in that table, a row of `work` the job and the part of it that one program does. Sums, triangular factors and
+substitutions are in float64, whatever the dtype of the matrices: one pass is then as accurate as Householder QR up to
+a condition number of about 1e4, two up to 1e7. On data center GPUs float64 products are no slower than float32 ones
+that do not round to TF32.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..runtime.launching import variant
+from ....reference import HYPER
+from ..runtime.launching import columns, variant
+from ..runtime.status import ALL_ZERO, NOT_CONVERGED, NOT_FINITE, OK  # noqa: F401  the step reads them here
 
-# outcomes of a factorization, the codes of `info` first
-OK, NOT_CONVERGED, NOT_FINITE, ALL_ZERO, RESCUE = map(tl.constexpr, range(5))
+RESCUE = tl.constexpr(4)  # state of a matrix that Householder QR has to factor; other states are status codes
 
 EPSILON = tl.constexpr(2.0**-52)
 
-# columns of the jobs of `products`: Aᵀ (alpha B + beta H), A [rows, p], B and H [rows, q]
-PRODUCT = ("a", "a_row", "a_col", "b", "b_row", "b_col", "h", "rows", "p", "q", "per_split", "out", "hyper")
-# columns of the jobs of the factorization of X [rows, n] into Y [rows, n] and L [n, n]
-FACTOR = ("x", "x_row", "y", "y_row", "rows", "n", "gram", "splits", "L", "reflectors")
 
-_PRODUCT_COLUMNS = tl.constexpr(len(PRODUCT))
-_FACTOR_COLUMNS = tl.constexpr(len(FACTOR))
-# columns of `hyper`, which has one row of ten per role
-_HYPER_COLUMNS = tl.constexpr(10)
+class ProductJob(NamedTuple):
+    """Row of the jobs of `products`: Aᵀ (alpha B + beta H) with A [rows, p], B and H [rows, q]."""
+
+    a: int  # entry of the pointer table
+    a_row: int  # strides
+    a_col: int
+    b: int
+    b_row: int
+    b_col: int
+    h: int  # strides as of B
+    rows: int
+    p: int
+    q: int
+    per_split: int  # rows that one program sums
+    out: int  # offset of the splits
+    hyper: int = -1  # row of hyper that holds alpha and beta; -1: they are 1 and 0
+
+
+class FactorJob(NamedTuple):
+    """Row of the jobs of a factorization of X [rows, n] into Y [rows, n] and L [n, n]."""
+
+    x: int  # entry of the pointer table
+    x_row: int  # stride
+    y: int
+    y_row: int
+    rows: int
+    n: int
+    gram: int  # offset of the splits of the Gram matrix
+    splits: int
+    L: int  # offset of L, or of the beta of Householder's reflectors
+    reflectors: int  # offset of the reflectors
+
+
+class UpperJob(NamedTuple):
+    """Row of the jobs of `upper_factor`: R [k, n] from the splits of QᵀA."""
+
+    k: int
+    n: int
+    splits: int
+    parts: int  # offset of the splits
+    out: int  # offset of R
+
+
+_PRODUCT_COLUMNS = tl.constexpr(len(ProductJob._fields))
+_PRODUCT_A, _PRODUCT_A_ROW, _PRODUCT_A_COL = columns(ProductJob._fields, "a a_row a_col")
+_PRODUCT_B, _PRODUCT_B_ROW, _PRODUCT_B_COL, _PRODUCT_H = columns(ProductJob._fields, "b b_row b_col h")
+_PRODUCT_ROWS, _PRODUCT_P, _PRODUCT_Q, _PRODUCT_PER_SPLIT = columns(ProductJob._fields, "rows p q per_split")
+_PRODUCT_OUT, _PRODUCT_HYPER = columns(ProductJob._fields, "out hyper")
+_FACTOR_COLUMNS = tl.constexpr(len(FactorJob._fields))
+_FACTOR_X, _FACTOR_X_ROW, _FACTOR_Y, _FACTOR_Y_ROW = columns(FactorJob._fields, "x x_row y y_row")
+_FACTOR_ROWS, _FACTOR_N, _FACTOR_GRAM, _FACTOR_SPLITS = columns(FactorJob._fields, "rows n gram splits")
+_FACTOR_L, _FACTOR_REFLECTORS = columns(FactorJob._fields, "L reflectors")
+_UPPER_COLUMNS = tl.constexpr(len(UpperJob._fields))
+_UPPER_K, _UPPER_N, _UPPER_SPLITS, _UPPER_PARTS, _UPPER_OUT = columns(UpperJob._fields, "k n splits parts out")
+_HYPER_COLUMNS = tl.constexpr(len(HYPER))  # one row of them per role
+_MOMENTUM, _DAMPENING, _NESTEROV, _MAXIMIZE, _FRESH = columns(HYPER, "momentum dampening nesterov maximize fresh")
 
 
 @triton.jit
 def momentum(hyper_ptr, row):
-    """SGD's new buffer is keep B + gain g, its direction ahead g + follow (new buffer); g = sign G + decay X."""
+    """Return (sign, keep, gain, ahead, follow) of SGD with momentum, from a row of hyper.
+
+    With g = sign G + decay X the new buffer is keep B + gain g, the direction ahead g + follow (new buffer).
+    """
     h = hyper_ptr + row * _HYPER_COLUMNS
-    mu = tl.load(h + 1)
-    reads = (mu != 0) & (tl.load(h + 6) == 0)
+    mu = tl.load(h + _MOMENTUM)
+    reads = (mu != 0) & (tl.load(h + _FRESH) == 0)
     keep = tl.where(reads, mu, 0.0)
-    gain = tl.where(reads, 1 - tl.load(h + 2), 1.0)
-    sign = tl.where(tl.load(h + 5) != 0, -1.0, 1.0).to(tl.float64)
-    looks_ahead = (mu != 0) & (tl.load(h + 4) != 0)
+    gain = tl.where(reads, 1 - tl.load(h + _DAMPENING), 1.0)
+    sign = tl.where(tl.load(h + _MAXIMIZE) != 0, -1.0, 1.0).to(tl.float64)
+    looks_ahead = (mu != 0) & (tl.load(h + _NESTEROV) != 0)
     ahead = tl.where(looks_ahead, 1.0, 0.0).to(tl.float64)
     follow = tl.where(looks_ahead, mu, 1.0)
     return sign, keep, gain, ahead, follow
@@ -50,20 +104,17 @@ def load_wide(ptrs, mask):
 
 @triton.jit
 def products(
-    places_ptr, jobs_ptr, work_ptr, hyper_ptr, A_ptr, B_ptr, out_ptr,
+    pointer_table_ptr, jobs_ptr, work_ptr, hyper_ptr, A_ptr, B_ptr, out_ptr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tile (i, j) of Aᵀ (alpha B + beta H), over the rows of one split; alpha, beta as hyper says, else 1 and 0.
-
-    work: job, i, j, split. out: splits of [p, q] each.
-    """
+    """Tile (i, j) of Aᵀ (alpha B + beta H) over the rows of one split. work: job, i, j, split; out: [splits, p, q]."""
     work = work_ptr + tl.program_id(0).to(tl.int64) * 4
     i, j, split = tl.load(work + 1), tl.load(work + 2), tl.load(work + 3).to(tl.int64)
     job = jobs_ptr + tl.load(work).to(tl.int64) * _PRODUCT_COLUMNS
-    a_row, a_col = tl.load(job + 1), tl.load(job + 2)
-    b_row, b_col = tl.load(job + 4), tl.load(job + 5)
-    rows, p, q, per_split = tl.load(job + 7), tl.load(job + 8), tl.load(job + 9), tl.load(job + 10)
-    hyper_row = tl.load(job + 12)
+    a_row, a_col = tl.load(job + _PRODUCT_A_ROW), tl.load(job + _PRODUCT_A_COL)
+    b_row, b_col = tl.load(job + _PRODUCT_B_ROW), tl.load(job + _PRODUCT_B_COL)
+    rows, per_split = tl.load(job + _PRODUCT_ROWS), tl.load(job + _PRODUCT_PER_SPLIT)
+    p, q, hyper_row = tl.load(job + _PRODUCT_P), tl.load(job + _PRODUCT_Q), tl.load(job + _PRODUCT_HYPER)
     alpha, beta = tl.full([], 1, tl.float64), tl.full([], 0, tl.float64)
     if hyper_row >= 0:
         sign, keep, gain, ahead, follow = momentum(hyper_ptr, hyper_row)
@@ -74,10 +125,11 @@ def products(
     end = tl.minimum(begin + per_split, rows)
     k = tl.arange(0, BLOCK)
     left, right = i * TILE + tl.arange(0, TILE), j * TILE + tl.arange(0, TILE)
-    a_ptrs = A_ptr + tl.load(places_ptr + tl.load(job)) + (begin + k)[:, None] * a_row + left[None, :] * a_col
+    a_offsets = (begin + k)[:, None] * a_row + left[None, :] * a_col
     b_offsets = (begin + k)[:, None] * b_row + right[None, :] * b_col
-    b_ptrs = B_ptr + tl.load(places_ptr + tl.load(job + 3)) + b_offsets
-    h_ptrs = B_ptr + tl.load(places_ptr + tl.load(job + 6)) + b_offsets
+    a_ptrs = A_ptr + tl.load(pointer_table_ptr + tl.load(job + _PRODUCT_A)) + a_offsets
+    b_ptrs = B_ptr + tl.load(pointer_table_ptr + tl.load(job + _PRODUCT_B)) + b_offsets
+    h_ptrs = B_ptr + tl.load(pointer_table_ptr + tl.load(job + _PRODUCT_H)) + b_offsets
     total = tl.zeros([TILE, TILE], tl.float64)
     for start in range(begin, end, BLOCK):
         inside = k[:, None] < end - start
@@ -88,13 +140,13 @@ def products(
         a_ptrs += a_row * BLOCK
         b_ptrs += b_row * BLOCK
         h_ptrs += b_row * BLOCK
-    out = out_ptr + tl.load(job + 11) + (split * p + left)[:, None] * q + right[None, :]
+    out = out_ptr + tl.load(job + _PRODUCT_OUT) + (split * p + left)[:, None] * q + right[None, :]
     tl.store(out, total, mask=(left[:, None] < p) & (right[None, :] < q))
 
 
 @triton.jit
 def load_parts(gram_ptr, splits, n, left, right):
-    """[left, right] of the sum of the splits of an [n, n] matrix."""
+    """Return the tile [left, right] of an [n, n] matrix, summed over its splits."""
     offsets = left[:, None] * n + right[None, :]
     mask = (left[:, None] < n) & (right[None, :] < n)
     total = load_wide(gram_ptr + offsets, mask)
@@ -105,14 +157,14 @@ def load_parts(gram_ptr, splits, n, left, right):
 
 @triton.jit
 def _factor_panel(G, floor, n, PANEL: tl.constexpr):
-    """L⁻¹ for G = L Lᵀ, the first n rows of it, and whether all pivots are above the floor."""
+    """Return L⁻¹ of the first n rows of G = L Lᵀ, and whether all pivots exceed the floor."""
     index = tl.arange(0, PANEL)
     rows, cols = index[:, None], index[None, :]
     inverse = tl.zeros([PANEL, PANEL], tl.float64)
     ok = 1
     for k in range(n):
         down = tl.sum(tl.where(cols == k, G, 0.0), 1)
-        across = tl.sum(tl.where(rows == k, G, 0.0), 0)  # the same numbers, laid out along the columns
+        across = tl.sum(tl.where(rows == k, G, 0.0), 0)  # the same numbers in the layout of a row
         pivot = tl.sum(tl.where(index == k, across, 0.0), 0)
         least = tl.sum(tl.where(index == k, floor, 0.0), 0)
         sound = (pivot > least) & (pivot < float("inf"))
@@ -127,10 +179,10 @@ def _factor_panel(G, floor, n, PANEL: tl.constexpr):
 
 @triton.jit
 def factorize(gram_ptr, splits, n, shift, least, L_ptr, PANEL: tl.constexpr):
-    """L of G + shift I = L Lᵀ in L [n, n], the inverses of its diagonal blocks in their place.
+    """Factor G + shift I = L Lᵀ into L [n, n], which holds the inverses of its diagonal blocks in their place.
 
-    least: what part of its diagonal entry every pivot must exceed, above eps64 n, which is what rounding leaves.
-    Returns whether they all do (not so with NaN) and ‖G - I‖_F².
+    Return whether every pivot exceeds `least` times its diagonal entry (false with NaN), and ‖G - I‖_F². least must be
+    at least eps64 n, which rounding leaves of a zero pivot.
     """
     index = tl.arange(0, PANEL)
     eye = (index[:, None] == index[None, :]).to(tl.float64)
@@ -167,7 +219,7 @@ def factorize(gram_ptr, splits, n, shift, least, L_ptr, PANEL: tl.constexpr):
 
 @triton.jit
 def substitute(X_ptr, x_row, Y_ptr, y_row, rows, n_rows, L_ptr, n, PANEL: tl.constexpr):
-    """Y = X L⁻ᵀ for some rows, L [n, n] as from `factorize`; Y may be X."""
+    """Y = X L⁻ᵀ for some rows, L [n, n] as `factorize` stores it; Y may be X."""
     index = tl.arange(0, PANEL)
     inside = rows[:, None] < n_rows
     for begin in range(0, n, PANEL):
@@ -181,22 +233,23 @@ def substitute(X_ptr, x_row, Y_ptr, y_row, rows, n_rows, L_ptr, n, PANEL: tl.con
         both = (cols[:, None] < n) & (cols[None, :] < n)
         inverse_t = load_wide(L_ptr + cols[None, :] * n + cols[:, None], both)
         y = tl.dot(y, inverse_t, input_precision="ieee", out_dtype=tl.float64)
-        tl.debug_barrier()  # all threads have read what is now replaced
+        tl.debug_barrier()  # all threads have read these rows
         tl.store(Y_ptr + rows[:, None] * y_row + cols[None, :], y.to(Y_ptr.dtype.element_ty), mask=mask)
         tl.debug_barrier()
 
 
 @triton.jit
 def cholesky(jobs_ptr, gram_ptr, L_ptr, state_ptr, limit, FIRST: tl.constexpr, PANEL: tl.constexpr):
-    """L for the Gram matrix of one job; state: OK, or RESCUE where Cholesky-QR is no use.
+    """Compute L for the Gram matrix of one job, and its state: OK, or RESCUE where Cholesky-QR fails.
 
-    The second Gram matrix is that of what the first pass has made: if it is off I by more than the limit, that was
-    of no use either.
+    The second Gram matrix is that of the result of the first pass: if it differs from I by more than the limit, the
+    first pass has failed.
     """
     index = tl.program_id(0).to(tl.int64)
     job = jobs_ptr + index * _FACTOR_COLUMNS
-    n, splits = tl.load(job + 5).to(tl.int32), tl.load(job + 7).to(tl.int32)
-    ok, distance2 = factorize(gram_ptr + tl.load(job + 6), splits, n, 0.0, n * EPSILON, L_ptr + tl.load(job + 8), PANEL)
+    n, splits = tl.load(job + _FACTOR_N).to(tl.int32), tl.load(job + _FACTOR_SPLITS).to(tl.int32)
+    gram, L = gram_ptr + tl.load(job + _FACTOR_GRAM), L_ptr + tl.load(job + _FACTOR_L)
+    ok, distance2 = factorize(gram, splits, n, 0.0, n * EPSILON, L, PANEL)
     if not FIRST:
         ok = tl.where((tl.load(state_ptr + index) == OK) & (distance2 <= limit * limit), ok, 0)
     tl.store(state_ptr + index, tl.where(ok != 0, OK, RESCUE))
@@ -204,7 +257,7 @@ def cholesky(jobs_ptr, gram_ptr, L_ptr, state_ptr, limit, FIRST: tl.constexpr, P
 
 @triton.jit
 def solve(
-    places_ptr, jobs_ptr, work_ptr, X_ptr, Y_ptr, L_ptr, state_ptr,
+    pointer_table_ptr, jobs_ptr, work_ptr, X_ptr, Y_ptr, L_ptr, state_ptr,
     IN_PLACE: tl.constexpr, ROWS: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """Y = X L⁻ᵀ, or Y = Y L⁻ᵀ, for ROWS rows of one job. work: job, block of rows."""
@@ -213,20 +266,20 @@ def solve(
     job = jobs_ptr + index * _FACTOR_COLUMNS
     if tl.load(state_ptr + index) == OK:
         rows = tl.load(work + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        n_rows, n = tl.load(job + 4), tl.load(job + 5).to(tl.int32)
-        y_row = tl.load(job + 3)
-        Y = Y_ptr + tl.load(places_ptr + tl.load(job + 2))
-        L = L_ptr + tl.load(job + 8)
+        n_rows, n = tl.load(job + _FACTOR_ROWS), tl.load(job + _FACTOR_N).to(tl.int32)
+        y_row = tl.load(job + _FACTOR_Y_ROW)
+        Y = Y_ptr + tl.load(pointer_table_ptr + tl.load(job + _FACTOR_Y))
+        L = L_ptr + tl.load(job + _FACTOR_L)
         if IN_PLACE:
             substitute(Y, y_row, Y, y_row, rows, n_rows, L, n, PANEL)
         else:
-            X = X_ptr + tl.load(places_ptr + tl.load(job))
-            substitute(X, tl.load(job + 1), Y, y_row, rows, n_rows, L, n, PANEL)
+            X = X_ptr + tl.load(pointer_table_ptr + tl.load(job + _FACTOR_X))
+            substitute(X, tl.load(job + _FACTOR_X_ROW), Y, y_row, rows, n_rows, L, n, PANEL)
 
 
 @triton.jit
 def _reflect(beta, v_ptr, v_row, Y_ptr, y_row, first, n_rows, begin, end, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Columns begin to end of Y become (I - beta v vᵀ) Y, v = (1, tail) with its 1 in row `first`."""
+    """Y <- (I - beta v vᵀ) Y for columns begin to end, v = (1, tail) with its 1 in row `first`."""
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     for start in range(begin, end, COLS):
         cols = start + col
@@ -250,7 +303,7 @@ def _reflect(beta, v_ptr, v_row, Y_ptr, y_row, first, n_rows, begin, end, ROWS: 
 
 @triton.jit
 def largest_magnitude(X_ptr, x_row, n_rows, n, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """max |X|, Inf if an entry is not finite."""
+    """Return max |X|, Inf if an entry is not finite."""
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     largest = tl.zeros([], tl.float64)
     for top in range(0, n_rows, ROWS):
@@ -266,9 +319,9 @@ def largest_magnitude(X_ptr, x_row, n_rows, n, ROWS: tl.constexpr, COLS: tl.cons
 def householder_qr(
     X_ptr, x_row, scale, W_ptr, w_row, beta_ptr, Q_ptr, q_row, n_rows, n, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Q [n_rows, n] of scale X with diag(R) >= 0, orthonormal whatever the rank, by one program.
+    """Compute Q [n_rows, n] of scale X with diag(R) >= 0, orthonormal at every rank, by one program.
 
-    W, which may be X, takes the reflectors below the diagonal; beta [n] float64.
+    The reflectors go below the diagonal of W, which may be X, and to beta [n] float64.
     """
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     dtype = W_ptr.dtype.element_ty
@@ -311,28 +364,29 @@ def householder_qr(
 
 @triton.jit
 def power_of_two(largest):
-    """About 1 / largest, so that a product with it is exact."""
+    """Return a power of two near 1 / largest, so that products with it are exact."""
     exponent = (largest.to(tl.int64, bitcast=True) >> 52) & 0x7FF
     return ((2045 - tl.minimum(exponent, 2044)) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def rescue(
-    places_ptr, jobs_ptr, X_ptr, Y_ptr, reflectors_ptr, beta_ptr, state_ptr,
+    pointer_table_ptr, jobs_ptr, X_ptr, Y_ptr, reflectors_ptr, beta_ptr, state_ptr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Householder's Q for the jobs that Cholesky-QR cannot do: OK then, or NOT_FINITE and NaN."""
+    """Compute Q by Householder QR for the jobs in state RESCUE; set them to OK, or to NOT_FINITE with Q = NaN."""
     index = tl.program_id(0).to(tl.int64)
     job = jobs_ptr + index * _FACTOR_COLUMNS
     if tl.load(state_ptr + index) == RESCUE:
-        X, x_row = X_ptr + tl.load(places_ptr + tl.load(job)), tl.load(job + 1)
-        Y, y_row = Y_ptr + tl.load(places_ptr + tl.load(job + 2)), tl.load(job + 3)
-        n_rows, n = tl.load(job + 4), tl.load(job + 5)
-        W = reflectors_ptr + tl.load(job + 9)
+        X = X_ptr + tl.load(pointer_table_ptr + tl.load(job + _FACTOR_X))
+        Y = Y_ptr + tl.load(pointer_table_ptr + tl.load(job + _FACTOR_Y))
+        x_row, y_row = tl.load(job + _FACTOR_X_ROW), tl.load(job + _FACTOR_Y_ROW)
+        n_rows, n = tl.load(job + _FACTOR_ROWS), tl.load(job + _FACTOR_N)
+        W, beta = reflectors_ptr + tl.load(job + _FACTOR_REFLECTORS), beta_ptr + tl.load(job + _FACTOR_L)
         largest = largest_magnitude(X, x_row, n_rows, n, ROWS, COLS)
         if largest < float("inf"):
             scale = power_of_two(largest)
-            householder_qr(X, x_row, scale, W, n, beta_ptr + tl.load(job + 8), Y, y_row, n_rows, n, ROWS, COLS)
+            householder_qr(X, x_row, scale, W, n, beta, Y, y_row, n_rows, n, ROWS, COLS)
         else:
             row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
             nan = tl.full([ROWS, COLS], float("nan"), Y_ptr.dtype.element_ty)
@@ -345,36 +399,37 @@ def rescue(
 
 @triton.jit
 def upper_factor(jobs_ptr, work_ptr, parts_ptr, state_ptr, R_ptr, TILE: tl.constexpr):
-    """R = the upper half of QᵀA from its parts, its diagonal not below 0; NaN where A is not finite.
+    """R = the upper half of QᵀA, summed over its splits, with a diagonal >= 0; NaN where A is not finite.
 
-    work: job, i, j. parts: as written by `products`. jobs: k, n, splits, offset of parts, offset of R.
+    work: job, i, j. parts: the output of `products`.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * 3
     index = tl.load(work).to(tl.int64)
-    job = jobs_ptr + index * 5
-    k, n, splits = tl.load(job), tl.load(job + 1), tl.load(job + 2).to(tl.int32)
+    job = jobs_ptr + index * _UPPER_COLUMNS
+    k, n = tl.load(job + _UPPER_K), tl.load(job + _UPPER_N)
+    splits = tl.load(job + _UPPER_SPLITS).to(tl.int32)
     rows = (tl.load(work + 1) * TILE + tl.arange(0, TILE))[:, None]
     cols = (tl.load(work + 2) * TILE + tl.arange(0, TILE))[None, :]
     inside = (rows < k) & (cols < n)
     upper = inside & (rows <= cols)
     offsets = rows * n + cols
-    parts = parts_ptr + tl.load(job + 3)
+    parts = parts_ptr + tl.load(job + _UPPER_PARTS)
     total = load_wide(parts + offsets, upper)
     for split in range(1, splits):
         total += load_wide(parts + split * k * n + offsets, upper)
     total = tl.where((rows == cols) & (total < 0), 0.0, total)
     total = tl.where(tl.load(state_ptr + index) == NOT_FINITE, float("nan"), total)
-    tl.store(R_ptr + tl.load(job + 4) + offsets, total.to(R_ptr.dtype.element_ty), mask=inside)
+    tl.store(R_ptr + tl.load(job + _UPPER_OUT) + offsets, total.to(R_ptr.dtype.element_ty), mask=inside)
 
 
 # ------------------------------------------------------------------------------------------ configurations
 
 
-PANEL = 32  # columns of the triangular kernels at a time; half as many spill a register on some architectures
+PANEL = 32  # columns that the triangular kernels take at a time; 16 spill a register on some architectures
 
 
 def width(n: int) -> int:
-    """Of a tile of `products`, for n columns at most."""
+    """Return the width of a tile of `products` for up to n columns."""
     return 32 if n <= 96 else 64
 
 
@@ -399,8 +454,8 @@ def rescue_options() -> dict:
 
 
 def variants(architecture: str):
-    """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
-    tables = {name: "*i64" for name in ("places_ptr", "jobs_ptr")} | {"work_ptr": "*i32", "state_ptr": "*i32"}
+    """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
+    tables = {name: "*i64" for name in ("pointer_table_ptr", "jobs_ptr")} | {"work_ptr": "*i32", "state_ptr": "*i32"}
     wide = dict.fromkeys(("gram_ptr", "L_ptr", "beta_ptr", "hyper_ptr", "parts_ptr"), "*fp64") | {"limit": "fp32"}
     for dtype in ("fp32", "fp64"):
         stored = dict.fromkeys(("A_ptr", "B_ptr", "X_ptr", "Y_ptr", "R_ptr", "reflectors_ptr"), f"*{dtype}")

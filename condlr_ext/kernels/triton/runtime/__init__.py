@@ -1,0 +1,1 @@
+"""What the launches of all wings share: tables on the device, and programs that work in groups."""

@@ -1,8 +1,8 @@
-"""Programs that work on one matrix together within a launch: how many, and how they wait for each other.
+"""Cooperative groups: several programs of one launch work on one matrix and wait for each other at barriers.
 
-Between steps of such work there is no launch, which would cost the host tens of microseconds and the device one or two.
-All programs of a team must run at the same time: there are no more of them than multiprocessors, or one a matrix.
-Alone, as in Triton's interpreter, where programs run one after another, a member of a team waits for nobody.
+A launch for every stage of such work would cost the host tens of microseconds and the device one or two. All programs
+of a group must run at the same time, so there are at most as many as multiprocessors, or one per matrix. A group of one
+program never waits; Triton's interpreter, which runs programs one after another, uses only those.
 """
 
 from collections.abc import Sequence
@@ -14,92 +14,92 @@ import triton.language as tl
 from .. import INTERPRETED
 from .launching import multiprocessors
 
-MAX_SPINS = tl.constexpr(1 << 25)  # looks, of about a microsecond each
+MAX_SPINS = tl.constexpr(1 << 25)  # reads of the counter, of about a microsecond each
 TIMED_OUT = tl.constexpr(1 << 48)
 
 
-def members(device: torch.device, jobs: Sequence[int]) -> list[int]:
-    """How many programs for each matrix, where so many could do something at the same time."""
+def group_sizes(device: torch.device, jobs: Sequence[int]) -> list[int]:
+    """Return the number of programs for each matrix, given how many jobs of a matrix can run in parallel."""
     most, total = multiprocessors(device) - len(jobs), sum(jobs)
     return [1 if INTERPRETED else max(1, min(job, most * job // total)) for job in jobs]
 
 
-def at_once(programs: int, teams: int, device: torch.device) -> dict:
-    """An option for launches: such a one starts with all its programs or not yet, whatever else the device does."""
-    return dict(launch_cooperative_grid=teams < programs <= multiprocessors(device))
+def grid_options(programs: int, groups: int, device: torch.device) -> dict:
+    """Return the launch option by which all programs of a grid start together, or wait until they can."""
+    return dict(launch_cooperative_grid=groups < programs <= multiprocessors(device))
 
 
-def of_batch(device: torch.device, teams: int, jobs: int) -> tuple[int, dict]:
-    """members of each team where all matrices are of one shape, and the option."""
-    each = members(device, [jobs] * teams)[0]
-    return each, at_once(teams * each, teams, device)
+def batch_groups(device: torch.device, groups: int, jobs: int) -> tuple[int, dict]:
+    """Return the size of each group and the launch option where all matrices have one shape."""
+    size = group_sizes(device, [jobs] * groups)[0]
+    return size, grid_options(groups * size, groups, device)
 
 
-def counters(teams: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros(teams, 2, dtype=torch.int64, device=device)
-
-
-@triton.jit
-def place(members):
-    """Which member of which team this program is."""
-    return tl.program_id(0) % members, (tl.program_id(0) // members).to(tl.int64)
+def counters(groups: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros(groups, 2, dtype=torch.int64, device=device)
 
 
 @triton.jit
-def barrier(counter_ptr, members):
-    """Goes on when all members have come here; then every one sees what any has stored before.
+def split_program_id(count):
+    """Return program id % count and program id // count; a second grid dimension would end at 65535."""
+    return tl.program_id(0) % count, (tl.program_id(0) // count).to(tl.int64)
 
-    counter [2]: of this team. Where somebody does not come, as in teams that are not there at the same time, nobody
-    waits any more until all have left: see `timed_out`.
+
+@triton.jit
+def barrier(counter_ptr, group_size):
+    """Wait until all members of the group are here; each then sees what the others have stored.
+
+    counter [2] belongs to the group. If a member does not arrive, as when the group does not run at the same time, the
+    barrier times out, and no later one waits until the counter is reset.
     """
     tl.debug_barrier()
-    if members > 1:
-        came = tl.atomic_add(counter_ptr, 1)
-        everyone = came - came % members + members
-        came += 1
-        looks = 0
-        while (came < everyone) & (came < TIMED_OUT) & (looks < MAX_SPINS):
-            came = tl.atomic_add(counter_ptr, 0)
-            looks += 1
-        if (came < everyone) & (came < TIMED_OUT):
+    if group_size > 1:
+        count = tl.atomic_add(counter_ptr, 1)
+        target = count - count % group_size + group_size
+        count += 1
+        spins = 0
+        while (count < target) & (count < TIMED_OUT) & (spins < MAX_SPINS):
+            count = tl.atomic_add(counter_ptr, 0)
+            spins += 1
+        if (count < target) & (count < TIMED_OUT):
             tl.atomic_add(counter_ptr, TIMED_OUT)
         tl.debug_barrier()
 
 
 @triton.jit
 def timed_out(counter_ptr):
-    """Whether a member waited in vain. Who came to every meeting knows."""
+    """Return whether a barrier timed out. A member that was at every barrier knows."""
     return tl.atomic_add(counter_ptr, 0) >= TIMED_OUT
 
 
 @triton.jit
-def reset(counter_ptr, members):
-    """What every member does last in a launch: the counter is 0 again for the next one."""
-    if members > 1:
-        if tl.atomic_add(counter_ptr + 1, 1) == members - 1:
+def reset(counter_ptr, group_size):
+    """Set the counter to 0 for the next launch; the last call of every member."""
+    if group_size > 1:
+        if tl.atomic_add(counter_ptr + 1, 1) == group_size - 1:
             tl.store(counter_ptr, 0)
             tl.store(counter_ptr + 1, 0)
 
 
 @triton.jit
 def copy(
-    X_ptr, x_row, x_col, out_ptr, o_row, o_col, m, n, scale, member, members, counter_ptr, BLOCK: tl.constexpr
+    X_ptr, x_row, x_col, out_ptr, o_row, o_col, m, n, scale, member, group_size, counter_ptr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out = X / scale for X [m, n], by a team."""
-    for begin in range(member * BLOCK, m * n, members * BLOCK):
+    """out = X / scale for X [m, n], by a group."""
+    for begin in range(member * BLOCK, m * n, group_size * BLOCK):
         at = begin + tl.arange(0, BLOCK)
         row, col = (at // n).to(tl.int64), (at % n).to(tl.int64)
         x = tl.load(X_ptr + row * x_row + col * x_col, mask=at < m * n, other=0.0).to(tl.float64) / scale
         tl.store(out_ptr + row * o_row + col * o_col, x.to(out_ptr.dtype.element_ty), mask=at < m * n)
-    barrier(counter_ptr, members)
+    barrier(counter_ptr, group_size)
 
 
 @triton.jit
 def product(
-    X_ptr, Y_ptr, C_ptr, out_ptr, m, n, k, count, alpha, beta, gamma, member, members, counter_ptr,
+    X_ptr, Y_ptr, C_ptr, out_ptr, m, n, k, count, alpha, beta, gamma, member, group_size, counter_ptr,
     TRANSPOSED: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out [m, n] = alpha X Y + beta C + gamma I by a team, summed in dtype; all contiguous, out is neither X nor Y.
+    """out [m, n] = alpha X Y + beta C + gamma I by a group, summed in dtype; all contiguous, out is neither X nor Y.
 
     TRANSPOSED: X [k, m] stands for Xᵀ. With a count of 2 the same for the matrices [n, n] that follow.
     """
@@ -107,20 +107,20 @@ def product(
     count = tl.cast(count, tl.int32)
     alpha, beta, gamma = tl.cast(alpha, tl.float64), tl.cast(beta, tl.float64), tl.cast(gamma, tl.float64)
     _product(
-        X_ptr, Y_ptr, C_ptr, out_ptr, m, n, k, count, alpha, beta, gamma, member, members,
+        X_ptr, Y_ptr, C_ptr, out_ptr, m, n, k, count, alpha, beta, gamma, member, group_size,
         TRANSPOSED, dtype, TILE, DEPTH,
     )  # fmt: skip
-    barrier(counter_ptr, members)
+    barrier(counter_ptr, group_size)
 
 
 @triton.jit(noinline=True)
 def _product(
-    X_ptr, Y_ptr, C_ptr, out_ptr, m, n, k, count, alpha, beta, gamma, member, members,
+    X_ptr, Y_ptr, C_ptr, out_ptr, m, n, k, count, alpha, beta, gamma, member, group_size,
     TRANSPOSED: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     side = tl.cdiv(n, TILE)
     tiles = tl.cdiv(m, TILE) * side
-    for job in range(member, count * tiles, members):
+    for job in range(member, count * tiles, group_size):
         tile = job % tiles
         at = job // tiles * n * n
         row = tile // side * TILE + tl.arange(0, TILE)

@@ -1,4 +1,4 @@
-"""What launches over many matrices share: tables on the device, the split of long sums, pointer tables."""
+"""The host side of launches over many matrices: device queries, tables on the device, variants to compile."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -19,18 +19,23 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def on(device: torch.device):
-    """Launches go to the current device: make it the tensors'."""
+    """Return a context in which launches go to this device."""
     return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched now goes into a CUDA graph, which will use the addresses that it sees."""
+    """Return whether a CUDA graph is being captured, which keeps the addresses that it sees."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def table(rows: Iterable[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Integers on the device; waits for it, so only where a plan is made."""
+    """Copy rows of integers to the device; it waits for the device, so only plans are made with it."""
     return torch.tensor([list(row) for row in rows], dtype=dtype, device=device)
+
+
+def columns(fields: Sequence[str], names: str) -> list[tl.constexpr]:
+    """Return the positions of these names among the fields of a table's rows."""
+    return [tl.constexpr(fields.index(name)) for name in names.split()]
 
 
 def tiles(n: int, size: int) -> range:
@@ -38,25 +43,29 @@ def tiles(n: int, size: int) -> range:
 
 
 def rows_per_split(lengths: Sequence[tuple[int, int]], block: int, device: torch.device) -> int:
-    """How many rows one program sums, a multiple of the block, so that the work is even and there is enough of it.
+    """Return how many rows one program sums, a multiple of the block.
 
-    lengths: for each sum its number of rows and how many tiles it has. A device gets two programs for each
-    multiprocessor, none of them less than eight blocks.
+    Each multiprocessor gets about two programs, and no program fewer than eight blocks.
+
+    Args:
+        lengths: Number of rows and number of tiles of each sum.
+        block: Rows that a program loads at a time.
+        device: Where the kernels will run.
     """
     work = sum(rows * count for rows, count in lengths)
     return max(8, -(-work // (2 * multiprocessors(device) * block))) * block
 
 
 def offsets(base: Tensor, tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """How many elements after `base` each tensor of its dtype starts; 0 for empty ones."""
+    """Return the offset of each tensor from `base`, in elements of its dtype; 0 for empty ones."""
     start, size = base.data_ptr(), base.element_size()
     return tuple((t.data_ptr() - start) // size if t.numel() else 0 for t in tensors)
 
 
 def write_pointer_table(pointer_table: Tensor, values: Sequence[int]) -> None:
-    """pointer_table[i] = values[i] by launches: these can be captured, copies from the host cannot.
+    """Set pointer_table[i] = values[i] by launches, which can be captured; copies from the host cannot.
 
-    pointer_table must have room for a multiple of 32 (see pointer_table_size).
+    pointer_table must have pointer_table_size(len(values)) elements.
     """
     for begin in range(0, len(values), _POINTERS_PER_LAUNCH):
         chunk = values[begin : begin + _POINTERS_PER_LAUNCH]
@@ -64,6 +73,7 @@ def write_pointer_table(pointer_table: Tensor, values: Sequence[int]) -> None:
 
 
 def pointer_table_size(count: int) -> int:
+    """Return count, rounded up to whole launches of `write_pointer_table`."""
     return -(-count // _POINTERS_PER_LAUNCH) * _POINTERS_PER_LAUNCH
 
 
@@ -94,13 +104,13 @@ def _write8(out_ptr, a0, a1, a2, a3, a4, a5, a6, a7):
 
 
 def variant(kernel, types: dict, options: dict):
-    """One line of `variants` for a launch with these keyword arguments."""
+    """Return the item of `variants` for a launch with these keyword arguments."""
     constexprs = {name: value for name, value in options.items() if name in kernel.arg_names}
     signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
     return kernel, signature, constexprs, {k: v for k, v in options.items() if k not in constexprs}, True
 
 
 def variants(architecture: str):
-    """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
+    """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
     types = dict.fromkeys(_write.arg_names, "i64") | {"out_ptr": "*i64"}
     yield _write, types, {}, dict(num_warps=1), True

@@ -1,19 +1,21 @@
-"""Where the band of clip_spectrum lies and which singular values have to move: kernels."""
+"""Kernels that place the band of clip_spectrum and compute how far each singular value has to move."""
 
 import triton
 import triton.language as tl
 
-RMS, MEAN, OPTIMAL = (tl.constexpr(i) for i in range(3))  # as in reference.BANDS
-OK, NOT_CONVERGED, NOT_FINITE, ALL_ZERO = (tl.constexpr(i) for i in range(4))
-# what `shifts` asks of the product that follows: out is left alone, is A, is A + U diag(shift) Vᵀ
-KEEP, COPY, CORRECT = (tl.constexpr(i) for i in range(3))
+from .... import reference
+from ..runtime.status import ALL_ZERO, OK
+from .product import CORRECT, KEEP, REPLACE
+
+MEAN, OPTIMAL = tl.constexpr(reference.BANDS.index("mean")), tl.constexpr(reference.BANDS.index("optimal"))
+TAU, BAND, SIGMA_MAX = map(tl.constexpr, range(3))  # columns of a constraint
 
 
 @triton.jit
 def _optimal_lower_edge(sigma_ptr, x, real, n, c, R: tl.constexpr, BLOCK: tl.constexpr):
-    """The root a of g(a) = Σ_{x<a} (a - x) - c Σ_{x>ca} (x - c a), which is linear between the knots x_i and x_i / c.
+    """Return the root a of g(a) = Σ_{x<a} (a - x) - c Σ_{x>ca} (x - c a), piecewise linear with knots x_i and x_i / c.
 
-    x [R] real where `real`, descending, the largest one 1; sigma: the same in memory, times something.
+    x [R], valid where `real`, is descending from 1; sigma is a multiple of it in memory.
     """
     i = tl.arange(0, BLOCK)
     largest = tl.load(sigma_ptr).to(tl.float64)
@@ -29,10 +31,10 @@ def _optimal_lower_edge(sigma_ptr, x, real, n, c, R: tl.constexpr, BLOCK: tl.con
             start = tl.maximum(start, tl.where(before & inside, knot, 0.0))
             end = tl.minimum(end, tl.where(before | ~inside, 1.0, knot))
             knot = knot / c
-    # the middle of the piece tells who is below and above without a comparison at a knot, where rounding decides
+    # compare with the middle of the piece: at a knot rounding would decide
     middle = (tl.max(start, 0) + tl.min(end, 0)) / 2
     low, high = real & (x < middle), real & (x > c * middle)
-    # both sides over c, which keeps c² out
+    # both sides over c, to avoid c²
     weight = tl.sum(low.to(tl.float64), 0) / c + c * tl.sum(high.to(tl.float64), 0)
     target = tl.sum(tl.where(low, x, 0.0), 0) / c + tl.sum(tl.where(high, x, 0.0), 0)
     return target / tl.where(weight > 0, weight, 1.0)
@@ -40,7 +42,7 @@ def _optimal_lower_edge(sigma_ptr, x, real, n, c, R: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def under(lo, hi, tau, sigma_max):
-    """lo and hi under sigma_max; without an end if tau is infinite."""
+    """Return the band [lo, hi], or [0, inf] if tau is infinite, scaled down to sigma_max where hi exceeds it."""
     infinity = float("inf")
     lo = tl.where(tau == infinity, 0.0, lo)
     hi = tl.where(tau == infinity, infinity, hi)
@@ -49,13 +51,13 @@ def under(lo, hi, tau, sigma_max):
 
 
 @triton.jit
-def moves(
+def band_shifts(
     sigma_ptr, x, real, n, tau, band, cap, out_epsilon, slack, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What to add to x to bring it into the band, whether all of it lies there within `slack` already, and the band.
+    """Return the shifts of x into the band, whether all of x is in it to within `slack`, and its edges lo and hi.
 
-    x [R] real where `real`: n singular values over the largest, descending; sigma: the same in memory, times something.
-    cap: sigma_max over the largest. out_epsilon: that of the dtype in which the result will be stored.
+    x [R], valid where `real`, holds n singular values over the largest one, descending; sigma is a multiple of it in
+    memory. cap is sigma_max over the largest one, out_epsilon the epsilon of the dtype of the result.
     """
     count = tl.cast(n, tl.float64)
     c = 1 + tau
@@ -67,8 +69,8 @@ def moves(
         lo = 2 * tl.where(band == MEAN, tl.sum(x, 0) / count, tl.sqrt(tl.sum(x * x, 0) / count)) / (2 + tau)
     lo, hi = under(lo, c * lo, tau, cap)
     inside = (hi + slack >= 1) & (smallest >= lo - slack)
-    # Storing the result moves each of its singular values by at most `stored`. Where that would be felt in kappa (a
-    # lower edge far below the upper one) the lower edge rises by as much.
+    # Storing the result moves each singular value by at most `stored`. Where kappa would feel that (a lower edge far
+    # below the upper one), the lower edge rises by as much.
     target = tl.where(real, tl.minimum(tl.maximum(x, lo), hi), 0.0)
     stored = out_epsilon / 2 * tl.sqrt(tl.sum(target * target, 0))
     raised = tl.where((lo > 0) & (stored > 2e-6 * lo), tl.minimum(lo + stored, hi), lo)
@@ -76,28 +78,30 @@ def moves(
 
 
 @triton.jit
-def interval(lo, hi, tau, some):
-    """p and q that take [lo², hi²], a little wider, to [-1, 1]; zeros where nothing is to be checked, by `some` or tau.
+def interval(lo, hi, tau, check):
+    """Return p and q with which p x + q maps [lo², hi²], a little widened, to [-1, 1]; p = 0 where nothing is checked.
 
-    kappa may exceed 1 + tau by 5e-6 of it; what is found out of the interval exceeds it by less.
+    kappa may exceed 1 + tau by 5e-6 of it, more than the interval is widened. Nothing is checked where `check` is
+    false or the band has no lower or no upper edge.
     """
-    some = some & (lo > 0) & (tau < float("inf"))
-    lo = tl.where(some, lo * (1 - 1.5e-6), 1.0)
-    hi = tl.where(some, hi * (1 + 1.5e-6), 2.0)
-    p = tl.where(some, 2 / ((hi - lo) * (hi + lo)), 0.0)
+    check = check & (lo > 0) & (tau < float("inf"))
+    lo = tl.where(check, lo * (1 - 1.5e-6), 1.0)
+    hi = tl.where(check, hi * (1 + 1.5e-6), 2.0)
+    p = tl.where(check, 2 / ((hi - lo) * (hi + lo)), 0.0)
     return p, -p * (hi * hi + lo * lo) / 2
 
 
 @triton.jit
 def shifts(
-    sigma_ptr, svd_info_ptr, constraint_ptr, row_ptr, shift_ptr, mode_ptr, wanted_ptr, info_ptr, interval_ptr, n,
-    stride, out_epsilon, SOME: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    sigma_ptr, svd_info_ptr, constraint_ptr, row_ptr, shift_ptr, mode_ptr, active_mask_ptr, info_ptr, interval_ptr, n,
+    stride, out_epsilon, MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """shift [n] = what to add to singular values sigma [n], descending, to bring them into the band; per matrix.
+    """shift [n] = the shifts of the singular values sigma [n], descending, into the band; one program per matrix.
 
-    sigma in float32 serves tame matrices; for others `wanted` asks for another round, with sigma in float64 and SOME,
-    which looks at them alone. constraint: tau, band and sigma_max of matrix i are in row[i], rows `stride` apart.
-    interval [*, 2]: p and q of `interval`. out_epsilon: that of the dtype in which the result is stored. R at least n.
+    sigma in float32 serves well-conditioned matrices. The others go into the active mask for a second round, with sigma
+    in float64 and MASKED, which computes only those. The constraint of matrix i is row[i] of a table with rows `stride`
+    apart. mode is that of `multiply`, interval [*, 2] holds p and q of `interval`, out_epsilon is the epsilon of the
+    dtype of the result. R >= n.
     """
     batch = tl.program_id(0).to(tl.int64)
     sigma_ptr += batch * n
@@ -109,47 +113,49 @@ def shifts(
     largest = tl.load(sigma_ptr).to(tl.float64)
     smallest = tl.load(sigma_ptr + n - 1).to(tl.float64)
     constraint_ptr += tl.load(row_ptr + batch).to(tl.int64) * stride
-    tau, band, sigma_max = tl.load(constraint_ptr), tl.load(constraint_ptr + 1), tl.load(constraint_ptr + 2)
+    tau, band = tl.load(constraint_ptr + TAU), tl.load(constraint_ptr + BAND)
+    sigma_max = tl.load(constraint_ptr + SIGMA_MAX)
     svd_info = tl.load(svd_info_ptr + batch)
     usable = (svd_info == OK) & (largest > 0)
     largest = tl.where(usable, largest, 1.0)
     x = tl.where(usable & real, sigma / largest, 0.0)
-    shift, inside, lo, hi = moves(sigma_ptr, x, real, n, tau, band, sigma_max / largest, out_epsilon, SLACK, R, BLOCK)
+    cap = sigma_max / largest
+    shift, inside, lo, hi = band_shifts(sigma_ptr, x, real, n, tau, band, cap, out_epsilon, SLACK, R, BLOCK)
 
-    wanted = True
-    wild = False
-    if SOME:
-        wanted = tl.load(wanted_ptr + batch) != 0
+    active = True
+    ill_conditioned = False
+    if MASKED:
+        active = tl.load(active_mask_ptr + batch) != 0
     elif sigma_ptr.dtype.element_ty == tl.float32:
         # rounding errors of a large singular value are large to a small one
-        wild = usable & (largest > 3 * smallest)
-        tl.store(wanted_ptr + batch, wild.to(tl.int32))
-    correct = usable & ~inside & ~wild
+        ill_conditioned = usable & (largest > 3 * smallest)
+        tl.store(active_mask_ptr + batch, ill_conditioned.to(tl.int32))
+    correct = usable & ~inside & ~ill_conditioned
     tl.store(shift_ptr + batch * n + i, (shift * largest).to(shift_ptr.dtype.element_ty), mask=real)
-    tl.store(mode_ptr + batch, tl.where(wanted, tl.where(correct, CORRECT, COPY), KEEP))
+    tl.store(mode_ptr + batch, tl.where(active, tl.where(correct, CORRECT, REPLACE), KEEP))
     info = tl.where(svd_info == OK, tl.where(usable, OK, ALL_ZERO), svd_info)
-    if wanted:
+    if active:
         tl.store(info_ptr + batch, info)
-    if not SOME:
-        p, q = interval(lo * largest, hi * largest, tau, usable & ~wild)
+    if not MASKED:
+        p, q = interval(lo * largest, hi * largest, tau, usable & ~ill_conditioned)
         tl.store(interval_ptr + 2 * batch, p)
         tl.store(interval_ptr + 2 * batch + 1, q)
 
 
 def config(architecture: str, n: int) -> dict:
-    """Constexprs and options with which nothing is kept outside the registers."""
+    """Return constexprs and options with which no register spills."""
     tile = dict(R=max(16, triton.next_power_of_2(n)), BLOCK=16, num_warps=8, num_stages=1)
-    # as many registers as there are: ptxas keeps fewer, for programs that would not find room
+    # all registers: by itself ptxas allows fewer, for more programs than shared memory holds
     return tile if architecture == "gfx942" else tile | dict(maxnreg=255)
 
 
 def variants(architecture: str):
-    """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
-    types = dict.fromkeys(("svd_info_ptr", "row_ptr", "mode_ptr", "wanted_ptr", "info_ptr"), "*i32")
+    """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
+    types = dict.fromkeys(("svd_info_ptr", "row_ptr", "mode_ptr", "active_mask_ptr", "info_ptr"), "*i32")
     types |= dict(constraint_ptr="*fp64", interval_ptr="*fp64", n="i32", stride="i32", out_epsilon="fp32")
-    for dtype, some in (("fp32", False), ("fp64", True)):
+    for dtype, masked in (("fp32", False), ("fp64", True)):
         pointers = dict.fromkeys(("sigma_ptr", "shift_ptr"), f"*{dtype}")
         for R in (64, 512):
             options = config(architecture, R)
-            tile = dict(SOME=some, R=options.pop("R"), BLOCK=options.pop("BLOCK"))
+            tile = dict(MASKED=masked, R=options.pop("R"), BLOCK=options.pop("BLOCK"))
             yield shifts, types | pointers, tile, options, True

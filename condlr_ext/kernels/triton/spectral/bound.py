@@ -1,4 +1,4 @@
-"""Whether up to 64 singular values of a result, as it was stored, are where they should be: a kernel and its launch."""
+"""Check of up to 64 singular values of a stored result against their bounds: the kernel and its launch."""
 
 import torch
 import triton
@@ -9,10 +9,10 @@ from .product import product
 
 
 @triton.jit
-def definite(G_ptr, interval_ptr, wanted_ptr, n, R: tl.constexpr):
-    """wanted = 1 where I + M or I - M is not positive definite, M = p G + q I, G [n, n] float64.
+def definite(G_ptr, interval_ptr, active_mask_ptr, n, R: tl.constexpr):
+    """active_mask = 1 where I + M or I - M is not positive definite, for M = p G + q I, G [n, n] float64.
 
-    By elimination: the pivots of both are positive. R at least n. One program per matrix.
+    Both are eliminated; all pivots must be positive. R >= n. One program per matrix.
     """
     batch = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, R)
@@ -33,21 +33,21 @@ def definite(G_ptr, interval_ptr, wanted_ptr, n, R: tl.constexpr):
         bad += tl.where(pivot > 0, 0, 1)
         below -= column[:, None] * (column / tl.where(pivot > 0, pivot, 1.0))[None, :]
     if (p != 0) & (bad > 0):
-        tl.store(wanted_ptr + batch, 1)
+        tl.store(active_mask_ptr + batch, 1)
 
 
-def check(A: Tensor, interval: Tensor, wanted: Tensor) -> None:
-    """wanted [batch] = 1 where eigenvalues of the Gram matrix G of A [batch, m, n], n <= 64, n <= m, are out of bounds.
+def check(A: Tensor, interval: Tensor, active_mask: Tensor) -> None:
+    """Set active_mask [batch] = 1 where singular values of A [batch, m, n], n <= 64, n <= m, are out of bounds.
 
-    interval [batch, 2] float64 = p, q: those of M = p G + q I should be in [-1, 1]; p = 0: not checked.
+    interval [batch, 2] float64 holds p and q: the eigenvalues of p AᵀA + q I should be in [-1, 1]; p = 0: no check.
     """
     B, _, n = A.shape
     G = product(A.mT, A, torch.empty(B, n, n, dtype=torch.float64, device=A.device), wide=True)
-    definite[(B,)](G, interval, wanted, n, R=triton.next_power_of_2(max(n, 16)), num_warps=8, num_stages=1)
+    definite[(B,)](G, interval, active_mask, n, R=triton.next_power_of_2(max(n, 16)), num_warps=8, num_stages=1)
 
 
 def variants(architecture: str):
-    """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
-    types = dict(G_ptr="*fp64", interval_ptr="*fp64", wanted_ptr="*i32", n="i32")
+    """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
+    types = dict(G_ptr="*fp64", interval_ptr="*fp64", active_mask_ptr="*i32", n="i32")
     for R in (16, 32, 64):
         yield definite, types, dict(R=R), dict(num_warps=8, num_stages=1), True

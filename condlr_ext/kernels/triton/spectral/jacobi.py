@@ -1,26 +1,26 @@
-"""A = U diag(sigma) Vᵀ by one-sided block Jacobi rotations, m >= n: kernels.
+"""Kernels of A = U diag(sigma) Vᵀ, m >= n, by one-sided block Jacobi rotations.
 
-The columns of W = A V turn until they are orthogonal. A sweep forms the Gram matrix of the columns afresh, finds on it
-one rotation for every pair of columns, and applies the product of them all to W and V by matrix products: W and V are
-rounded a few times a sweep, not once per rotation, and the Gram matrix never carries old errors. Its entries are
-accurate relative to the lengths of the two columns, which is what keeps small singular values accurate.
+The columns of W = A V are rotated until they are orthogonal. A sweep forms the Gram matrix of the columns afresh, finds
+on it one rotation for every pair of columns, and applies all of them to W and V by one matrix product each: W and V are
+rounded a few times per sweep, not once per rotation, and the Gram matrix carries no old errors. Its entries are
+accurate relative to the lengths of the two columns, which keeps small singular values accurate.
 
-Columns meet as i and i xor m for m = 1, 2, ...: every pair once, R / 2 disjoint pairs at a time. The longer column of a
-pair goes to the lower index, which makes clustered spectra converge in a few sweeps. Up to 64 columns one program does
-everything (`svd`); beyond, columns are blocks of 32, and the programs of a team turn two of them each, round by round
-(`svd_by_blocks`). W is kept where U is written.
+Round m = 1, 2, ... pairs the columns i and i xor m: every pair once, R / 2 disjoint pairs at a time. The longer column
+of a pair goes to the lower index, so clustered spectra converge in a few sweeps. Up to 64 columns take one program
+(`svd`). More columns are split into blocks of 32, and each program of a cooperative group rotates two blocks per round
+(`svd_by_blocks`). W is stored in U.
 """
 
 import triton
 import triton.language as tl
 
 from .. import INTERPRETED
-from ..runtime.cooperative import barrier, copy, place, product, reset, timed_out
+from ..runtime.cooperative import barrier, copy, product, reset, split_program_id, timed_out
+from ..runtime.status import NOT_CONVERGED, NOT_FINITE, OK
 
-OK, NOT_CONVERGED, NOT_FINITE = (tl.constexpr(i) for i in range(3))
-SWEEPS = 40  # graded spectra take half of them, others fewer than ten
+SWEEPS = 40  # graded spectra need 20, others fewer than ten
 SWEEPS_OF_BLOCKS = 20
-PAIR = 64  # columns that turn together
+PAIR = 64  # columns of two blocks, which rotate together
 
 
 @triton.jit
@@ -41,13 +41,13 @@ def _epsilon(dtype: tl.constexpr):
 
 @triton.jit
 def _null(dtype: tl.constexpr):
-    """Entries are near 1 at most; a column with a smaller square is not told from zero."""
+    """Return the squared length below which a column counts as zero; entries are at most about 1."""
     return tl.constexpr(1e-36 if dtype == tl.float32 else 1e-290)
 
 
 @triton.jit
 def _power_of_two(largest):
-    """The power of two in [largest / 4, largest], where there is a normal one, and its inverse: both exact."""
+    """Return a power of two in [largest / 4, largest], if a normal one exists, and its inverse; both are exact."""
     if largest.dtype == tl.float32:
         bits = largest.to(tl.int32, bitcast=True) & 0x7F800000
         bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
@@ -59,7 +59,7 @@ def _power_of_two(largest):
 
 @triton.jit
 def _load(X_ptr, row, rows, ld, cols, inside):
-    """Rows of X, zero outside."""
+    """Return rows of X, zero outside."""
     at = row[:, None].to(tl.int64) * ld + cols[None, :]
     return tl.load(X_ptr + at, mask=(row < rows)[:, None] & inside[None, :], other=0.0)
 
@@ -72,10 +72,10 @@ def _store(X_ptr, row, rows, ld, cols, inside, x):
 
 @triton.jit
 def _gram(X_ptr, rows, ld, cols, inside, BLOCK: tl.constexpr):
-    """Xᵀ X for these columns of X [rows, ld]."""
+    """Return XᵀX for these columns of X [rows, ld]."""
     dtype = X_ptr.dtype.element_ty
     G = tl.zeros([cols.shape[0], cols.shape[0]], dtype)
-    if dtype == tl.float64:  # operands of a product of this size do not fit in the registers
+    if dtype == tl.float64:  # the operands of tl.dot would spill
         for row in range(rows):
             x = tl.load(X_ptr + tl.cast(row, tl.int64) * ld + cols, mask=inside, other=0.0)
             G += x[:, None] * x[None, :]
@@ -88,7 +88,7 @@ def _gram(X_ptr, rows, ld, cols, inside, BLOCK: tl.constexpr):
 
 @triton.jit
 def _multiply(X_ptr, rows, ld, cols, inside, first, second, J_ptr, BLOCK: tl.constexpr):
-    """X <- X Jᵀ on these columns, J [R, R] contiguous; column k is number first + k, from R / 2 on second + k."""
+    """X <- X Jᵀ on columns first + k, k < R / 2, and second + k from there on; J [R, R] contiguous."""
     dtype = X_ptr.dtype.element_ty
     R: tl.constexpr = cols.shape[0]
     CHUNK: tl.constexpr = 16
@@ -101,14 +101,14 @@ def _multiply(X_ptr, rows, ld, cols, inside, first, second, J_ptr, BLOCK: tl.con
             x = _load(X_ptr, row, rows, ld, column, column < ld)
             j = tl.load(J_ptr + i[None, :] * R + chunk + k[:, None])
             y = tl.dot(x, j, y, input_precision="ieee", out_dtype=dtype)
-        tl.debug_barrier()  # all threads have read what is now replaced
+        tl.debug_barrier()  # all threads have read these rows
         _store(X_ptr, row, rows, ld, cols, inside, y)
         tl.debug_barrier()
 
 
 @triton.jit
 def _largest_cosine(G):
-    """Of the angles between the columns with this Gram matrix; null ones count as orthogonal."""
+    """Return the largest cosine between columns with this Gram matrix; null columns count as orthogonal."""
     R: tl.constexpr = G.shape[0]
     i = tl.arange(0, R)
     square = tl.sum(tl.where(i[:, None] == i[None, :], G, 0.0), 1)
@@ -120,9 +120,9 @@ def _largest_cosine(G):
 
 @triton.jit
 def _rotate(X, partner, swap, s, h, AXIS: tl.constexpr):
-    """Each row (AXIS 0) or column x with its partner y: c x - s y, c = 1 - s h; first the two swap places if `swap`.
+    """Rotate each row (AXIS 0) or column x with its partner y: c x - s y, c = 1 - s h; swap them first if `swap`.
 
-    In this form lengths do not drift over many small rotations.
+    In this form the lengths do not drift over many small rotations.
     """
     partner, swap = tl.expand_dims(partner, 1 - AXIS), tl.expand_dims(swap, 1 - AXIS)
     s, h = tl.expand_dims(s, 1 - AXIS), tl.expand_dims(h, 1 - AXIS)
@@ -133,10 +133,10 @@ def _rotate(X, partner, swap, s, h, AXIS: tl.constexpr):
 
 @triton.jit
 def _rotations(G, count, rounds, passes, tolerance):
-    """J orthogonal, such that J G Jᵀ is nearer to diagonal: some passes of all rounds 0 < m < rounds.
+    """Return an orthogonal J that brings J G Jᵀ closer to diagonal, by passes over all rounds 0 < m < rounds.
 
-    The first `count` columns are real. One side of a pair decides for both, so that roundings of G cannot turn them by
-    different angles.
+    Columns from `count` on are padding. One column of a pair decides for both, so that rounding of G cannot rotate them
+    by different angles.
     """
     R: tl.constexpr = G.shape[0]
     i = tl.arange(0, R)
@@ -168,31 +168,31 @@ def _rotations(G, count, rounds, passes, tolerance):
 
 @triton.jit
 def _tolerance(rows, dtype: tl.constexpr):
-    """The cosine below which columns of this length count as orthogonal: rounding hides it."""
+    """Return the cosine below which columns of this length count as orthogonal, a few rounding errors."""
     return tl.maximum(tl.sqrt(tl.cast(rows, tl.float32)) / 2, 2.0).to(dtype) * _epsilon(dtype)
 
 
 @triton.jit
-def _sweep(W_ptr, m, V_ptr, n, first, second, J_ptr, rounds, passes, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Turns columns first + k, and second + k from R / 2 on. Returns whether there was something to turn."""
+def rotate_columns(W_ptr, m, V_ptr, n, first, second, J_ptr, rounds, passes, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Rotate columns first + k, k < R / 2, and second + k from there on. Return whether any were not orthogonal."""
     k = tl.arange(0, R)
     cols = k + tl.where(k < R // 2, first, second)
     inside = cols < n
     G = _gram(W_ptr, m, n, cols, inside, BLOCK)
     tolerance = _tolerance(m, W_ptr.dtype.element_ty)
-    active = _largest_cosine(G) > tolerance
-    if active:
+    rotated = _largest_cosine(G) > tolerance
+    if rotated:
         J = _rotations(G, tl.sum(inside.to(tl.int32), 0), rounds, passes, tolerance / 4)
         _store(J_ptr, k, R, R, k, k < R, J)
         tl.debug_barrier()
         _multiply(W_ptr, m, n, cols, inside, first, second, J_ptr, BLOCK)
         _multiply(V_ptr, n, n, cols, inside, first, second, J_ptr, BLOCK)
-    return active
+    return rotated
 
 
 @triton.jit
-def _start(A_ptr, a_row, a_col, W_ptr, m, V_ptr, n, R: tl.constexpr, BLOCK: tl.constexpr):
-    """W = A / scale, V = I; W = 0 if A is not finite. Returns the scale, NaN for such an A."""
+def start(A_ptr, a_row, a_col, W_ptr, m, V_ptr, n, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Set W = A / scale and V = I. Return the scale; if A is not finite, W = 0 and the scale is NaN."""
     dtype = W_ptr.dtype.element_ty
     cols = tl.arange(0, R)
     inside = cols < n
@@ -219,8 +219,10 @@ def _start(A_ptr, a_row, a_col, W_ptr, m, V_ptr, n, R: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _complete(U_ptr, m, n, known, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns known..n of U, orthonormal to those before: of the unit vectors the one that sticks out most, twice
-    made orthogonal to them."""
+    """Fill columns known..n of U with an orthonormal completion.
+
+    Each is the unit vector farthest from the span of the columns before, orthogonalized against them twice.
+    """
     dtype = U_ptr.dtype.element_ty
     cols, i = tl.arange(0, R), tl.arange(0, BLOCK)
     for j in range(known, n):
@@ -263,7 +265,7 @@ def _complete(U_ptr, m, n, known, R: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _permute(X_ptr, rows, n, factor, rank, shift, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Column k of X, times factor[k], becomes column rank[k]."""
+    """Move column k of X, times factor[k], plus shift, to column rank[k]."""
     cols = tl.arange(0, R)
     for begin in range(0, rows, BLOCK):
         row = begin + tl.arange(0, BLOCK)
@@ -274,8 +276,8 @@ def _permute(X_ptr, rows, n, factor, rank, shift, R: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _finish(W_ptr, m, V_ptr, n, sigma_ptr, scale, R: tl.constexpr, BLOCK: tl.constexpr):
-    """Singular values from the lengths of the columns of W, in descending order; W becomes U."""
+def finish(W_ptr, m, V_ptr, n, sigma_ptr, scale, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Compute sigma, descending, from the lengths of the columns of W; sort W and V; scale W to U."""
     dtype = W_ptr.dtype.element_ty
     cols, i = tl.arange(0, R), tl.arange(0, BLOCK)
     square = tl.zeros([R], dtype)
@@ -305,8 +307,8 @@ def _finish(W_ptr, m, V_ptr, n, sigma_ptr, scale, R: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def _polish(X_ptr, rows, n, J_ptr, R: tl.constexpr, BLOCK: tl.constexpr):
-    """X <- X (3 I - XᵀX) / 2, which makes almost orthonormal columns orthonormal to rounding."""
+def polish(X_ptr, rows, n, J_ptr, R: tl.constexpr, BLOCK: tl.constexpr):
+    """X <- X (3 I - XᵀX) / 2: makes nearly orthonormal columns orthonormal to rounding."""
     k = tl.arange(0, R)
     G = _gram(X_ptr, rows, n, k, k < n, BLOCK)
     J = tl.where(k[:, None] == k[None, :], 1.5, 0.0) - 0.5 * G
@@ -316,141 +318,145 @@ def _polish(X_ptr, rows, n, J_ptr, R: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _is_wanted(wanted_ptr, batch, SOME: tl.constexpr):
-    return tl.load(wanted_ptr + batch) != 0 if SOME else True
+def _is_active(active_mask_ptr, batch, MASKED: tl.constexpr):
+    return tl.load(active_mask_ptr + batch) != 0 if MASKED else True
 
 
 @triton.jit
-def _verdict(scale, active):
-    return tl.where(scale != scale, NOT_FINITE, tl.where(active, NOT_CONVERGED, OK))
+def _verdict(scale, rotated):
+    return tl.where(scale != scale, NOT_FINITE, tl.where(rotated, NOT_CONVERGED, OK))
 
 
 @triton.jit
 def svd(
-    A_ptr, U_ptr, sigma_ptr, V_ptr, J_ptr, info_ptr, wanted_ptr, m, n, rounds, a_batch, a_row, a_col,
-    SOME: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr,
+    A_ptr, U_ptr, sigma_ptr, V_ptr, J_ptr, info_ptr, active_mask_ptr, m, n, rounds, a_batch, a_row, a_col,
+    MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
     """U [m, n], sigma [n], V [n, n] of a batch of matrices A with m >= n, n <= R; one program per matrix.
 
-    rounds: the power of two from n on. J [batch, R, R]: room. R at least 16. SOME: only where wanted [batch] is not 0.
+    rounds is n rounded up to a power of two, J [batch, R, R] workspace, R >= 16. MASKED: only those in the active mask.
     """
     batch = tl.program_id(0).to(tl.int64)
-    if _is_wanted(wanted_ptr, batch, SOME):
+    if _is_active(active_mask_ptr, batch, MASKED):
         U_ptr += batch * m * n
         V_ptr += batch * n * n
         J_ptr += batch * R * R
-        scale = _start(A_ptr + batch * a_batch, a_row, a_col, U_ptr, m, V_ptr, n, R, BLOCK)
-        active = tl.cast(n, tl.int32) > 1
+        scale = start(A_ptr + batch * a_batch, a_row, a_col, U_ptr, m, V_ptr, n, R, BLOCK)
+        rotated = tl.cast(n, tl.int32) > 1
         sweeps = 0
-        while active & (sweeps < SWEEPS):
-            active = _sweep(U_ptr, m, V_ptr, n, 0, 0, J_ptr, rounds, 1, R, BLOCK)
+        while rotated & (sweeps < SWEEPS):
+            rotated = rotate_columns(U_ptr, m, V_ptr, n, 0, 0, J_ptr, rounds, 1, R, BLOCK)
             sweeps += 1
-        _finish(U_ptr, m, V_ptr, n, sigma_ptr + batch * n, scale, R, BLOCK)
-        _polish(U_ptr, m, n, J_ptr, R, BLOCK)
-        _polish(V_ptr, n, n, J_ptr, R, BLOCK)
-        tl.store(info_ptr + batch, _verdict(scale, active))
+        finish(U_ptr, m, V_ptr, n, sigma_ptr + batch * n, scale, R, BLOCK)
+        polish(U_ptr, m, n, J_ptr, R, BLOCK)
+        polish(V_ptr, n, n, J_ptr, R, BLOCK)
+        tl.store(info_ptr + batch, _verdict(scale, rotated))
 
 
 @triton.jit
-def _turn_blocks(
-    W_ptr, m, V_ptr, n, J_ptr, active_ptr, blocks, member, members, counter_ptr,
+def _rotate_blocks(
+    W_ptr, m, V_ptr, n, J_ptr, rotated_ptr, blocks, member, group_size, counter_ptr,
     PAIR: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of one block of PAIR / 2 turn with those of another and with each other, until no pair of blocks turns.
+    """Rotate pairs of blocks of PAIR / 2 columns until all are orthogonal. Return whether the last sweep rotated any.
 
-    Returns whether one did in the last sweep. Two passes of rotations, with the Gram matrix formed once: half as many
-    rounds of products as with one. active [SWEEPS]: zeros at first. J [PAIR, PAIR]: room of this member.
+    Each pair makes two passes of rotations per Gram matrix, which halves the number of matrix products. rotated
+    [SWEEPS] must be zero; J [PAIR, PAIR] is workspace of this member.
     """
     sweep = 0
-    active = True
-    while active & (sweep < SWEEPS):
+    rotated = True
+    while rotated & (sweep < SWEEPS):
         for across in range(1, blocks):
-            # blocks with a zero where `across` has its highest one, in order
+            # the blocks without the highest bit of `across`, in order
             low = across | (across >> 1)
             low |= low >> 2
             low |= low >> 4
             low = low >> 1
-            for pair in range(member, blocks // 2, members):
+            for pair in range(member, blocks // 2, group_size):
                 block = (pair & low) | ((pair & ~low) << 1)
                 first, second = block * (PAIR // 2), (block ^ across) * (PAIR // 2)
-                if _sweep(W_ptr, m, V_ptr, n, first, second - PAIR // 2, J_ptr, PAIR, 2, PAIR, BLOCK):
-                    tl.store(active_ptr + sweep, 1)
-            barrier(counter_ptr, members)
-        active = tl.load(active_ptr + sweep) != 0
+                if rotate_columns(W_ptr, m, V_ptr, n, first, second - PAIR // 2, J_ptr, PAIR, 2, PAIR, BLOCK):
+                    tl.store(rotated_ptr + sweep, 1)
+            barrier(counter_ptr, group_size)
+        rotated = tl.load(rotated_ptr + sweep) != 0
         sweep += 1
-    return active
+    return rotated
 
 
 @triton.jit
-def _polish_by_team(
-    X_ptr, m, n, T_ptr, other_ptr, member, members, counter_ptr, TILE: tl.constexpr, BLOCK: tl.constexpr
+def _polish_by_group(
+    X_ptr, m, n, T_ptr, other_ptr, member, group_size, counter_ptr, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):
     dtype = X_ptr.dtype.element_ty
-    product(X_ptr, X_ptr, X_ptr, T_ptr, n, n, m, 1, -0.5, 0.0, 1.5, member, members, counter_ptr, True, dtype, TILE, 16)
     product(
-        X_ptr, T_ptr, X_ptr, other_ptr, m, n, n, 1, 1.0, 0.0, 0.0, member, members, counter_ptr, False, dtype, TILE, 16
-    )
-    copy(other_ptr, n, 1, X_ptr, n, 1, m, n, 1.0, member, members, counter_ptr, TILE * BLOCK)
+        X_ptr, X_ptr, X_ptr, T_ptr, n, n, m, 1, -0.5, 0.0, 1.5, member, group_size, counter_ptr,
+        True, dtype, TILE, 16,
+    )  # fmt: skip
+    product(
+        X_ptr, T_ptr, X_ptr, other_ptr, m, n, n, 1, 1.0, 0.0, 0.0, member, group_size, counter_ptr,
+        False, dtype, TILE, 16,
+    )  # fmt: skip
+    copy(other_ptr, n, 1, X_ptr, n, 1, m, n, 1.0, member, group_size, counter_ptr, TILE * BLOCK)
 
 
 @triton.jit
-def svd_by_team(
-    A_ptr, a_row, a_col, U_ptr, m, sigma_ptr, V_ptr, n, room_ptr, active_ptr, info_ptr, blocks, member, members,
-    counter_ptr,
+def svd_by_group(
+    A_ptr, a_row, a_col, U_ptr, m, sigma_ptr, V_ptr, n, workspace_ptr, rotated_ptr, info_ptr, blocks, member,
+    group_size, counter_ptr,
     PAIR: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
     """U [m, n], sigma [n], V [n, n] of A with m >= n, 64 < n <= R, and info.
 
-    blocks: the power of two from 2 n / PAIR on. room: as many elements as `room_for` says, active: SWEEPS.
+    blocks is 2 n / PAIR rounded up to a power of two, workspace has workspace_size(m, n) elements, rotated SWEEPS.
     """
     scale = tl.full([], 1.0, U_ptr.dtype.element_ty)
     if member == 0:
-        scale = _start(A_ptr, a_row, a_col, U_ptr, m, V_ptr, n, R, BLOCK)
+        scale = start(A_ptr, a_row, a_col, U_ptr, m, V_ptr, n, R, BLOCK)
         for sweep in range(SWEEPS):
-            tl.store(active_ptr + sweep, 0)
-    barrier(counter_ptr, members)
-    T_ptr, other_ptr = room_ptr, room_ptr + n * n
+            tl.store(rotated_ptr + sweep, 0)
+    barrier(counter_ptr, group_size)
+    T_ptr, other_ptr = workspace_ptr, workspace_ptr + n * n
     J_ptr = other_ptr + m * n + member * (PAIR * PAIR)
-    active = _turn_blocks(
-        U_ptr, m, V_ptr, n, J_ptr, active_ptr, blocks, member, members, counter_ptr, PAIR, BLOCK, SWEEPS
+    rotated = _rotate_blocks(
+        U_ptr, m, V_ptr, n, J_ptr, rotated_ptr, blocks, member, group_size, counter_ptr, PAIR, BLOCK, SWEEPS
     )
     if member == 0:
-        _finish(U_ptr, m, V_ptr, n, sigma_ptr, scale, R, BLOCK)
-        tl.store(info_ptr, _verdict(scale, active | timed_out(counter_ptr)))
-    barrier(counter_ptr, members)
-    _polish_by_team(U_ptr, m, n, T_ptr, other_ptr, member, members, counter_ptr, TILE, BLOCK)
-    _polish_by_team(V_ptr, n, n, T_ptr, other_ptr, member, members, counter_ptr, TILE, BLOCK)
+        finish(U_ptr, m, V_ptr, n, sigma_ptr, scale, R, BLOCK)
+        tl.store(info_ptr, _verdict(scale, rotated | timed_out(counter_ptr)))
+    barrier(counter_ptr, group_size)
+    _polish_by_group(U_ptr, m, n, T_ptr, other_ptr, member, group_size, counter_ptr, TILE, BLOCK)
+    _polish_by_group(V_ptr, n, n, T_ptr, other_ptr, member, group_size, counter_ptr, TILE, BLOCK)
 
 
-@triton.jit(do_not_specialize=["members"])
+@triton.jit(do_not_specialize=["group_size"])
 def svd_by_blocks(
-    A_ptr, U_ptr, sigma_ptr, V_ptr, room_ptr, active_ptr, info_ptr, wanted_ptr, counter_ptr, m, n, blocks, room,
-    members, a_batch, a_row, a_col,
-    SOME: tl.constexpr, PAIR: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    A_ptr, U_ptr, sigma_ptr, V_ptr, workspace_ptr, rotated_ptr, info_ptr, active_mask_ptr, counter_ptr, m, n, blocks,
+    workspace_size, group_size, a_batch, a_row, a_col,
+    MASKED: tl.constexpr, PAIR: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     SWEEPS: tl.constexpr,
 ):  # fmt: skip
-    """`svd_by_team` of a batch of matrices, a team for each. SOME: only where wanted [batch] is not 0."""
-    member, batch = place(members)
-    if _is_wanted(wanted_ptr, batch, SOME):
-        svd_by_team(
+    """`svd_by_group` of a batch of matrices, one group each. MASKED: only those in the active mask."""
+    member, batch = split_program_id(group_size)
+    if _is_active(active_mask_ptr, batch, MASKED):
+        svd_by_group(
             A_ptr + batch * a_batch, a_row, a_col, U_ptr + batch * m * n, m, sigma_ptr + batch * n,
-            V_ptr + batch * n * n, n, room_ptr + batch * room, active_ptr + batch * SWEEPS, info_ptr + batch, blocks,
-            member, members, counter_ptr + 2 * batch, PAIR, R, BLOCK, TILE, SWEEPS,
+            V_ptr + batch * n * n, n, workspace_ptr + batch * workspace_size, rotated_ptr + batch * SWEEPS,
+            info_ptr + batch, blocks, member, group_size, counter_ptr + 2 * batch, PAIR, R, BLOCK, TILE, SWEEPS,
         )  # fmt: skip
-        reset(counter_ptr + 2 * batch, members)
+        reset(counter_ptr + 2 * batch, group_size)
 
 
-def room_for(m: int, n: int, members: int) -> int:
-    """How many elements `svd_by_team` takes."""
-    return n * n + m * n + members * PAIR * PAIR
+def workspace_size(m: int, n: int, group_size: int) -> int:
+    """Return how many elements of workspace `svd_by_group` needs."""
+    return n * n + m * n + group_size * PAIR * PAIR
 
 
 def config(architecture: str, dtype: str, R: int) -> dict:
-    """Rows of a tile and warps with which nothing is kept outside the registers, where R columns turn."""
+    """Return constexprs and options with which no register spills, for R columns."""
     warps = {"fp32": {16: 2, 32: 4, 64: 8}, "fp64": {16: 4, 32: 4, 64: 8}}[dtype][R]
     if architecture == "gfx942":
         return dict(BLOCK=16, num_warps=min(warps, 4), num_stages=1)
-    # as many registers as there are: ptxas keeps fewer, for programs that would not find shared memory
+    # all registers: by itself ptxas allows fewer, for more programs than shared memory holds
     return dict(BLOCK=16, num_warps=warps, num_stages=1, maxnreg=255)
 
 
@@ -460,22 +466,22 @@ def config_of_blocks(architecture: str, dtype: str) -> dict:
 
 
 def variants(architecture: str):
-    """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
+    """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
     for dtype in ("fp32", "fp64"):
-        types = {name: f"*{dtype}" for name in ("A_ptr", "U_ptr", "sigma_ptr", "V_ptr", "J_ptr", "room_ptr")}
-        types |= dict.fromkeys(("info_ptr", "wanted_ptr", "active_ptr"), "*i32")
-        sizes = ("m", "n", "rounds", "blocks", "room", "members", "a_batch", "a_row", "a_col")
+        types = {name: f"*{dtype}" for name in ("A_ptr", "U_ptr", "sigma_ptr", "V_ptr", "J_ptr", "workspace_ptr")}
+        types |= dict.fromkeys(("info_ptr", "active_mask_ptr", "rotated_ptr"), "*i32")
+        sizes = ("m", "n", "rounds", "blocks", "workspace_size", "group_size", "a_batch", "a_row", "a_col")
         types |= dict.fromkeys(sizes, "i32")
-        # all matrices of a batch, and in double also the wild ones among those of clip_spectrum
-        for some in (False, True) if dtype == "fp64" else (False,):
+        # masked in float64 only, for the ill-conditioned matrices of clip_spectrum
+        for masked in (False, True) if dtype == "fp64" else (False,):
             for R in (16, 32, 64):
                 options = config(architecture, dtype, R)
                 tile = dict(R=R, BLOCK=options.pop("BLOCK"))
-                # in double 64 columns miss the registers by a little, with any number of warps
+                # in float64, 64 columns spill a little with any number of warps
                 default = R < 64 or dtype == "fp32"
-                yield svd, types, tile | dict(SWEEPS=SWEEPS, SOME=some), options, default
+                yield svd, types, tile | dict(SWEEPS=SWEEPS, MASKED=masked), options, default
             for R in (128, 512):
                 types["counter_ptr"] = "*i64"
-                options = dict(SOME=some, R=R) | config_of_blocks(architecture, dtype)
-                tile = {key: options.pop(key) for key in ("SOME", "PAIR", "R", "BLOCK", "TILE", "SWEEPS")}
+                options = dict(MASKED=masked, R=R) | config_of_blocks(architecture, dtype)
+                tile = {key: options.pop(key) for key in ("MASKED", "PAIR", "R", "BLOCK", "TILE", "SWEEPS")}
                 yield svd_by_blocks, types, tile, options, dtype == "fp32"

@@ -1,4 +1,4 @@
-"""Batched products of small matrices, in full precision whatever torch is told about tf32: kernels."""
+"""Batched products of small matrices, in full precision whatever torch's tf32 setting: the kernel and its launch."""
 
 import torch
 import triton
@@ -6,14 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import INTERPRETED, architecture
+from ..runtime.cooperative import split_program_id
 
-COPY, CORRECT = tl.constexpr(1), tl.constexpr(2)
-
-
-@triton.jit
-def _place(count):
-    """Which of `count` programs of a matrix this is, and which matrix: a second grid dimension would end at 65535."""
-    return tl.program_id(0) % count, (tl.program_id(0) // count).to(tl.int64)
+KEEP, REPLACE, CORRECT = map(tl.constexpr, range(3))  # modes: leave out alone, out = C, out = the product + C
 
 
 @triton.jit
@@ -23,13 +18,13 @@ def multiply(
     ADD: tl.constexpr, WEIGHTED: tl.constexpr, MODE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [m, n] = alpha X diag(weight) Y + beta C + gamma I, a tile of it; grid: batch * tiles.
+    """out [m, n] = alpha X diag(weight) Y + beta C + gamma I, one tile per program; grid: batch * tiles.
 
-    ADD: there is a C. WEIGHTED: there is a weight [batch, k]. MODE: mode [batch] says whether out is left alone (0), is
-    C (1) or is computed (2); C may hold Inf and NaN then, which come through. WIDE: sums are in float64.
+    ADD: C is given. WEIGHTED: weight [batch, k] is given. MODE: mode [batch] chooses between KEEP, REPLACE and CORRECT;
+    Inf and NaN of C are copied. WIDE: sums are in float64.
     """
     tiles = tl.cdiv(n, BLOCK_N)
-    tile, batch = _place(tl.cdiv(m, BLOCK_M) * tiles)
+    tile, batch = split_program_id(tl.cdiv(m, BLOCK_M) * tiles)
     dtype = tl.float64 if WIDE else X_ptr.dtype.element_ty
     row = (tile // tiles * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     col = (tile % tiles * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -51,7 +46,7 @@ def multiply(
         c_ptrs = C_ptr + batch * c_batch + row[:, None] * c_row + col[None, :] * c_col
         acc += tl.cast(beta, dtype) * tl.load(c_ptrs, mask=inside, other=0.0).to(dtype)
     out = out_ptr + batch * o_batch + row[:, None] * o_row + col[None, :] * o_col
-    if mode != 0:
+    if mode != KEEP:
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -84,7 +79,7 @@ def product(
 
 
 def config(architecture: str, dtype: torch.dtype) -> dict:
-    """Tiles whose operands stay in the registers of 8 warps; the interpreter takes its time for every program."""
+    """Return tiles whose operands fit in the registers of 8 warps, or large ones for the interpreter."""
     if INTERPRETED:
         return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128)
     side = 32 if dtype == torch.float64 else 64
@@ -93,7 +88,7 @@ def config(architecture: str, dtype: torch.dtype) -> dict:
 
 
 def variants(architecture: str):
-    """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
+    """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
     pointers = ("X_ptr", "Y_ptr", "C_ptr", "weight_ptr", "out_ptr")
     scalars = {name: "i32" for name in multiply.arg_names if name.islower() and name != "mode_ptr"}
     scalars |= {"mode_ptr": "*i32"} | dict.fromkeys(("alpha", "beta", "gamma"), "fp32")

@@ -1,0 +1,1 @@
+"""One step of the optimizer on all layers of a network."""

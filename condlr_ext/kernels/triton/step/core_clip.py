@@ -45,7 +45,7 @@ class CoreClip:
         self._width = triton.next_power_of_2(max([16, *small]))
         self._large = triton.next_power_of_2(max(large, default=0))
         jobs = [newton_schulz.jobs(r, r) for r in large]
-        teams_of = dict(zip(large, cooperative.members(device, jobs), strict=True)) if large else {}
+        teams_of = dict(zip(large, cooperative.group_sizes(device, jobs), strict=True)) if large else {}
         rows, sizes, wide_sizes, programs = [], 0, 0, []
         for i, (start, r, layer) in enumerate(zip(offsets(base, cores), ranks, layers, strict=True)):
             if r <= LARGEST_SINGLE.value:
@@ -54,8 +54,8 @@ class CoreClip:
             else:
                 rounds = triton.next_power_of_2(triton.cdiv(2 * r, jacobi.PAIR))
                 members = teams_of[r]
-                size = newton_schulz.room_for(r, r)
-                wide_size = 2 * r * r + self._large + jacobi.room_for(r, r, members)
+                size = newton_schulz.workspace_size(r, r)
+                wide_size = 2 * r * r + self._large + jacobi.workspace_size(r, r, members)
             rows.append((start, r, layer, rounds, sizes, wide_sizes))
             sizes, wide_sizes = sizes + size * single, wide_sizes + wide_size
             programs += [(-r, i, member, members) for member in range(members)]
@@ -67,7 +67,7 @@ class CoreClip:
         self._active = torch.zeros(len(cores), jacobi.SWEEPS_OF_BLOCKS, dtype=torch.int32, device=device)
         self._wanted = torch.zeros(len(cores), dtype=torch.int32, device=device)
         self._counters = cooperative.counters(len(cores), device)
-        self._together = cooperative.at_once(len(programs), len(cores), device)
+        self._together = cooperative.grid_options(len(programs), len(cores), device)
 
     def __call__(self, hyper: Tensor, info: Tensor) -> None:
         if self._base is None:
@@ -95,15 +95,15 @@ def _clip(
     J_ptr = V_ptr + R * R
     sigma_ptr = J_ptr + R * R
     n, rounds = tl.load(core + 1).to(tl.int32), tl.load(core + 3).to(tl.int32)
-    scale = jacobi._start(base_ptr + tl.load(core), n, 1, U_ptr, n, V_ptr, n, R, BLOCK)
+    scale = jacobi.start(base_ptr + tl.load(core), n, 1, U_ptr, n, V_ptr, n, R, BLOCK)
     active = n > 1
     sweeps = 0
     while active & (sweeps < SWEEPS):
-        active = jacobi._sweep(U_ptr, n, V_ptr, n, 0, 0, J_ptr, rounds, 1, R, BLOCK)
+        active = jacobi.rotate_columns(U_ptr, n, V_ptr, n, 0, 0, J_ptr, rounds, 1, R, BLOCK)
         sweeps += 1
-    jacobi._finish(U_ptr, n, V_ptr, n, sigma_ptr, scale, R, BLOCK)
-    jacobi._polish(U_ptr, n, n, J_ptr, R, BLOCK)
-    jacobi._polish(V_ptr, n, n, J_ptr, R, BLOCK)
+    jacobi.finish(U_ptr, n, V_ptr, n, sigma_ptr, scale, R, BLOCK)
+    jacobi.polish(U_ptr, n, n, J_ptr, R, BLOCK)
+    jacobi.polish(V_ptr, n, n, J_ptr, R, BLOCK)
     tl.debug_barrier()
 
     S_ptr, layer = base_ptr + tl.load(core), tl.load(core + 2)
@@ -128,7 +128,7 @@ def _clip(
         # sigma is known to a few rounding errors of the largest one
         SLACK: tl.constexpr = 8 * 2.0**-52 if own == tl.float64 else 4 * 2.0**-23
         OUT: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
-        shift, in_band, _, _ = band.moves(sigma_ptr, x, real, n, tau, kind, cap, OUT, SLACK, R, BLOCK)
+        shift, in_band, _, _ = band.band_shifts(sigma_ptr, x, real, n, tau, kind, cap, OUT, SLACK, R, BLOCK)
         if not in_band:
             shift *= largest
             tl.debug_barrier()
@@ -158,7 +158,7 @@ def _clip_by_products(
     S_ptr, n, layer = base_ptr + tl.load(core), tl.load(core + 1).to(tl.int32), tl.load(core + 2)
     constraint = hyper_ptr + (layer * 4 + 1) * 10
     tau, kind, sigma_max = tl.load(constraint + 7), tl.load(constraint + 8), tl.load(constraint + 9)
-    good = newton_schulz.clip_by_team(
+    good = newton_schulz.clip_by_group(
         S_ptr, n, 1, n, n, tau, kind, sigma_max, room_ptr, wide_ptr, S_ptr, n, 1, POLAR, SIGN, member, members,
         counter_ptr, TILE, WIDE_TILE, DEPTH, FLAT,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def _clip_by_blocks(
     T_ptr = sigma_ptr + LARGE
     other_ptr = T_ptr + n * n
     info_ptr += layer
-    jacobi.svd_by_team(
+    jacobi.svd_by_group(
         S_ptr, n, 1, U_ptr, n, sigma_ptr, V_ptr, n, T_ptr, active_ptr, info_ptr, blocks, member, members, counter_ptr,
         PAIR, LARGE, BLOCK, TILE, SWEEPS_OF_BLOCKS,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def _clip_by_blocks(
         constraint = hyper_ptr + (layer * 4 + 1) * 10
         tau, kind, cap = tl.load(constraint + 7), tl.load(constraint + 8), tl.load(constraint + 9) / largest
         OUT: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
-        shift, in_band, _, _ = band.moves(sigma_ptr, x, real, n, tau, kind, cap, OUT, 8 * 2.0**-52, LARGE, BLOCK)
+        shift, in_band, _, _ = band.band_shifts(sigma_ptr, x, real, n, tau, kind, cap, OUT, 8 * 2.0**-52, LARGE, BLOCK)
         barrier(counter_ptr, members)  # all have read sigma
         if not in_band:
             if member == 0:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.cuda import on_another_stream
 
 import condlr_ext
 from condlr_ext import functional, ops, reference
@@ -40,7 +41,7 @@ def dtype(request):
 
 
 def tensors(rows, n, m, r, dtype, device="cuda"):
-    """X, U, S, V, b and the gradient of Y, of a size that keeps sums over the rows in the range of float16."""
+    """Return X, U, S, V, b and the gradient of Y, scaled so that sums over the rows fit in float16."""
     low = []
     for shape, scale in (((rows, n), 1), ((m, r), m), ((r, r), r), ((n, r), n), ((m,), 1), ((rows, m), max(rows, 1))):
         low.append((torch.randn(shape, dtype=torch.float64) / scale**0.5).to(device, dtype))
@@ -61,7 +62,7 @@ def plain(*args):
 
 
 def check(got, theirs, true, moduli, dtype):
-    """At most twice the error of plain PyTorch, plus two roundings of the sum of moduli: one number may be exact by luck."""
+    """Assert at most twice the error of plain PyTorch, plus two roundings of the sum of moduli for lucky exact numbers."""
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() == "high"
     eps = 2.0**-10 if tf32 else torch.finfo(dtype).eps
     for mine, other, exact, modulus in zip(got, theirs, true, moduli, strict=True):
@@ -232,13 +233,7 @@ def test_other_stream():
     """Work on a stream that is not the current one at import time, ordered with what precedes it there."""
     low = tensors(2000, 512, 512, 40, torch.float32)
     expected = ours(*low)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # the kernels must wait for it
-        doubled = low[0] * 1.0
-        got = ours(doubled, *low[1:])
-    stream.synchronize()
+    got = on_another_stream(lambda: ours(low[0] * 1.0, *low[1:]))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
