@@ -207,11 +207,12 @@ bool short_step(T* gram, int64_t stride, int64_t r, const T* F, T* E, Workspace&
 
 enum class Found { kNothing, kStep, kTrial };
 
-// The transform Eᵀ of one factor: kStep as in short_step; kTrial E1 = I + Nᵀ, E2 = -F, which makes the trial
-// point; kNothing for a non-finite gradient or a zero core.
+// The transform Eᵀ of one factor, with F = lr (core coreᵀ)⁻¹ or, without a preconditioner, lr I: kStep as in
+// short_step; kTrial E1 = I + Nᵀ, E2 = -F, which makes the trial point; kNothing for a non-finite gradient or a
+// preconditioner of a zero core.
 template <class T>
 Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64_t r, View<T> core,
-                     const Hyper& constraint, T lr, const Panels<T>& panels, Workspace& workspace) {
+                     const Hyper& constraint, const Hyper& own, const Panels<T>& panels, Workspace& workspace) {
   Scratch scratch(workspace);
   const int64_t stride = vectors_of<T>(2 * r) * Vec<T>::kLanes;
   T* gram = scratch.take<T>(2 * r * stride);
@@ -224,7 +225,14 @@ Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64
                stride, 0);
     return true;
   });
-  if (!finite || !gram_inverse(core, r, constraint, F, workspace)) return Found::kNothing;
+  if (!finite) return Found::kNothing;
+  if (own.precondition != 0) {
+    if (!gram_inverse(core, r, constraint, F, workspace)) return Found::kNothing;
+  } else {
+    fill(F, r * r, T(0));
+    for (int64_t i = 0; i < r; ++i) F[i * (r + 1)] = 1;
+  }
+  const T lr = static_cast<T>(own.lr);
   for (int64_t i = 0; i < r * r; ++i) F[i] *= lr;
   const bool is_short = short_step(gram, stride, r, F, E, workspace);
   if (!is_short) {
@@ -270,7 +278,8 @@ Panels<T> transform_of(const Update& u) {
   return {static_cast<T*>(u.transform), 2 * u.rank, u.rank};
 }
 
-// X [m, r] is U (core = S) or V (core = Sᵀ): X <- qf(X - lr (I - X Xᵀ) d (core coreᵀ)⁻¹).
+// X [m, r] is U (core = S) or V (core = Sᵀ): X <- qf(X - lr (I - X Xᵀ) d (core coreᵀ)⁻¹), the inverse only if the row
+// of the factor has `precondition`.
 template <class T>
 bool prepare_factor(Update& u, Workspace& workspace) {
   const int64_t m = u.rows, r = u.rank;
@@ -280,7 +289,7 @@ bool prepare_factor(Update& u, Workspace& workspace) {
   u.transform = keep<T>(Panels<T>::size(2 * r, r), workspace);
   const Found found =
       find_transform(X, direction, m, r, u.role == kU ? S : S.transpose(), u.hyper[kS],
-                     static_cast<T>(u.hyper[u.role].lr), transform_of<T>(u), workspace);
+                     u.hyper[u.role], transform_of<T>(u), workspace);
   if (found != Found::kTrial) return found == Found::kStep;
   T* result = keep<T>(m * r, workspace);
   u.result = result;

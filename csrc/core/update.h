@@ -7,9 +7,10 @@ namespace condlr {
 
 enum Role : int { kU = 0, kS = 1, kV = 2, kBias = 3, kRoles = 4 };
 
-// The columns of `hyper` in order; tau, band and sigma_max are read in the row of S only.
+// The columns of `hyper` in the order of reference.HYPER; precondition is read in the rows of U and V, and tau, band
+// and sigma_max in the row of S.
 struct Hyper {
-  double lr, momentum, dampening, weight_decay, nesterov, maximize, fresh, tau, band, sigma_max;
+  double lr, momentum, dampening, weight_decay, nesterov, maximize, fresh, precondition, tau, band, sigma_max;
 };
 constexpr int64_t kHyperColumns = sizeof(Hyper) / sizeof(double);
 

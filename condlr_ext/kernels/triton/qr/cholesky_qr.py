@@ -10,6 +10,7 @@ products are no slower than float32 ones that do not round to TF32.
 import triton
 import triton.language as tl
 
+from ....reference import HYPER
 from ..runtime.launching import variant
 
 # outcomes of a factorization, the codes of `info` first
@@ -24,8 +25,7 @@ FACTOR = ("x", "x_row", "y", "y_row", "rows", "n", "gram", "splits", "L", "refle
 
 _PRODUCT_COLUMNS = tl.constexpr(len(PRODUCT))
 _FACTOR_COLUMNS = tl.constexpr(len(FACTOR))
-# columns of `hyper`, which has one row of ten per role
-_HYPER_COLUMNS = tl.constexpr(10)
+_HYPER_COLUMNS = tl.constexpr(len(HYPER))  # one row of them per role
 
 
 @triton.jit
