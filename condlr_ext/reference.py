@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 BANDS = ("rms", "mean", "optimal")
+LOW_PRECISION = (torch.float16, torch.bfloat16)  # dtypes of parameters that are computed in float32
+# bounds of orthonormality_error
+ORTHONORMAL_INPUT = 1e-4  # given factors above it are replaced by their Q, or refused
+ORTHONORMAL_STEP = 2e-6  # what a step keeps to in float32; better factors are taken as they are
 MANY = 1024  # what a size that a trace keeps open counts as in decisions
 
 # ----------------------------------------------------------------------------------------------- sizes
@@ -372,6 +376,12 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = m
     shift = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1)) - sigma
     out = (A64 + (U * shift.unsqueeze(-2)) @ V.mT).to(A.dtype)
     return torch.where(inside[..., None, None] | (sigma[..., :1, None] == 0), A, out)
+
+
+def orthonormality_error(X: Tensor) -> Tensor:
+    """Return max |XᵀX - I|."""
+    gram = X.mT @ X
+    return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()
 
 
 def tangent_projection(X: Tensor, Z: Tensor) -> Tensor:

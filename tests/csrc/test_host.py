@@ -575,7 +575,7 @@ RULES = {
     "long_step": dict(lr=30.0),
     "tiny_step": dict(lr=1e-6),
     "not_preconditioned": dict(precondition=0, momentum=0.9),
-    "long_step_not_preconditioned": dict(precondition=0, lr=30.0),
+    "long_step_not_preconditioned": dict(precondition=0, lr=3.0),
 }
 
 
