@@ -120,7 +120,7 @@ py::tuple eigh(const py::array& input, std::optional<int64_t> head, int64_t tail
   });
 }
 
-// A copy in C order of four arrays of one dtype. Empty arrays of any dtype may stand for what a layer lacks.
+// Copies in C order of four arrays of one dtype; empty arrays of any dtype stand for missing ones.
 template <class T>
 std::vector<Array<T>> copy_roles(const std::vector<py::array>& arrays, const char* name) {
   if (arrays.size() != kRoles) {

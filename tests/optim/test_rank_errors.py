@@ -49,7 +49,7 @@ def test_wrong_models_and_optimizers():
     with pytest.raises(ValueError, match="layers '0' and '1' share V"):
         RankController(pair, optimizer)
     RankController(data.model, CondLRSGD(data.model, 0.1, tau=0.1), max_rank=10)
-    with pytest.raises(ValueError, match="no room left by rank adaptation, got 3 of 10 directions in use"):
+    with pytest.raises(ValueError, match="must use all of its columns, got 3 of 10 directions in use"):
         Projector(data.model, 0.1).attach(torch.optim.SGD(data.model.parameters(), 0.1))
 
 
