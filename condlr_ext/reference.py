@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 BANDS = ("rms", "mean", "optimal")
+LOW_PRECISION = (torch.float16, torch.bfloat16)  # dtypes of parameters that are computed in float32
+# bounds of orthonormality_error
+ORTHONORMAL_INPUT = 1e-4  # given factors above it are replaced by their Q, or refused
+ORTHONORMAL_STEP = 2e-6  # what a step keeps to in float32; better factors are taken as they are
 MANY = 1024  # what a size that a trace keeps open counts as in decisions
 
 # ----------------------------------------------------------------------------------------------- sizes
@@ -384,6 +388,12 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = m
     return torch.where(inside[..., None, None] | (sigma[..., :1, None] == 0), A, out)
 
 
+def orthonormality_error(X: Tensor) -> Tensor:
+    """Return max |XᵀX - I|."""
+    gram = X.mT @ X
+    return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()
+
+
 def tangent_projection(X: Tensor, Z: Tensor) -> Tensor:
     """Return (I - X Xᵀ) Z without the m x m matrix."""
     return Z - X @ (X.mT @ Z)
@@ -393,27 +403,22 @@ def tangent_projection(X: Tensor, Z: Tensor) -> Tensor:
 
 ROLES = ("U", "S", "V", "bias")
 HYPER = (
-    "lr",
-    "momentum",
-    "dampening",
-    "weight_decay",
-    "nesterov",
-    "maximize",
-    "fresh",
-    "tau",
-    "band",
+    "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "fresh", "precondition", "tau", "band",
     "sigma_max",
-)
+)  # fmt: skip
 
 
 def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> None:
-    """One constrained SGD step of L layers, in place.
+    """Take one constrained SGD step of L layers, in place.
 
-    params, grads, momentum_buffers: 4 L tensors, U, S, V, bias of each layer in turn. An empty gradient leaves
-    its role alone, an empty bias means none, a buffer may be empty where momentum is 0.
-    hyper [L, 4, 10] float64: columns HYPER per layer and role; tau, band (index in BANDS) and sigma_max are read
-    in the S row; fresh = 1 starts the buffer. skipped [L] int64 counts steps that left a layer unchanged
-    because of a non-finite gradient or result or a singular core.
+    Args:
+        params: 4 L tensors, U, S, V, bias of each layer in turn; an empty bias means none.
+        grads: Of the same shapes; a parameter whose gradient is empty does not change.
+        momentum_buffers: Of the same shapes; may be empty where momentum is 0.
+        hyper: [L, 4, len(HYPER)] float64, a row per layer and role. fresh = 1 starts the momentum buffer. precondition
+            is read in the rows of U and V; tau, band (index in BANDS) and sigma_max in the row of S.
+        skipped: [L] int64, counts for each layer the steps that left it unchanged because of a non-finite gradient or
+            result, an all-zero new core, or an all-zero core where precondition is 1.
     """
     results = []
     for layer, rows in enumerate(hyper.tolist()):
@@ -431,7 +436,17 @@ def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> Non
 
 
 def layer_step(params, grads, buffers, hyper):
-    """New (U, S, V, bias, and their four buffers) of one layer, None where unchanged; None if it must be skipped."""
+    """Compute one layer's step: U and V by a tangent step and QR, S by a step and the clip, bias by a plain step.
+
+    Args:
+        params: U, S, V, bias.
+        grads: Their gradients, empty where there is none.
+        buffers: Their momentum buffers.
+        hyper: Four dicts of HYPER.
+
+    Returns:
+        U, S, V, bias and their four buffers, None where unchanged; a single None if the layer must be skipped.
+    """
     if not all(torch.isfinite(g).all() for g in grads):
         return None
     U, S, V, bias = params
@@ -444,10 +459,12 @@ def layer_step(params, grads, buffers, hyper):
     for i, X, core in ((0, U, S), (2, V, S.mT)):
         if direction[i] is None:
             continue
-        inverse = gram_inverse(core, tau, band, sigma_max)
-        if inverse is None:
-            return None
-        D = tangent_projection(X, direction[i]) @ inverse
+        D = tangent_projection(X, direction[i])
+        if hyper[i]["precondition"]:
+            inverse = gram_inverse(core, tau, band, sigma_max)
+            if inverse is None:
+                return None
+            D = D @ inverse
         new[i] = qr(X - hyper[i]["lr"] * D)[0]
     if direction[1] is not None:
         trial = S - hyper[1]["lr"] * direction[1]
@@ -463,7 +480,7 @@ def layer_step(params, grads, buffers, hyper):
 
 
 def sgd_direction(param, grad, buffer, hyper, weight_decay: float):
-    """The direction torch.optim.SGD would take, and the new momentum buffer (None without momentum)."""
+    """Return the direction torch.optim.SGD would take, and the new momentum buffer (None without momentum)."""
     g = -grad if hyper["maximize"] else grad
     if weight_decay:
         g = g + weight_decay * param
@@ -475,10 +492,10 @@ def sgd_direction(param, grad, buffer, hyper, weight_decay: float):
 
 
 def gram_inverse(S: Tensor, tau: float, band: str, sigma_max: float) -> Tensor | None:
-    """(S Sᵀ)⁻¹ in S's dtype; None for an all-zero core.
+    """Return (S Sᵀ)⁻¹ in S's dtype, None for an all-zero core.
 
-    tau = Inf: (1e-6 sigma_1)² is added to the diagonal. Else a singular core, which a clipped one never is, counts
-    as what it is on the constraint set.
+    For tau = Inf (1e-6 sigma_1)² is added to the diagonal. Otherwise a singular core, which a clipped one never is, is
+    clipped first.
     """
     C = S.double()
     gram = C @ C.mT

@@ -120,7 +120,7 @@ py::tuple eigh(const py::array& input, std::optional<int64_t> head, int64_t tail
   });
 }
 
-// A copy in C order of four arrays of one dtype. Empty arrays of any dtype may stand for what a layer lacks.
+// Copies in C order of four arrays of one dtype; empty arrays of any dtype stand for missing ones.
 template <class T>
 std::vector<Array<T>> copy_roles(const std::vector<py::array>& arrays, const char* name) {
   if (arrays.size() != kRoles) {
@@ -147,7 +147,8 @@ py::tuple step_layer_as(const std::vector<py::array>& params, const std::vector<
   std::vector<Array<T>> param = copy_roles<T>(params, "params"), grad = copy_roles<T>(grads, "grads"),
                         buffer = copy_roles<T>(buffers, "momentum_buffers");
   if (hyper.ndim() != 2 || hyper.shape(0) != kRoles || hyper.shape(1) != kHyperColumns) {
-    reject("step_layer: hyper must be [4, 10]", hyper);
+    reject("step_layer: hyper must be [" + std::to_string(kRoles) + ", " + std::to_string(kHyperColumns) + "]",
+           hyper);
   }
   const Hyper* rows = reinterpret_cast<const Hyper*>(hyper.data());
   check_constraint("step_layer", rows[kS].tau, rows[kS].band, rows[kS].sigma_max);

@@ -1,4 +1,5 @@
-// One step of many layers: tasks that may fail and write nothing, then tasks that write the layers without failure.
+// One step of many layers: tasks that may fail and write nothing, then tasks that write the layers that did
+// not fail.
 #pragma once
 
 #include <atomic>
@@ -9,7 +10,7 @@
 
 namespace condlr {
 
-// Arrays by Role. A null gradient leaves that role alone; a null buffer means that its momentum is 0.
+// Arrays by Role. A role with a null gradient does not change; a null buffer means that its momentum is 0.
 struct Layer {
   bool is_double;
   int64_t rows[kRoles];  // of U, S and V; the length of the bias
@@ -25,10 +26,10 @@ class NetworkStep {
   NetworkStep(std::vector<Layer> layers, const KernelSet& kernels);
 
   int64_t tasks() const { return static_cast<int64_t>(tasks_.size()); }
-  // One role of one layer; the most expensive tasks come first. Different tasks may run at once. What a task keeps
-  // lies in its workspace and is needed until the end.
+  // One role of one layer; the most expensive tasks come first and different ones may run at once. What a
+  // task keeps is in its workspace, which must live until the end.
   void prepare(int64_t task, Workspace& workspace);
-  // After all tasks have been prepared: writes a task's result, unless its layer failed.
+  // Writes a task's result, unless its layer failed; call it after all tasks have been prepared.
   void apply(int64_t task, Workspace& workspace) const;
   bool failed(int64_t layer) const { return failed_[static_cast<std::size_t>(layer)]; }
 

@@ -80,7 +80,7 @@ class LayerSGD(Optimizer):
         }
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         self._layers: list[tuple[str, Tensor, Tensor, Tensor]] = [
-            (layer.name, *(self.param_groups[g]["params"][i] for g, i in layer.places[:3]))
+            (layer.name, *(self.param_groups[g]["params"][i] for g, i in layer.positions[:3]))
             for layer in link_layers(self.param_groups)
         ]
         self._linked = True

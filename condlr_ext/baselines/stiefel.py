@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
+from ..reference import ORTHONORMAL_INPUT, orthonormality_error
 from .layerwise import LayerSGD, check_factor
 
 
@@ -97,7 +98,7 @@ def in_shape_of(p: Tensor, X: Tensor) -> Tensor:
 def put_on_manifold(U: nn.Parameter, S: nn.Parameter, V: nn.Parameter, tau: float) -> None:
     """Orthonormalize U and V in place, keeping the product U S Vᵀ; then clip S if it is outside the bound."""
     for X, right in ((U, False), (V, True)):
-        if (X.mT @ X - torch.eye(X.shape[1], dtype=X.dtype, device=X.device)).abs().max() > 1e-4:
+        if orthonormality_error(X) > ORTHONORMAL_INPUT:
             Q, R = linalg.qr(X)
             X.copy_(Q)
             S.copy_(S @ R.mT if right else R @ S)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import functional, linalg, ops
 from ..errors import NonFiniteError, ShapeError
+from ..reference import ORTHONORMAL_INPUT, orthonormality_error
 from .rank import resolve_rank
 from .truncated import truncated_svd
 
@@ -264,6 +265,6 @@ class LowRankLayer(nn.Module):
 def _check_row_space(function: str, X: Tensor, n: int, rank: int) -> None:
     if X.shape != (n, rank):
         raise ShapeError(f"{function}: row_space must be {[n, rank]}, got {list(X.shape)}")
-    error = (X.mT @ X - torch.eye(rank, dtype=X.dtype, device=X.device)).abs().max()
-    if not error <= 1e-4:  # NaN fails too
+    error = orthonormality_error(X)
+    if not error <= ORTHONORMAL_INPUT:  # NaN fails too
         raise ValueError(f"{function}: row_space must have orthonormal columns to 1e-4, got {error:.3g}")

@@ -1,8 +1,8 @@
 """Costs of each way to run a layer on a GPU: measured where the table has a similar size, otherwise estimated.
 
-The table is measured.json beside this file, written by `python -m bench --tune`. An estimate is a sum over kernels, each
-as long as its arithmetic or its memory traffic at the rates of the data sheet, or as a launch. It ranks the ways; it
-does not predict times.
+The table is measured.json beside this file, written by `python -m bench --tune`. An estimate is a sum over kernels,
+each as long as its arithmetic or its memory traffic at the rates of the data sheet, or as a launch. It ranks the ways;
+it does not predict times.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""step: one constrained SGD step of a whole network; reference everywhere, one compiled call on CPUs."""
+"""The op step: one constrained step of a whole network; reference, compiled for CPUs, Triton."""
 
 import torch
 
@@ -11,7 +11,7 @@ STEP = (
 
 
 def _check(params, grads, momentum_buffers, hyper, skipped) -> None:
-    """What a direct call of torch.ops.condlr_ext.step must respect."""
+    """Raise for arguments that do not fit each other."""
     layers = hyper.shape[0]
     torch._check(
         hyper.dtype == torch.float64 and hyper.shape == (layers, 4, len(reference.HYPER)),
@@ -52,7 +52,7 @@ def _cpu(params, grads, momentum_buffers, hyper, skipped) -> list[str]:
     return reasons
 
 
-LARGEST_RANK = 512  # of the Triton kernels: one program factors the Gram matrix
+LARGEST_RANK = 512  # in the Triton kernels one program factors the Gram matrix
 
 
 def _triton_unsupported(params, grads, momentum_buffers, hyper, skipped) -> list[str]:

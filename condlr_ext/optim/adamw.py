@@ -1,93 +1,94 @@
-"""CondLRAdamW: AdamW whose step keeps every low-rank layer on the constraint set."""
+"""CondLRAdamW: AdamW whose step keeps every low-rank layer W = U S Vᵀ on the constraint set.
+
+For the gradient G of a parameter, with the options of its group (maximize: of -G) and t the number of its steps:
+
+    m = β₁ m + (1 - β₁) G                            v = β₂ v + (1 - β₂) G²
+    D = (m / (1 - β₁ᵗ)) / (√(v / (1 - β₂ᵗ)) + eps)   with amsgrad the largest v so far
+
+    U = qf(U - lr (I - U Uᵀ) D_U)                    qf(A): the Q of A = Q R with diag(R) >= 0
+    V = qf(V - lr (I - V Vᵀ) D_V)
+    S = clip_spectrum((1 - lr weight_decay) S - lr D_S, tau, band, sigma_max)
+    b = (1 - lr weight_decay) b - lr D_b
+
+m, v and D are those of torch.optim.AdamW; the rest is `reference.layer_step` with D for the gradient, without momentum
+and with precondition = 0. Parameters outside of low-rank layers follow torch.optim.AdamW.
+"""
 
 import functools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..reference import ROLES
 from .base import ConstrainedOptimizer, fusible
 from .step_args import Slot, StepCall
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Moving:
+    """A slot with a gradient: which layer of the call it is in, its moments as the rule takes them, its direction."""
+
+    slot: Slot
+    layer: int
+    moments: dict[str, Tensor]  # exp_avg, exp_avg_sq, step and, with amsgrad, max_exp_avg_sq
+    direction: Tensor
+
+
 class AdamCall(StepCall):
-    """The step op takes Adam's directions for gradients, without momentum.
+    """A StepCall that gives the op Adam's directions for gradients."""
 
-    A layer is two entries of the op. One moves U, V and the bias beside the identity for a core, so that the op's
-    preconditioner (SSᵀ)⁻¹ is the identity; one moves S. moments: exp_avg, exp_avg_sq, step and, with amsgrad,
-    max_exp_avg_sq of each slot; moves: the directions. groups: those of the optimizer.
-    """
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._moving: list[_Moving] = []
+        self._directions: list[Tensor] = []  # of all slots, empty where there is no gradient
+        self._first: dict[int, Tensor] = {}  # the first direction of each layer
+        self._jobs: dict[tuple[int, int], list[int]] = {}  # which moving slots have this (layer, group)
 
-    moments: list[dict[str, Tensor]] = field(default_factory=list)
-    moves: list[Tensor] = field(default_factory=list)
-    groups: list[dict] = field(default_factory=list)
-    parts = 2
-
-    def add(self, slot: Slot, kept: dict[str, Tensor]) -> None:
-        super().add(slot, kept)
-        self.moments.append({key: self.in_use(slot, tensor) for key, tensor in kept.items()})
-        self.moves.append(self.empty(slot.target.dtype) if slot.at is None else _contiguous_like(slot.target))
-
-    @functools.cached_property
-    def _moving(self) -> list[int]:
-        return [i for i, slot in enumerate(self.slots) if slot.at is not None]
+    def add(self, slot: Slot, state: dict[str, Tensor]) -> None:
+        super().add(slot, state)
+        if slot.index is None:
+            self._directions.append(self.empty(slot.target.dtype))
+            return
+        layer = len(self.layers) - 1
+        moments = {key: self.active_part(slot, tensor) for key, tensor in state.items()}
+        direction = _contiguous_like(slot.target)
+        self._directions.append(direction)
+        self._first.setdefault(layer, direction)
+        self._jobs.setdefault((layer, slot.position[0]), []).append(len(self._moving))
+        self._moving.append(_Moving(slot, layer, moments, direction))
 
     @functools.cached_property
     def _layer_of(self) -> Tensor:
-        """Of each moving slot."""
-        return torch.tensor([i // self._width for i in self._moving], device=self.device)
+        """The layer of each moving slot, on the device."""
+        return torch.tensor([m.layer for m in self._moving], device=self.device)
 
-    @property
-    def _width(self) -> int:
-        return self.parts * len(ROLES)
+    def directions(self, groups: list[dict], grads: list[Tensor | None]) -> list[Tensor]:
+        """Compute D by torch's fused rule, which steps a parameter that is 0 with lr = -1 and without decay.
 
-    @functools.cached_property
-    def _jobs(self) -> dict[tuple[int, int], list[int]]:
-        """The moving slots by (layer, group)."""
-        jobs = {}
-        for i in self._moving:
-            jobs.setdefault((i // self._width, self.slots[i].place[0]), []).append(i)
-        return jobs
-
-    @functools.cached_property
-    def _heads(self) -> list[tuple[int, int]]:
-        """The first moving slot of each entry of the op, with its layer."""
-        first = {}
-        for i in self._moving:
-            first.setdefault(i // len(ROLES), i)
-        return [(i, entry // self.parts) for entry, i in first.items()]
-
-    def directions(self, grads: list[Tensor | None]) -> list[Tensor]:
-        """m̂ / (√v̂ + eps) by torch's fused rule, which steps a parameter that is 0 with lr = -1 and no decay.
-
-        A layer with a gradient that is not finite, or whose squares are not, keeps its moments and its step count,
-        and its directions are NaN, at which the op leaves it alone. Nothing waits for the device.
+        A layer with a gradient that is not finite, or whose squares are not, keeps its moments and its step count, and
+        one of its directions becomes NaN, so that the op skips it. Nothing waits for the device.
         """
-        given = {i: self.gradient(self.slots[i], grads) for i in self._moving}
+        given = [self.gradient(m.slot, grads) for m in self._moving]
         if self.device.type == "cpu":
-            norms = [torch.dot(g.view(-1), g.view(-1)) for g in given.values()]
+            norms = [torch.dot(g.view(-1), g.view(-1)) for g in given]
         else:
-            norms = list(torch._foreach_norm(list(given.values())))
-        lost = torch.stack(norms).isfinite().logical_not()
-        lost = torch.zeros(len(self.layers), device=self.device).index_add_(0, self._layer_of, lost.float()) > 0
-        flags, starts = lost.float().unbind(), torch.where(lost, math.nan, 0.0).unbind()
-        counted = lost.logical_not().float().unbind()
+            norms = list(torch._foreach_norm(given))
+        bad = torch.stack(norms).isfinite().logical_not()
+        bad = torch.zeros(len(self.layers), device=self.device).index_add_(0, self._layer_of, bad.float()) > 0
+        found_inf, nan_if_bad = bad.float().unbind(), torch.where(bad, math.nan, 0.0).unbind()
+        counted = bad.logical_not().float().unbind()
 
-        torch._foreach_zero_([self.moves[i] for i in self._moving])
-        for i, layer in self._heads:
-            self.moves[i].copy_(starts[layer])
-        torch._foreach_add_(
-            [self.moments[i]["step"] for i in self._moving], [counted[i // self._width] for i in self._moving]
-        )
-        for (layer, g), at in self._jobs.items():
-            group, moments = self.groups[g], [self.moments[i] for i in at]
+        torch._foreach_zero_([m.direction for m in self._moving])
+        for layer, direction in self._first.items():
+            direction.copy_(nan_if_bad[layer])
+        torch._foreach_add_([m.moments["step"] for m in self._moving], [counted[m.layer] for m in self._moving])
+        for (layer, g), job in self._jobs.items():
+            group, moments = groups[g], [self._moving[i].moments for i in job]
             torch._fused_adamw_(
-                [self.moves[i] for i in at],
-                [given[i] for i in at],
+                [self._moving[i].direction for i in job],
+                [given[i] for i in job],
                 [m["exp_avg"] for m in moments],
                 [m["exp_avg_sq"] for m in moments],
                 [m["max_exp_avg_sq"] for m in moments] if group["amsgrad"] else [],
@@ -99,51 +100,51 @@ class AdamCall(StepCall):
                 eps=group["eps"],
                 amsgrad=group["amsgrad"],
                 maximize=group["maximize"],
-                found_inf=flags[layer],
+                found_inf=found_inf[layer],
             )
-        return self.moves
+        return self._directions
 
 
 class CondLRAdamW(ConstrainedOptimizer):
     """AdamW on W = U S Vᵀ with UᵀU = VᵀV = I and kappa(S) <= 1 + tau after every step.
 
-    The moments live in ambient space, un-projected, as those of torch.optim.AdamW. Of Adam's direction
-    D = m̂ / (√v̂ + eps) the factors take the tangent part and return by QR: U <- qf(U - lr (I - UUᵀ) D_U), V alike;
-    the core takes AdamW's step with decoupled weight decay and is clipped:
-    S <- clip_spectrum((1 - lr weight_decay) S - lr D_S, tau, band, sigma_max). All other parameters follow
-    torch.optim.AdamW.
+    The moments live in ambient space, like those of torch.optim.AdamW. The factors take the tangent part of Adam's
+    direction and return by QR, the core takes AdamW's step and is clipped; the formulas begin this module. There is no
+    preconditioner (SSᵀ)⁻¹ as in CondLRSGD: it takes the scale of S out of ∂L/∂U = ∂L/∂W V Sᵀ, and Adam's direction does
+    not depend on the scale of the gradient.
 
-    The preconditioner (SSᵀ)⁻¹ of CondLRSGD is left out: it takes the scale of S out of ∂L/∂U = ∂L/∂W V Sᵀ, and D,
-    which does not change when a gradient is scaled, has lost that scale already.
-
-    At construction (and in add_param_group) factors that are not orthonormal to 1e-4 are replaced by their Q with
-    R absorbed in S, and a core outside the bound is clipped, so the bound holds from the start.
-
-    Args:
-        model_or_groups: a module, its named_parameters(), or parameter groups (see param_groups); layers are
-            found by their parameter names prefix.U, prefix.S, prefix.V.
-        lr, betas, eps, weight_decay, amsgrad, maximize: as torch.optim.AdamW. Weight decay acts on cores, biases and
-            dense weights, not on U and V, whose columns keep length 1.
-        tau: slack >= 0 of the condition number; Inf for no bound.
-        band, sigma_max: as linalg.clip_spectrum.
-        capturable: the step waits for nothing, so that a CUDA graph can capture it after a warm-up step. Options that
-            are tensors of one element on the device are then read at every step, plain numbers are part of what is
-            captured: lr, tau and sigma_max, in groups of low-rank layers alone also weight_decay. Needs the Triton
-            step.
-        check_finite: raise, naming the layer, for non-finite gradients (before anything has changed) and for
-            layers that had to be left unchanged. Costs a wait for the device per step.
+    At construction, and in add_param_group, factors that are not orthonormal to 1e-4 are replaced by their Q with R
+    absorbed in S, and a core outside the bound is clipped, so the bound holds from the start.
 
     A layer with a gradient whose squares are not finite is left unchanged with its bias, moments and step counts, and
-    counted in `skipped`. float16 and bfloat16 layers are stepped on float32 master copies kept in the state, with
-    float32 moments; the bound holds for the masters. Beside the state the optimizer holds one direction per
-    parameter of a low-rank layer.
+    counted in `skipped`. float16 and bfloat16 layers are stepped on float32 masters kept in the state, with float32
+    moments; the bound holds for the masters. Besides its state the optimizer holds one direction per parameter of a
+    low-rank layer.
 
-    It does not promise steps that are the same in every basis: the square roots are taken entry by entry, in the
-    basis that U and V happen to have.
+    Steps depend on the basis of U and V, because the square roots are taken entry by entry.
+
+    Args:
+        model_or_groups: A module, its named_parameters(), or parameter groups (see param_groups). Layers are found by
+            their parameter names prefix.U, prefix.S, prefix.V.
+        lr: As in torch.optim.AdamW.
+        betas: As in torch.optim.AdamW.
+        eps: As in torch.optim.AdamW.
+        weight_decay: As in torch.optim.AdamW, for cores, biases and dense weights. U and V do not decay: their columns
+            keep length 1.
+        amsgrad: As in torch.optim.AdamW.
+        tau: Slack >= 0 of the condition number; Inf for no bound.
+        band: As in linalg.clip_spectrum.
+        sigma_max: As in linalg.clip_spectrum.
+        maximize: As in torch.optim.AdamW.
+        capturable: Never wait for the device, so that a CUDA graph can capture the step after one warm-up step; needs
+            the Triton step. lr, tau and sigma_max, and weight_decay in groups of nothing but low-rank layers, may then
+            be tensors of one element on the device and are read at every step; plain numbers are captured.
+        check_finite: Raise, with the layer's name, for gradients that are not finite (before anything changes) and
+            for layers that were left unchanged. Waits for the device at every step.
 
     Raises:
-        ValueError: hyper-parameters out of range, bare parameters of low-rank layers, a layer with a factor
-            missing. NonFiniteError: NaN or Inf in a factor, with the layer's name.
+        ValueError: Hyper-parameters out of range, bare parameters of low-rank layers, or a layer without all factors.
+        NonFiniteError: NaN or Inf in a factor, with the layer's name.
 
     Source: Loshchilov & Hutter, Decoupled weight decay regularization, ICLR 2019 (arXiv 1711.05101); moments in
         ambient space, and a direction that is projected and retracted, as in Zangrando, Sutti & Tudisco,
@@ -181,9 +182,10 @@ class CondLRAdamW(ConstrainedOptimizer):
         super().__init__(model_or_groups, defaults, capturable, check_finite)
 
     _options = ("lr", "weight_decay", "tau", "band", "sigma_max")
-    _numbers = ("lr", "eps", "weight_decay")
-    _tensors_alone = ("weight_decay",)
+    _finite_options = ("lr", "eps", "weight_decay")
+    _tensor_options = ("weight_decay",)
     _buffers = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _precondition = False
     _call = AdamCall
     _takes_sparse = False
 
@@ -192,32 +194,26 @@ class CondLRAdamW(ConstrainedOptimizer):
         if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"{self._name}: betas must be two numbers in [0, 1), got {group['betas']}")
 
-    def _kind(self, group: dict) -> bool:
+    def _state_signature(self, group: dict) -> bool:
         return bool(group["amsgrad"])
 
     def _moments(self, p: Tensor, target: Tensor, amsgrad: bool) -> dict[str, Tensor]:
-        """The state of p, which is stepped as `target`; started where it is not there."""
+        """Return the state of p, which is stepped as `target`; missing tensors start at 0."""
         state = self.state[p]
         for key in self._buffers[: 3 if amsgrad else 2]:
             if key not in state:
                 state[key] = torch.zeros_like(target)
-            elif state[key].dtype != target.dtype or state[key].stride() != target.stride():
-                # the model's dtype has changed, say
+            elif state[key].dtype != target.dtype or state[key].stride() != target.stride():  # as after model.double()
                 state[key] = torch.empty_like(target).copy_(state[key])
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         return {key: state[key] for key in (*self._buffers, "step") if key in state}
 
     def _add_layer(self, call: AdamCall, slots: list[Slot]) -> None:
-        call.groups = self.param_groups
-        U, S, V, bias = slots
-        eye = torch.eye(len(S.target), dtype=S.target.dtype, device=call.device)
-        identity = Slot(None, None, eye, S.place)
-        nothing = Slot(None, None, call.empty(S.target.dtype), S.place)
-        for slot in (U, identity, V, bias, replace(U, at=None), S, replace(V, at=None), nothing):
-            moving = slot.at is not None
-            amsgrad = self.param_groups[slot.place[0]]["amsgrad"]
-            call.add(slot, self._moments(slot.p, _contiguous_like(slot.whole), amsgrad) if moving else {})
+        for slot in slots:
+            amsgrad = self.param_groups[slot.position[0]]["amsgrad"]
+            missing = slot.index is None
+            call.add(slot, {} if missing else self._moments(slot.param, _contiguous_like(slot.storage), amsgrad))
 
     def _step_dense(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
         moments = [self._moments(p, p, group["amsgrad"]) for p in params]
@@ -239,10 +235,10 @@ class CondLRAdamW(ConstrainedOptimizer):
     def load_state_dict(self, state_dict) -> None:
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
-            if "step" in state:  # torch keeps some on the CPU, and some are numbers
+            if "step" in state:  # torch keeps it on the CPU, old checkpoints as a number
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=p.device)
 
 
 def _contiguous_like(t: Tensor) -> Tensor:
-    """Room for what torch's fused rule works on, which walks raw memory, beside gradients that are contiguous."""
+    """Return a contiguous tensor of t's shape: torch's fused rule ignores strides, and the gradients are contiguous."""
     return torch.empty_like(t, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Parameter groups by role, and which parameters of them form a low-rank layer."""
+"""Parameter groups by role, and the low-rank layers that their parameters form."""
 
 from dataclasses import dataclass
 
@@ -10,11 +10,15 @@ from ..reference import ROLES
 
 
 def param_groups(model: nn.Module, *, factors=None, cores=None, other=None) -> list[dict]:
-    """Parameter groups of a model by role, each with its own options.
+    """Return parameter groups of a model by role, each with its own options.
+
+    Options that are left out are the optimizer's.
 
     Args:
-        factors: options of the group of all U and V, e.g. {"lr": 0.1}. cores: of all S (also tau, band,
-            sigma_max). other: of biases and everything not factorized. Options left out are the optimizer's.
+        model: The model.
+        factors: Options for all U and V, e.g. {"lr": 0.1}.
+        cores: Options for all S; tau, band and sigma_max belong here.
+        other: Options for biases and everything that is not factorized.
 
     Returns:
         Up to three group dicts with (name, parameter) pairs and a `roles` list of "U", "S", "V" or "other".
@@ -37,13 +41,13 @@ def param_groups(model: nn.Module, *, factors=None, cores=None, other=None) -> l
 
 
 def module_group(model: nn.Module) -> dict:
-    """One group of all parameters of a model, with the roles its low-rank layers give them.
+    """Return one group of all parameters of a model, with their roles in its low-rank layers.
 
-    Their names are those of the model itself, also in DistributedDataParallel and torch.compile, so that a state can
-    be loaded where the model is wrapped otherwise.
+    The names are those of the model inside DistributedDataParallel and torch.compile, so that the optimizer's state can
+    be loaded with any wrapper.
 
     Raises:
-        ValueError: a layer whose factors are no parameters of it, with its name.
+        ValueError: The factors of a layer are not its parameters.
     """
     model, role_of = unwrapped(model), {}
     for prefix, layer in low_rank_layers(model).items():
@@ -59,18 +63,23 @@ def module_group(model: nn.Module) -> dict:
 
 @dataclass(frozen=True)
 class LayerSlots:
-    """A low-rank layer in an optimizer: where its U, S, V, bias (or None) are, as (group, index in group)."""
+    """A low-rank layer in an optimizer.
+
+    Attributes:
+        name: Prefix of its parameter names.
+        positions: (group, index in group) of U, S, V and bias, None for a missing bias.
+    """
 
     name: str
-    places: tuple[tuple[int, int] | None, ...]
+    positions: tuple[tuple[int, int] | None, ...]
 
 
 def assign_roles(groups: list[dict]) -> None:
-    """Writes `roles` into named groups that have none, from names: prefix.U, prefix.S, prefix.V of fitting shapes.
+    """Write `roles` into named groups that have none: of prefix.U, prefix.S, prefix.V with fitting shapes.
 
     Raises:
-        ValueError: a layer with some of its factors missing, a name that occurs twice, a `roles` list that does not
-            fit its group, factors without names.
+        ValueError: A layer lacks some of its factors, a name occurs twice, a `roles` list does not fit its group, or
+            factors have no names.
     """
     found: dict[str, dict[str, Tensor]] = {}
     seen = set()
@@ -119,18 +128,17 @@ def assign_roles(groups: list[dict]) -> None:
 
 
 def link_layers(groups: list[dict]) -> list[LayerSlots]:
-    """The low-rank layers formed by the groups' names and roles, in order of appearance."""
-    place_of, prefixes = {}, {}
+    """Return the low-rank layers formed by the groups' names and roles, in order of appearance."""
+    position_of, prefixes = {}, {}
     for g, group in enumerate(groups):
         for i, name in enumerate(group.get("param_names", ())):
             role = group["roles"][i]
-            place_of[name] = (g, i) if role != "other" or name.rpartition(".")[2] == "bias" else None
+            position_of[name] = (g, i) if role != "other" or name.rpartition(".")[2] == "bias" else None
             if role != "other":
                 prefixes[name.rpartition(".")[0]] = None
     layers = []
     for prefix in prefixes:
-        places = tuple(place_of.get(_join(prefix, role)) for role in ROLES)
-        layers.append(LayerSlots(prefix, places))
+        layers.append(LayerSlots(prefix, tuple(position_of.get(_join(prefix, role)) for role in ROLES)))
     return layers
 
 
@@ -143,9 +151,9 @@ def _refuse_bare_factors(group: dict) -> None:
 
 
 def refuse_sharded(prefix: str, factors: dict[str, Tensor]) -> None:
-    """Raises ValueError where a factor of the layer is a DTensor."""
+    """Raise ValueError if a factor of the layer is a DTensor."""
     for role, X in factors.items():
-        placements = getattr(X, "placements", None)  # what makes a tensor a DTensor, without importing it
+        placements = getattr(X, "placements", None)  # recognizes a DTensor without importing it
         if placements is not None:
             raise ValueError(
                 f"layer {prefix!r} must have whole tensors as factors, got {role} as a DTensor with placements"

@@ -17,27 +17,29 @@ from .groups import refuse_sharded
 
 
 class Projector:
-    """Keeps U, V orthonormal and kappa(S) <= 1 + tau under an optimizer that knows nothing of them.
+    """Keeps U, V orthonormal and kappa(S) <= 1 + tau under any torch optimizer.
 
     After each step U, R_U = qr(U), V, R_V = qr(V), S <- clip_spectrum(R_U S R_Vᵀ, tau, band, sigma_max), batched over
-    factors and over cores of equal shape. Only layers that had a gradient are touched, none where a GradScaler made
-    a step of a fused optimizer do nothing.
+    factors and over cores of equal shape. Layers without a gradient do not change, and none changes when a GradScaler
+    makes a fused optimizer skip its step. The optimizer's state (momentum, moments) does not change.
 
         Projector(model, tau=0.1).attach(optimizer)
 
+    Parameters are stepped in their own dtype, so for float16 and bfloat16 the bound holds to their rounding;
+    CondLRSGD and CondLRAdamW have float32 masters.
+
     Args:
-        model: a module with low-rank layers. They are looked up at every step: layers that are replaced or added
-            later are projected from the first step of an optimizer that has them; if none has, the step says so.
-        tau, band, sigma_max: as linalg.clip_spectrum. Entries "tau", "band", "sigma_max" of the parameter group
-            that holds S come first; all are read at every step.
-        tangent: also take from the gradients of U and V, in place and before the step, the part that only turns
+        model: A module with low-rank layers. They are looked up at every step: layers that are replaced or added later
+            are projected from the first step of an optimizer that has them; if none has, the step raises.
+        tau: As in linalg.clip_spectrum. An entry "tau" of the parameter group of S takes precedence and, like this one,
+            is read at every step; so are "band" and "sigma_max".
+        band: As in linalg.clip_spectrum.
+        sigma_max: As in linalg.clip_spectrum.
+        tangent: Also remove from the gradients of U and V, in place and before the step, the part that only turns
             their columns, G <- G - U UᵀG, which S can do as well. Works with step(closure).
 
-    Parameters are stepped in their own dtype, so for float16 and bfloat16 the bound holds to their rounding;
-    CondLRSGD and CondLRAdamW have float32 masters. What the optimizer keeps (momentum, moments) is left alone.
-
     Raises:
-        ValueError: tau, band or sigma_max out of range, a model without low-rank layers.
+        ValueError: tau, band or sigma_max is out of range, or the model has no low-rank layers.
 
     Source: projection after a step of an arbitrary optimizer, as StelLA (Li et al., NeurIPS 2025) retracts after one.
     """
@@ -56,17 +58,21 @@ class Projector:
         if not any(self._low_rank()):
             raise ValueError("Projector: model must have low-rank layers, got none; see condlr_ext.factorize")
         self._attached: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
-        self._seen = WeakIdKeyDictionary()  # U of known layers: whether it is orthonormal by now
+        self._seen = WeakIdKeyDictionary()  # U of known layers: whether it is orthonormal yet
 
     def attach(self, optimizer: Optimizer) -> "Attachment":
-        """Projects after every step of the optimizer from now on; returns a handle whose remove() ends it.
+        """Project after every step of the optimizer from now on.
 
-        The layers that the optimizer trains are put on the constraint set at once. May be called for several
-        optimizers that share the model. Copies and pickles of an optimizer come without its hooks: attach again.
+        The layers that the optimizer trains are put on the constraint set at once. Several optimizers may share the
+        model. Copies and pickles of an optimizer come without its hooks: attach again.
+
+        Returns:
+            A handle; its remove() ends the projection.
 
         Raises:
-            TypeError: no torch optimizer. ValueError: one that keeps the constraint itself, is attached already, or
-                has no parameter of a low-rank layer. NonFiniteError: NaN or Inf in a layer, which is named.
+            TypeError: It is no torch optimizer.
+            ValueError: It keeps the constraint itself, is attached already, or has no parameter of a low-rank layer.
+            NonFiniteError: NaN or Inf in a layer, with its name.
         """
         name = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer):
@@ -90,9 +96,9 @@ class Projector:
         return attachment
 
     def _layers(self, optimizer: Optimizer) -> list["ProjectedLayer"]:
-        """The layers with a factor in the optimizer, as they are now."""
+        """Return the layers with a factor in the optimizer, with their present options."""
         mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # the group of S may be in another optimizer
+        # the group of S may belong to another optimizer
         groups = [group for o in (*self._attached, optimizer) for group in o.param_groups]
         group_of = {id(p): group for group in groups for p in group["params"]}
         layers = []
@@ -108,7 +114,7 @@ class Projector:
         return low_rank_layers(self.model).items()
 
     def _before(self, layers: list["ProjectedLayer"]) -> None:
-        """With gradients there: refuses what cannot be projected, and takes the tangent part."""
+        """Check the layers that have gradients, and take the tangent part of these if asked to."""
         for layer in layers:
             layer.constraint()
         for name, module in self._low_rank():
@@ -126,30 +132,30 @@ class Projector:
                 X.grad.copy_(reference.tangent_projection(_wide(X), _wide(X.grad)))
 
     def _after(self, layers: list["ProjectedLayer"], skip: Tensor | None, step: str) -> None:
-        """Projects the layers; where `skip` is set, which the host need not know, nothing changes."""
-        new, R, lost = {}, {}, {}  # by layer and role
+        """Project the layers, unless `skip` is set, which is read on the device."""
+        new, R, failures = {}, {}, {}  # by layer and role
         factors = [(i, role, getattr(layer.module, role)) for i, layer in enumerate(layers) for role in "UV"]
         for batch in _alike((X.shape, X.dtype, X.device, (i, role, X)) for i, role, X in factors):
             *outputs, info = ops.linalg.qr(torch.stack([_wide(X) for *_, X in batch]))
-            for (i, role, _), q, r, bad in zip(batch, *outputs, _is_lost(info), strict=True):
-                new[i, role], R[i, role], lost[i, role] = q, r, bad
+            for (i, role, _), q, r, bad in zip(batch, *outputs, _has_failed(info), strict=True):
+                new[i, role], R[i, role], failures[i, role] = q, r, bad
         cores = [(layer.constraint(), i, layer.module.S) for i, layer in enumerate(layers)]
         for batch in _alike((c, S.shape, S.dtype, S.device, (c, i, S)) for c, i, S in cores):
             with ops.no_autocast(batch[0][2].device.type):
                 trial = torch.stack([R[i, "U"] @ _wide(S) @ R[i, "V"].mT for _, i, S in batch])
             clipped, info = ops.linalg.clip_spectrum(trial, *batch[0][0])
-            for (_, i, _), core, bad in zip(batch, clipped, _is_lost(info), strict=True):
-                new[i, "S"], lost[i, "S"] = core, bad
+            for (_, i, _), core, bad in zip(batch, clipped, _has_failed(info), strict=True):
+                new[i, "S"], failures[i, "S"] = core, bad
         failed = []
         for i, layer in enumerate(layers):
-            stays = torch.stack([lost[i, role] for role in "USV"]).any()
-            if stays.device.type == "cpu" and stays:
+            keep = torch.stack([failures[i, role] for role in "USV"]).any()
+            if keep.device.type == "cpu" and keep:
                 failed.append(repr(layer.name))
             if skip is not None:
-                stays = stays | (skip.to(stays.device) > 0).view(())
+                keep = keep | (skip.to(keep.device) > 0).view(())
             for role in "USV":
                 X = getattr(layer.module, role)
-                X.copy_(torch.where(stays, X, new[i, role].to(X.dtype)))
+                X.copy_(torch.where(keep, X, new[i, role].to(X.dtype)))
             self._seen[layer.module.U] = True
         if failed:
             raise NonFiniteError(
@@ -159,10 +165,10 @@ class Projector:
 
 
 class Attachment:
-    """Of a Projector to an optimizer; remove() takes the hooks off."""
+    """The hooks of a Projector on an optimizer; remove() takes them off."""
 
     def __init__(self, projector: Projector, optimizer: Optimizer):
-        self._projector, self._moved = projector, WeakIdKeyDictionary()
+        self._projector, self._stepped = projector, WeakIdKeyDictionary()
         self._optimizer = weakref.ref(optimizer)
         self._hooks = [
             optimizer.register_step_pre_hook(self._pre_hook),
@@ -170,20 +176,20 @@ class Attachment:
         ]
 
     def remove(self) -> None:
-        """The optimizer is as it was before; a second call does nothing."""
+        """Remove the hooks; a second call does nothing."""
         for hook in self._hooks:
             hook.remove()
         if (optimizer := self._optimizer()) is not None:
             self._projector._attached.pop(optimizer, None)
 
     def _pre_hook(self, optimizer: Optimizer, args: tuple, kwargs: dict):
-        self._moved.clear()
+        self._stepped.clear()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._prepare(optimizer)
             return None
 
-        def prepared():  # the gradients come with it
+        def prepared():  # gradients exist only after the closure
             loss = closure()
             self._prepare(optimizer)
             return loss
@@ -199,16 +205,16 @@ class Attachment:
         self._note(layers)
 
     def _note(self, layers: list["ProjectedLayer"]) -> None:
-        """Remembers which of them have a gradient now: some optimizers drop it in their step."""
+        """Note which layers have a gradient now, as some optimizers drop it in their step."""
         for layer in layers:
             if _has_gradient(layer.module):
-                self._moved[layer.module.U] = True
+                self._stepped[layer.module.U] = True
 
     @torch.no_grad()
     def _post_hook(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
         layers = self._projector._layers(optimizer)
         self._note(layers)
-        layers = [layer for layer in layers if layer.module.U in self._moved]
+        layers = [layer for layer in layers if layer.module.U in self._stepped]
         if layers:
             step = f"{type(optimizer).__name__}.step"
             self._projector._after(layers, getattr(optimizer, "found_inf", None), step)
@@ -216,6 +222,8 @@ class Attachment:
 
 @dataclass
 class ProjectedLayer:
+    """A layer to project, with its options."""
+
     name: str
     module: LowRankLayer
     tau: float
@@ -236,13 +244,13 @@ class ProjectedLayer:
         r = self.module.active_rank
         if r < self.module.rank:
             raise ValueError(
-                f"Projector: layer {self.name!r} must have no room left by rank adaptation, got {r} of"
-                f" {self.module.rank} directions in use; see condlr_ext.compact"
+                f"Projector: layer {self.name!r} must use all of its columns, got {r} of {self.module.rank} directions"
+                " in use; see condlr_ext.compact"
             )
 
     @torch.no_grad()
     def start(self) -> bool:
-        """Puts the layer on the constraint set, unless it is frozen; returns whether it is."""
+        """Put the layer on the constraint set unless it is frozen; return whether that was done."""
         factors = (self.module.U, self.module.S, self.module.V)
         if factors[0].is_meta or not any(X.requires_grad for X in factors):
             return False
@@ -260,16 +268,16 @@ def _has_gradient(module: LowRankLayer) -> bool:
 
 
 def _wide(X: Tensor) -> Tensor:
-    """X in the dtype that factorizations run in."""
-    return X.float() if X.dtype in (torch.float16, torch.bfloat16) else X
+    """Return X in the dtype that factorizations run in."""
+    return X.float() if X.dtype in reference.LOW_PRECISION else X
 
 
-def _is_lost(info: Tensor) -> Tensor:
+def _has_failed(info: Tensor) -> Tensor:
     return (info == ops.linalg.NOT_CONVERGED) | (info == ops.linalg.NOT_FINITE)
 
 
 def _alike(entries: Iterable[tuple]) -> list[list[tuple]]:
-    """The last items of the entries in batches of those whose other items agree."""
+    """Return the last items of the entries, batched by equal other items."""
     batches: dict[tuple, list[tuple]] = {}
     for *key, entry in entries:
         batches.setdefault(tuple(key), []).append(entry)

@@ -1,4 +1,4 @@
-"""RankController: moves rank to where it is worth most, in buffers of fixed size; compact cuts what is not in use."""
+"""RankController moves rank to where it is worth most, in parameters of fixed size; compact cuts unused columns."""
 
 import contextlib
 import functools
@@ -16,21 +16,29 @@ from ..errors import NonFiniteError, RankError
 from ..factorize.budget import stored_parameters
 from ..nn.layer import LowRankLayer, low_rank_layers
 from ..nn.rank import resolve_rank
-from .base import ConstrainedOptimizer, in_use, where_in_use
+from .base import ConstrainedOptimizer, active_factors, active_slice
 
-_LINEAR = ("momentum_buffer", "exp_avg")  # turn with the bases
-_SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # of uncorrelated columns g: E[(g P)²] = E[g²] (P ∘ P)
+_LINEAR = ("momentum_buffer", "exp_avg")  # state that turns with the bases
+_SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # for uncorrelated columns g: E[(g P)²] = E[g²] (P ∘ P)
+_CORE_STEPS = 10  # of layers without a bound, on augmented bases
 
-
-_UPDATE = "RankController.update"  # begins its error texts
+_UPDATE = "RankController.update"  # begins the error texts
 
 
 @dataclass(frozen=True)
-class LayerAdaptation:
-    """What happened to one layer: its weight as an m x n matrix, the rank before and after.
+class LayerRankChange:
+    """The change of one layer, whose weight is an m x n matrix.
 
-    dropped, added: directions that left and entered. expected: the sum of the changes of the loss that each of them
-    makes alone, measured; None for a layer without a bound, which is retrained on augmented bases and truncated.
+    Attributes:
+        name: Name of the layer.
+        m: Rows of its weight.
+        n: Columns of its weight.
+        rank_before: Rank before the update.
+        rank_after: Rank after it.
+        dropped: Number of directions that left.
+        added: Number of directions that entered.
+        expected: Sum of the measured changes of the loss that each of them makes alone; None for a layer without a
+            bound, which is truncated instead.
     """
 
     name: str
@@ -45,26 +53,33 @@ class LayerAdaptation:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What RankController.update did; printing it shows a table.
+    """The result of RankController.update; printing it shows a table.
 
-    loss_before, loss_after: the mean of the loss over the same batches. budget: parameters allowed, or None.
+    Attributes:
+        layers: The change of each layer.
+        loss_before: Mean of the loss over the batches before the update.
+        loss_after: The same after it.
+        budget: Parameters allowed, or None.
     """
 
-    layers: list[LayerAdaptation]
+    layers: list[LayerRankChange]
     loss_before: float
     loss_after: float
     budget: float | None = None
 
     @property
     def change(self) -> float:
+        """Change of the loss."""
         return self.loss_after - self.loss_before
 
     @property
     def ranks(self) -> dict[str, int]:
+        """Rank of each layer after the update."""
         return {x.name: x.rank_after for x in self.layers}
 
     @property
     def parameters(self) -> int:
+        """Parameters in use after the update."""
         return sum(stored_parameters(x.rank_after, x.m, x.n) for x in self.layers)
 
     def __str__(self) -> str:
@@ -83,52 +98,57 @@ class RankReport:
 
 
 class RankController:
-    """Changes the ranks of a model's low-rank layers while it is trained, when `update` is called.
+    """Changes the ranks of a model's low-rank layers during training, at each call of `update`.
 
-    The parameters have room for `max_rank` directions and keep their size: of U [m, R], S [R, R], V [n, R] the first
-    layer.active_rank columns (rows of S) are in use, the rest are zeros. So compiled models, checkpoints and whoever
-    holds the parameters see nothing of it; `compact` makes the network really smaller at the end. The optimizer
-    steps, and keeps on the constraint set, what is in use. Its state turns with the bases: momentum exactly, second
-    moments as those of uncorrelated columns; directions that enter begin with none, and with the mean second moment.
+    The parameters are allocated for `max_rank` directions and keep their shapes U [m, R], S [R, R], V [n, R]: the first
+    layer.active_rank columns (of S also rows) are active, the rest are zeros. So compiled models, checkpoints and
+    others that hold the parameters notice nothing; `compact` cuts the zeros at the end. The optimizer steps the active
+    part and keeps it on the constraint set. Its state turns with the bases: momentum exactly, second moments as if
+    columns were uncorrelated; a direction that enters begins with no momentum and the mean second moment.
 
-    Where kappa is bounded (tau finite) singular values say nothing of what a direction is worth, and a direction can
-    only enter at full size. So the loss is asked. Of each layer the directions are candidates to leave whose removal
-    changes the loss least to first order, sigma_i |dL/dsigma_i| as its root mean square over the batches, or lowers
-    it most; to enter, the leading singular pairs of the gradient (I - UUᵀ) dL/dW (I - VVᵀ), at the lower edge of the
-    band with the sign that lowers the loss. What each would change alone is measured. A direction leaves if without
-    it the loss falls by more than `tolerance` of itself, and enters if with it; over the budget those leave that cost
-    least per parameter; a direction that finds no room enters if it is worth more than what has to make room for it,
-    in whichever layers. If together they do more harm than alone, half as many are tried. What is neither harmful
-    nor worth much stays, unless a budget asks for its room: an untrained network would lose everything. Equal
-    singular values have no basis of their own: the directions of S = Z H are those H^½ t with t the eigenvectors of
-    the mean of K² over the batches, K = sym(H^½ Zᵀ Uᵀ dL/dW V H^½). Taking H^½ t tᵀ H^½ from H interlaces its
-    eigenvalues, which keeps the bound.
+    Layers with a bound (tau finite). Singular values do not tell what a direction is worth, and a direction can enter
+    only at full size, so the loss is measured:
 
-    Where it is not (tau = inf) each layer takes `core_steps` gradient steps of its core in the bases [U, dL/dU],
-    [V, dL/dV], one batch each with the core's learning rate, and keeps the smallest rank whose tail has
-    ‖tail‖ <= theta ‖S‖_F. Over the budget, directions of the least share of their layer's energy per parameter go.
+    1. Candidates to leave are the directions whose removal changes the loss least to first order (by
+       sigma_i |dL/dsigma_i|, root mean square over the batches) or lowers it most. Candidates to enter are the leading
+       singular pairs of (I - UUᵀ) dL/dW (I - VVᵀ), at the lower edge of the band, with the sign that lowers the loss.
+    2. The change of the loss by each candidate alone is measured. One leaves, or enters, if that lowers the loss by
+       more than `tolerance` of it.
+    3. Over the budget, those leave that cost least per parameter. A candidate that does not fit enters if it is worth
+       more than what must leave for it, in whichever layers. Others stay, however little they are worth: an untrained
+       network would lose everything.
+    4. If all changes together do more harm than alone, half as many are tried.
+
+    Equal singular values have no basis of their own. The directions of S = Z H are H^½ t with t the eigenvectors of the
+    mean of K² over the batches, K = sym(H^½ Zᵀ Uᵀ dL/dW V H^½). Taking H^½ t tᵀ H^½ from H interlaces its eigenvalues,
+    which keeps the bound.
+
+    Layers without a bound (tau = inf). Each takes 10 gradient steps of its core in the bases [U, dL/dU], [V, dL/dV],
+    one batch each, with the core's learning rate, and keeps the smallest rank whose tail has ‖tail‖ <= theta ‖S‖_F.
+    Over the budget, directions with the least share of their layer's energy per parameter go.
+
+    Memory during an update: the dense weight of each layer, its gradient and the mean of that. Time: a pass with
+    gradients over the batches, a few without, and for each bounded layer up to 3 `moves` more without.
+
+    Under DistributedDataParallel give every process the same batches. A CUDA graph of the step must be captured again
+    after an update that changed a rank.
 
     Args:
-        model: with low-rank layers; frozen ones are left alone. Its other layers are not touched.
+        model: With low-rank layers; frozen ones and all other layers do not change.
         optimizer: CondLRSGD or CondLRAdamW of this model; tau, band and sigma_max are read from its groups.
-        min_rank: int >= 1, no layer gets below (or below what it has).
-        max_rank: int or fraction of min(m, n), for all layers; None: what S has room for. Where that is more, the
-            layer gets new parameters here, in model and optimizer, so make the controller before anything else that
+        min_rank: Int >= 1; no layer gets below it (or below its rank, if that is less).
+        max_rank: Int or fraction of min(m, n), for all layers; None for the present size of S. Where it is larger, the
+            layer gets new parameters here, in model and optimizer: make the controller before anything else that
             holds parameters, and before a checkpoint is loaded.
-        budget: share of the m n of these layers that their r (m + n) + r² may take, as in factorize. None: no limit.
-        tolerance: of bounded layers: the change of the loss, relative to it, that a direction must be worth.
-        theta: of layers without a bound: relative energy that truncation may drop.
-        moves: of bounded layers: at most so many directions of a layer leave, and enter, in one adaptation.
-        core_steps: of layers without a bound.
-
-    Memory: while adapting, the dense weight of each layer, its gradient and their mean. Time: a pass with gradients
-    over the batches, a few without them, and for each bounded layer up to 3 `moves` more without them.
+        budget: Share of the m n of these layers that their r (m + n) + r² may take, as in factorize; None for no limit.
+        tolerance: For bounded layers, the relative change of the loss that a direction must be worth.
+        theta: For layers without a bound, the relative energy that truncation may drop.
+        moves: For bounded layers, how many directions of a layer may leave, and enter, in one update.
 
     Raises:
-        ValueError, TypeError, RankError: options out of range, another optimizer, layers that share factors.
-
-    Under DistributedDataParallel give every process the same batches. A CUDA graph of the step has to be captured
-    anew after an adaptation that changed a rank.
+        ValueError: An option is out of range, or layers share factors.
+        TypeError: The optimizer is another one.
+        RankError: min_rank or max_rank does not fit a layer.
 
     Source: Taylor saliency of P. Molchanov et al., ICLR 2017; augmented bases and truncation of S. Schotthöfer et al.,
         DLRT (NeurIPS 2022, arXiv 2205.13571) and RobustDLRT (2025, arXiv 2505.08022).
@@ -145,9 +165,8 @@ class RankController:
         tolerance: float = 0.01,
         theta: float = 0.1,
         moves: int = 4,
-        core_steps: int = 10,
     ):
-        for name, value in (("min_rank", min_rank), ("moves", moves), ("core_steps", core_steps)):
+        for name, value in (("min_rank", min_rank), ("moves", moves)):
             if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"RankController: {name} must be an int >= 1, got {value!r}")
         for name, value in (("tolerance", tolerance), ("theta", theta)):
@@ -160,7 +179,7 @@ class RankController:
                 f"RankController: optimizer must be CondLRSGD or CondLRAdamW, got {type(optimizer).__name__}"
             )
         self.model, self.optimizer = model, optimizer
-        self.min_rank, self.moves, self.core_steps = int(min_rank), int(moves), int(core_steps)
+        self.min_rank, self.moves = int(min_rank), int(moves)
         self.tolerance, self.theta = float(tolerance), float(theta)
         self._layers = _trained_layers(model, optimizer)
         self._limits = {}
@@ -181,18 +200,22 @@ class RankController:
                 _resize(layer, self._limits[name], optimizer)
 
     def update(self, loss, batches) -> RankReport:
-        """Changes the ranks; call it between steps, say after every epoch.
+        """Change the ranks; call it between steps, for example after every epoch.
+
+        The model runs in evaluation mode, and eagerly if it is compiled. No `.grad`, buffer or random state of torch
+        changes. After an error nothing has changed.
 
         Args:
-            loss: loss(batch) -> the scalar to be lowered, through the model.
-            batches: a few representative ones, as an iterable; each counts the same. All are kept for the call.
+            loss: loss(batch) returns the scalar to lower, computed through the model.
+            batches: A few representative batches, which count the same; all are kept during the call.
 
-        The model is put into evaluation mode meanwhile, and runs eagerly where it is compiled. No `.grad`, no buffer
-        and no random state of torch is touched.
+        Returns:
+            The changes of all layers and of the loss.
 
         Raises:
-            ValueError: no batch, a loss that is no scalar or does not depend on a layer. NonFiniteError: a NaN or Inf
-                loss, gradient or factor. TypeError: optimizer state of an unknown kind. Nothing has changed then.
+            ValueError: There is no batch, or the loss is no scalar or does not depend on a layer.
+            NonFiniteError: The loss, a gradient or a factor is NaN or Inf.
+            TypeError: The optimizer has state of an unknown kind.
         """
         batches = list(batches)
         if not batches:
@@ -208,8 +231,8 @@ class RankController:
             with _dense_weights(views):
                 _gradients(loss, batches, views)
                 with torch.no_grad():
-                    self._adapt_free([v for v in views if math.isinf(v.tau)], views, loss, batches)
-                    self._adapt_bounded([v for v in views if not math.isinf(v.tau)], views, loss, batches)
+                    self._update_free([v for v in views if math.isinf(v.tau)], views, loss, batches)
+                    self._update_bounded([v for v in views if not math.isinf(v.tau)], views, loss, batches)
             with torch.no_grad():
                 for view in views:
                     view.write()
@@ -218,13 +241,13 @@ class RankController:
 
     # -------------------------------------------------------------------------------------- without a bound
 
-    def _adapt_free(self, views: list["_View"], everyone: list["_View"], loss, batches) -> None:
-        """Augmented bases, core steps, truncation by energy."""
+    def _update_free(self, views: list["_View"], all_views: list["_View"], loss, batches) -> None:
+        """Update layers without a bound: augmented bases, core steps, truncation by energy."""
         if not views:
             return
         for v in views:
             v.augment()
-        for step in range(self.core_steps):
+        for step in range(_CORE_STEPS):
             for v, G in zip(views, _gradient(loss, batches[step % len(batches)], views), strict=True):
                 v.core_step(G)
         spectra = []
@@ -234,11 +257,11 @@ class RankController:
             spectra.append(reference.svd(v.core))
         ranks = {}
         for v, (_, sigma, _) in zip(views, spectra, strict=True):
-            tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[k]: of what is dropped at rank k
+            tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[k]: norm of what rank k drops
             enough = int((tail > self.theta * tail[0]).sum())
             ranks[v] = min(max(enough, self._least(v)), self._limits[v.name])
         shares = {v: sigma.square() / sigma.square().sum() for v, (_, sigma, _) in zip(views, spectra, strict=True)}
-        rest = sum(v.parameters(v.r) for v in everyone if v not in ranks)
+        rest = sum(v.parameters(v.r) for v in all_views if v not in ranks)
         while self.budget is not None and rest + sum(v.parameters(r) for v, r in ranks.items()) > self.budget:
             able = [v for v in views if ranks[v] > self._least(v)]
             if not able:
@@ -256,8 +279,8 @@ class RankController:
 
     # ----------------------------------------------------------------------------------------- bounded
 
-    def _adapt_bounded(self, views: list["_View"], everyone: list["_View"], loss, batches) -> None:
-        """Candidates by first order, decisions by measurement."""
+    def _update_bounded(self, views: list["_View"], all_views: list["_View"], loss, batches) -> None:
+        """Update layers with a bound: candidates by first order, decisions by measurement."""
         if not views:
             return
         base = _mean(loss, batches)
@@ -269,7 +292,7 @@ class RankController:
                 v.weight(v.W)
                 if math.isfinite(move.change):
                     (drops if move.drop else adds).append(move)
-        rest = sum(v.parameters(len(v.new[1])) for v in everyone if v not in views)
+        rest = sum(v.parameters(len(v.new[1])) for v in all_views if v not in views)
         most = self.moves
         while True:
             chosen = self._choose(views, drops, adds, rest, base, most)
@@ -288,7 +311,7 @@ class RankController:
             v.report = v.describe(dropped, len(mine) - dropped, sum((move.change for move in mine), 0.0))
 
     def _choose(self, views, drops, adds, rest: int, base: float, most: int) -> list["_Move"]:
-        """At most `most` directions of a layer each way, but as many as the budget asks for leave."""
+        """Choose at most `most` moves of a layer each way; for the budget up to `moves` may leave."""
         ranks = {v: v.r for v in views}
         chosen: list[_Move] = []
         worth = self.tolerance * abs(base)
@@ -334,7 +357,7 @@ class RankController:
 
 @dataclass(eq=False)
 class _Move:
-    """A direction that may leave, W - u vᵀ, or enter, W + u vᵀ; `change` of the loss if it does so alone."""
+    """A direction that may leave, W - u vᵀ, or enter, W + u vᵀ, and the change of the loss if it alone does."""
 
     view: "_View"
     drop: bool
@@ -349,11 +372,11 @@ class _Move:
 
 
 class _View:
-    """One layer during an adaptation: what is in use of it, its dense twin, its gradient, what it becomes.
+    """One layer during an update: its active factors, dense twin, gradient, and new factors.
 
-    Thin and small matrices are float64; W and G are as large as the dense weight, of at least float32.
-    X, sigma, Y: W = X diag(sigma) Yᵀ, X = U A, Y = V B with S = A diag(sigma) Bᵀ. new: U, sigma, V of the new layer and
-    P, Q by which the old columns of U and V turn into the new ones.
+    Thin and small matrices are float64; W and G are as large as the dense weight, at least float32.
+    X, sigma, Y: W = X diag(sigma) Yᵀ, X = U A, Y = V B with S = A diag(sigma) Bᵀ. new: U, sigma, V of the new layer,
+    and P, Q by which the old columns of U and V turn into the new ones.
     """
 
     def __init__(self, name: str, layer: LowRankLayer, optimizer):
@@ -366,7 +389,7 @@ class _View:
             for role, X in zip("USV", masters, strict=True):
                 if not torch.isfinite(X).all():
                     raise NonFiniteError(f"{_UPDATE}: {role} of layer {name!r} must be finite, got NaN or Inf")
-            U, S, V = (X.double() for X in in_use(*masters))
+            U, S, V = (X.double() for X in active_factors(*masters))
             self.r = len(S)
             self.A, self.sigma, self.B = reference.svd(S)
             self.X, self.Y = U @ self.A, V @ self.B
@@ -387,14 +410,14 @@ class _View:
         return stored_parameters(rank, self.m, self.n)
 
     def price(self, rank: int) -> int:
-        """Parameters of one direction more than `rank`."""
+        """Return the parameters that one direction more than `rank` takes."""
         return self.parameters(rank + 1) - self.parameters(rank)
 
-    def describe(self, dropped: int, added: int, expected: float | None) -> LayerAdaptation:
-        return LayerAdaptation(self.name, self.m, self.n, self.r, len(self.new[1]), dropped, added, expected)
+    def describe(self, dropped: int, added: int, expected: float | None) -> LayerRankChange:
+        return LayerRankChange(self.name, self.m, self.n, self.r, len(self.new[1]), dropped, added, expected)
 
     def within(self, G: Tensor, X: Tensor, Y: Tensor) -> Tensor:
-        """Xᵀ G Y, small."""
+        """Return Xᵀ G Y."""
         return (X.to(G.dtype).mT @ G @ Y.to(G.dtype)).double()
 
     def add_gradient(self, G: Tensor, share: float) -> None:
@@ -425,7 +448,7 @@ class _View:
     # single directions --------------------------------------------------------------------------------
 
     def find_moves(self, count: int) -> list[_Move]:
-        """Directions that may leave, columns of H with H Hᵀ = diag(sigma), and that may enter, with size `entry`."""
+        """Return directions that may leave, columns of H with H Hᵀ = diag(sigma), or enter, with size `entry`."""
         if not self.sigma[0] > 0:
             return []
         _, T = torch.linalg.eigh(self.K2)  # ascending: the least salient first
@@ -465,7 +488,7 @@ class _View:
     # writing ------------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        """The new factors into the parameters, their masters and their state; zeros into the room that is left."""
+        """Write the new factors and zeros behind them into the parameters and masters; turn the state."""
         if not self.changed:
             return
         U, sigma, V, P, Q = self.new
@@ -476,25 +499,25 @@ class _View:
             _turn(self.optimizer.state.get(p, {}), p, role, self.r, P, Q, r)
             master = self.optimizer._master(p)
             master.zero_()
-            master[where_in_use(role, r)] = new.to(master.dtype)
+            master[active_slice(role, r)] = new.to(master.dtype)
             if master is not p:
                 p.copy_(master)
 
 
 def _turn(state: dict, p: Tensor, role: str, r: int, P: Tensor, Q: Tensor, new: int) -> None:
-    """The optimizer's state of a factor whose first r columns turn by P (U), Q (V), Pᵀ and Q (S)."""
+    """Turn the optimizer's state of a factor whose first r columns turn by P (U), Q (V), Pᵀ and Q (S)."""
     for key in (*_LINEAR, *_SQUARED):
         if (X := state.get(key)) is None:
             continue
         squared = key in _SQUARED
         left, right = (P.square(), Q.square()) if squared else (P, Q)
-        old = X[where_in_use(role, r)].double()
+        old = X[active_slice(role, r)].double()
         turned = left.mT @ old @ right if role == "S" else old @ (left if role == "U" else right)
         X.zero_()
-        if squared:  # a direction that enters steps as the others do: a second moment of zero would make it leap
+        if squared:  # with a second moment of zero, a direction that enters would take too long a step
             fill = old.mean() if role == "S" else old.mean(1, keepdim=True)
-            X[where_in_use(role, new)] = fill.to(X.dtype)
-        X[where_in_use(role, turned.shape[1])] = turned.to(X.dtype)
+            X[active_slice(role, new)] = fill.to(X.dtype)
+        X[active_slice(role, turned.shape[1])] = turned.to(X.dtype)
 
 
 def _check_state(layers: dict[str, LowRankLayer], optimizer) -> None:
@@ -535,7 +558,7 @@ def _trained_layers(model: nn.Module, optimizer) -> dict[str, LowRankLayer]:
 
 @contextlib.contextmanager
 def _dense_weights(views: list[_View]):
-    """Meanwhile the layers, called or asked for their weight, use the dense one of their view."""
+    """Make the layers use the dense weights of their views, when called or asked for their weight."""
     classes = [type(v.layer) for v in views]
     for v, cls in zip(views, classes, strict=True):
         v.layer.__dict__["_dense_twin"] = v.dense
@@ -579,7 +602,7 @@ def _gradients(loss, batches, views: list[_View]) -> None:
 
 
 def _gradient(loss, batch, views: list[_View]) -> list[Tensor]:
-    """dL/dW [m, n] of each layer."""
+    """Return dL/dW [m, n] of each layer."""
     with torch.enable_grad():
         value = _scalar(loss(batch))
         used = value.requires_grad
@@ -608,14 +631,14 @@ def _scalar(value) -> Tensor:
 
 
 def _augmented(X: Tensor, Z: Tensor, k: int) -> Tensor:
-    """An orthonormal basis of X and the k leading directions of Z outside of it; X comes first, as it is."""
+    """Return an orthonormal basis of X and the k leading directions of Z outside of it; X comes first, unchanged."""
     Z = reference.tangent_projection(X, Z.double())
     left, _, _ = reference.svd(Z / Z.norm().clamp_min(torch.finfo(Z.dtype).tiny))
     return linalg.orthonormalize(torch.cat((X, left[:, :k]), 1))
 
 
 def _leading(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k leading left and right singular vectors of A by subspace iteration from a fixed start.
+    """Return the k leading left and right singular vectors of A, by subspace iteration from a fixed start.
 
     Source: N. Halko, P. Martinsson and J. Tropp, Finding structure with randomness, SIAM Review 2011, algorithm 4.4.
     """
@@ -628,17 +651,21 @@ def _leading(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return Q @ left[:, :k], right[:, :k]
 
 
-# ------------------------------------------------------------------------------------------------- room
+# ---------------------------------------------------------------------------------------------- resizing
 
 
 def compact(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
-    """Cuts the room that rank adaptation keeps: layers of rank active_rank, in place; returns the model.
+    """Cut the zero columns that a RankController keeps, in place: the rank of each layer becomes its active_rank.
 
-    The function is the same to rounding. U, S and V are new parameters, without `.grad`; whoever else holds them or
-    has looked at their shapes (compiled models, DistributedDataParallel, CUDA graphs) has to look again.
+    The function is the same to rounding. U, S and V are new parameters, without `.grad`. Make anything that holds them
+    or depends on their shapes anew (compiled models, DistributedDataParallel, CUDA graphs).
 
     Args:
-        optimizer: if training goes on: gets the new parameters, and its state of them is cut likewise.
+        model: The model.
+        optimizer: For further training; gets the new parameters, and its state of them is cut too.
+
+    Returns:
+        The model.
     """
     for layer in low_rank_layers(model).values():
         if (r := layer.active_rank) < layer.rank:
@@ -648,13 +675,13 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
 
 @torch.no_grad()
 def _resize(layer: LowRankLayer, rank: int, optimizer: Optimizer | None) -> None:
-    """Room for `rank` directions in a layer, zeros where it is new, and in the optimizer's state of it."""
+    """Resize a layer and the optimizer's state of it to `rank` directions; new ones are zeros."""
     more = rank - layer.rank
     for role in "USV":
         p = getattr(layer, role)
         pads = (0, more, 0, more) if role == "S" else (0, more)
         new = nn.Parameter(F.pad(p.detach(), pads).contiguous(), p.requires_grad)
-        setattr(layer, role, new)  # new data in p would not do: graphs that are still alive know its shape
+        setattr(layer, role, new)  # a new parameter, as autograd graphs that are alive know the shape of p
         if optimizer is None:
             continue
         for group in optimizer.param_groups:

@@ -1,4 +1,18 @@
-"""CondLRSGD: SGD whose step keeps every low-rank layer on the constraint set."""
+"""CondLRSGD: SGD whose step keeps every low-rank layer W = U S Vᵀ on the constraint set.
+
+For the gradient G of a parameter p, with the options of its group (maximize: of -G):
+
+    g = G + weight_decay p                            no decay of U and V
+    B = momentum B + (1 - dampening) g                B = g in the first step
+    D = B, with nesterov g + momentum B               D = g without momentum
+
+    U = qf(U - lr (I - U Uᵀ) D_U (S Sᵀ)⁻¹)            qf(A): the Q of A = Q R with diag(R) >= 0
+    V = qf(V - lr (I - V Vᵀ) D_V (Sᵀ S)⁻¹)            both with the old S
+    S = clip_spectrum(S - lr D_S, tau, band, sigma_max)
+    b = b - lr D_b
+
+`reference.layer_step` is the same in PyTorch. Parameters outside of low-rank layers follow torch.optim.SGD.
+"""
 
 import warnings
 
@@ -6,47 +20,49 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from ..reference import LOW_PRECISION
 from .base import ConstrainedOptimizer, fusible
 from .step_args import Slot, StepCall
-
-# torch's fused SGD on CPUs, in versions in use, leaves these unstepped and spoils their momentum: pytorch#191763
-_LOW = (torch.float16, torch.bfloat16)
 
 
 class CondLRSGD(ConstrainedOptimizer):
     """Stochastic gradient descent on W = U S Vᵀ with UᵀU = VᵀV = I and kappa(S) <= 1 + tau after every step.
 
-    Momentum lives in ambient space as in torch.optim.SGD; of its direction D the factors take the tangent part,
-    preconditioned, and return by QR: U <- qf(U - lr (I - UUᵀ) D_U (SSᵀ)⁻¹), V alike with (SᵀS)⁻¹; the core is
-    clipped: S <- clip_spectrum(S - lr D_S, tau, band, sigma_max). All other parameters follow plain SGD. One call
-    moves the whole network.
+    Momentum lives in ambient space as in torch.optim.SGD. The factors take the tangent part of its direction,
+    preconditioned, and return by QR; the core takes SGD's step and is clipped; the formulas begin this module. One call
+    steps all layers of a device.
 
-    At construction (and in add_param_group) factors that are not orthonormal to 1e-4 are replaced by their Q with
-    R absorbed in S, and a core outside the bound is clipped, so the bound holds from the start.
+    At construction, and in add_param_group, factors that are not orthonormal to 1e-4 are replaced by their Q with R
+    absorbed in S, and a core outside the bound is clipped, so the bound holds from the start.
+
+    A layer with a non-finite gradient, or an all-zero core, is left unchanged with its bias and buffers, and counted in
+    `skipped`. float16 and bfloat16 layers are stepped on float32 masters kept in the state; the bound holds for the
+    masters.
 
     Args:
-        model_or_groups: a module, its named_parameters(), or parameter groups (see param_groups); layers are
-            found by their parameter names prefix.U, prefix.S, prefix.V.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD. Weight decay acts on
-            cores, biases and dense weights, not on U and V, where a tangent step would cancel it.
-        tau: slack >= 0 of the condition number; Inf for no bound (the preconditioner is then damped by
+        model_or_groups: A module, its named_parameters(), or parameter groups (see param_groups). Layers are found by
+            their parameter names prefix.U, prefix.S, prefix.V.
+        lr: As in torch.optim.SGD.
+        momentum: As in torch.optim.SGD.
+        dampening: As in torch.optim.SGD.
+        weight_decay: As in torch.optim.SGD, for cores, biases and dense weights. U and V do not decay: a tangent step
+            would cancel it.
+        nesterov: As in torch.optim.SGD.
+        tau: Slack >= 0 of the condition number; Inf for no bound (the preconditioner is then damped by
             (1e-6 sigma_1)²).
-        band, sigma_max: as linalg.clip_spectrum.
-        capturable: the step waits for nothing and allocates nothing once every momentum buffer has started, so that
-            a CUDA graph can capture it after a few warm-up steps, as torch asks. Options that are tensors of one
-            element on the device are then read at every step, plain numbers are part of what is captured: lr, tau and
-            sigma_max, in groups of low-rank layers alone also momentum, dampening and weight_decay. Needs the Triton
-            step.
-        check_finite: raise, naming the layer, for non-finite gradients (before anything has changed) and for
-            layers that had to be left unchanged. Costs a wait for the device per step.
-
-    A layer with a non-finite gradient, or an all-zero core, is left unchanged with its bias and buffers, and
-    counted in `skipped`. float16 and bfloat16 layers are stepped on float32 master copies kept in the state; the
-    bound holds for the masters.
+        band: As in linalg.clip_spectrum.
+        sigma_max: As in linalg.clip_spectrum.
+        maximize: As in torch.optim.SGD.
+        capturable: Never wait for the device or allocate once every momentum buffer has started, so that a CUDA graph
+            can capture the step after a few warm-up steps, as torch asks; needs the Triton step. lr, tau and
+            sigma_max, and momentum, dampening and weight_decay in groups of nothing but low-rank layers, may then be
+            tensors of one element on the device and are read at every step; plain numbers are captured.
+        check_finite: Raise, with the layer's name, for gradients that are not finite (before anything changes) and
+            for layers that were left unchanged. Waits for the device at every step.
 
     Raises:
-        ValueError: hyper-parameters out of range, bare parameters of low-rank layers, a layer with a factor
-            missing. NonFiniteError: NaN or Inf in a factor, with the layer's name.
+        ValueError: Hyper-parameters out of range, bare parameters of low-rank layers, or a layer without all factors.
+        NonFiniteError: NaN or Inf in a factor, with the layer's name.
 
     Source: Savostianova et al., Robust low-rank training via approximate orthonormal constraints, NeurIPS 2023;
         momentum in ambient space as in Zangrando et al., Stiefel-AdamW (2026).
@@ -82,9 +98,9 @@ class CondLRSGD(ConstrainedOptimizer):
         super().__init__(model_or_groups, defaults, capturable, check_finite)
 
     _options = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "tau", "band", "sigma_max")
-    _numbers = ("lr", "momentum", "dampening", "weight_decay")
-    _signed = ("dampening",)
-    _tensors_alone = ("momentum", "dampening", "weight_decay")
+    _finite_options = ("lr", "momentum", "dampening", "weight_decay")
+    _may_be_negative = ("dampening",)
+    _tensor_options = ("momentum", "dampening", "weight_decay")
     _buffers = ("momentum_buffer",)
 
     def _check_options(self, group: dict) -> None:
@@ -93,13 +109,13 @@ class CondLRSGD(ConstrainedOptimizer):
             got = f"momentum {group['momentum']}, dampening {group['dampening']}"
             raise ValueError(f"CondLRSGD: nesterov needs momentum > 0 and dampening 0, got {got}")
 
-    def _kind(self, group: dict) -> bool:
+    def _state_signature(self, group: dict) -> bool:
         return bool(group["momentum"])
 
     def _start(self, layers) -> None:
         super()._start(layers)
         for layer in layers:
-            S = self._place(layer.places[1])
+            S = self._param_at(layer.positions[1])
             if not S.is_meta and not S.any():
                 warnings.warn(
                     f"CondLRSGD: the core of layer {layer.name!r} is zero, which its preconditioner (S Sᵀ)⁻¹ cannot"
@@ -109,26 +125,25 @@ class CondLRSGD(ConstrainedOptimizer):
 
     def _add_layer(self, call: StepCall, slots: list[Slot]) -> None:
         for slot in slots:
-            if slot.at is None or not self.param_groups[slot.place[0]]["momentum"]:
+            if slot.index is None or not self.param_groups[slot.position[0]]["momentum"]:
                 call.add(slot, {})
                 continue
-            state = self.state[slot.p]
+            state = self.state[slot.param]
             buffer = state.get("momentum_buffer")
             if buffer is None:
-                call.add(slot, {}, torch.zeros_like(slot.whole), fresh=True)
+                call.add(slot, {}, torch.zeros_like(slot.storage), fresh=True)
                 continue
-            if buffer.dtype != slot.target.dtype or not buffer.is_contiguous():  # the model's dtype has changed, say
+            if buffer.dtype != slot.target.dtype or not buffer.is_contiguous():  # as after model.double()
                 buffer = state["momentum_buffer"] = buffer.to(slot.target.dtype).contiguous()
             call.add(slot, {"momentum_buffer": buffer}, buffer)
 
-    def _finish(self, call: StepCall, left: set[int]) -> None:
-        """Keeps the buffers that have started."""
-        for i, (slot, fresh) in enumerate(zip(call.slots, call.fresh, strict=True)):
-            if fresh and i // 4 not in left:  # else its buffers have not started
-                self.state[slot.p]["momentum_buffer"] = call.kept[i]
-        if any(call.fresh):
+    def _finish(self, call: StepCall, skipped: set[int]) -> None:
+        """Store the momentum buffers that started, as those of the layers skipped did not."""
+        for p, buffer in call.started_buffers(skipped):
+            self.state[p]["momentum_buffer"] = buffer
+        if call.starts_buffers:
             self._calls_key = None
-        super()._finish(call, left)
+        super()._finish(call, skipped)
 
     def _step_dense(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
         momentum = bool(group["momentum"])
@@ -137,7 +152,8 @@ class CondLRSGD(ConstrainedOptimizer):
         fused = (
             (self.capturable or not isinstance(group["lr"], Tensor))
             and len(started) == 1
-            and not any(p.device.type == "cpu" and p.dtype in _LOW for p in params)
+            # the fused rule leaves these unstepped on CPUs and spoils their momentum: pytorch#191763
+            and not any(p.device.type == "cpu" and p.dtype in LOW_PRECISION for p in params)
             and fusible(params, grads, buffers)
         )
         sgd(

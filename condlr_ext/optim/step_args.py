@@ -1,154 +1,260 @@
-"""The arguments of one call of the step op, kept from step to step while the parameters stay what they are."""
+"""The arguments of one call of the step op, kept between steps while the parameters stay what they are."""
 
 import functools
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..errors import BackendError
+from ..reference import BANDS, HYPER, ROLES
 
 
 @dataclass(frozen=True)
 class Slot:
-    """U, S, V or bias of a layer: the parameter p at `place`, (group, index), for which `target` is stepped.
+    """U, S, V or bias of a layer, as one entry of the op's lists.
 
-    at: where p stands among all parameters of the optimizer if it has a gradient, else None. Where the layer has no
-    bias p is None, target empty, and place that of S. Where the layer has room for more directions
-    (nn.layer.active_rank) target is a copy of `part` of whole, the tensor to be stepped; else part is None.
+    Attributes:
+        index: Where the parameter is among all parameters of the optimizer; None if it has no gradient.
+        param: The parameter; None for a missing bias.
+        target: What the op steps: `storage`, or a contiguous copy of its active slice; empty for a missing bias.
+        position: (group, index in group) of the parameter; that of S for a missing bias.
+        storage: The parameter or its float32 master.
+        active_slice: The part of storage that is in use (see nn.layer.active_rank); None if all of it is.
     """
 
-    at: int | None
-    p: Tensor | None
+    index: int | None
+    param: Tensor | None
     target: Tensor
-    place: tuple[int, int]
-    whole: Tensor | None = None
-    part: tuple[slice, slice] | None = None
+    position: tuple[int, int]
+    storage: Tensor | None = None
+    active_slice: tuple[slice, slice] | None = None
 
 
-@dataclass
 class StepCall:
-    """The layers of one device that have a gradient, `parts` entries of the op each, an entry being four slots.
+    """One call of the step op: the layers of one device that have a gradient, their table of options, their buffers.
 
-    owner: the optimizer's name, for errors. layers: their indices in the optimizer. slots: in the order of ROLES;
-    buffers: their momentum buffers, empty where there is none, kept: as the state holds them; fresh: whether one
-    starts. copies: parameters with a master. cores: the parameters S.
+    Args:
+        device: Where the layers are.
+        owner: Name of the optimizer, for error texts.
+        options: The group options that are columns of the op's table.
+        precondition: Whether U and V take (S Sᵀ)⁻¹ and (Sᵀ S)⁻¹ times their tangent direction.
+        capturable: Keep the table on the device, and read tensors among the options there at every step.
+
+    Attributes:
+        layers: Indices of the layers in the optimizer.
+        slots: Four for each layer, in the order of ROLES.
+        masters: (parameter, float32 master) of low-precision slots.
+        table: The op's hyper-parameters [L, 4, len(HYPER)], float64.
+        live: For options that are tensors: a column of the table, the mask of its group's rows, and the tensor.
+        starts_buffers: Whether some momentum buffer starts in this call.
     """
 
-    device: torch.device
-    owner: str
-    capturable: bool = False
-    layers: list[int] = field(default_factory=list)
-    slots: list[Slot] = field(default_factory=list)
-    buffers: list[Tensor] = field(default_factory=list)
-    kept: list[Tensor | None] = field(default_factory=list)
-    fresh: list[bool] = field(default_factory=list)
-    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    cores: list[Tensor] = field(default_factory=list)
-    written: list[Tensor] = field(default_factory=list)
-    parts = 1
-
-    def __post_init__(self):
-        self.backend_asked = ops.current_backend()
-        self.backend: str | None = None  # the one that serves, found in the first run
-        self.options: list[list] | None = None  # the options of all groups that the table was made from
+    def __init__(
+        self, device: torch.device, owner: str, options: tuple[str, ...], *, precondition: bool, capturable: bool
+    ):
+        self.device, self.owner, self.options = device, owner, options
+        self.precondition, self.capturable = precondition, capturable
+        self.layers: list[int] = []
+        self.slots: list[Slot] = []
+        self.masters: list[tuple[Tensor, Tensor]] = []
         self.table: Tensor | None = None
-        self.live: list[tuple[Tensor, Tensor, Tensor]] = []  # options that are tensors, see the optimizer's _live
-        self._known: list[tuple] = []
-        self._parts: list[tuple[Tensor, tuple, Tensor]] = []  # a tensor, which part of it is in use, a copy of that
-        self._versions: list[int] = []  # of the cores after the last step
+        self.live: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.starts_buffers = False
+        self._fresh: list[bool] = []  # by slot: whether its momentum buffer starts
+        self._buffers: list[Tensor] = []  # by slot: the momentum buffer for the op, empty if none
+        self._stored_buffers: list[Tensor | None] = []  # by slot: the same as the state holds it
+        self._cores: list[Tensor] = []  # the parameters S
+        self._table_options: list[list] | None = None  # the options that the table was made from
+        self._asked_backend = ops.current_backend()
+        self._backend: str | None = None  # the one that serves, chosen in the first run
+        self._used: list[tuple] = []  # (index, parameter, dtype, state tensors) of slots with a gradient
+        self._copies: list[tuple[Tensor, tuple, Tensor]] = []  # (storage, active slice, contiguous copy)
+        self._written: list[Tensor] = []
+        self._core_versions: list[int] = []  # after the last step
         self._empty: dict[torch.dtype, Tensor] = {}
 
+    # -------------------------------------------------------------------------------------------- layers
+
+    def add_layer(self, index: int, core: Tensor) -> None:
+        """Begin a layer, whose four slots are added next."""
+        self.layers.append(index)
+        self._cores.append(core)
+
+    def make_slot(
+        self, index: int | None, param: Tensor, storage: Tensor, position: tuple[int, int], active_slice: tuple | None
+    ) -> Slot:
+        """Return the slot of a parameter; see Slot."""
+        return Slot(index, param, self._contiguous(storage, active_slice), position, storage, active_slice)
+
+    def missing_slot(self, dtype: torch.dtype, position: tuple[int, int]) -> Slot:
+        """Return the slot of a bias that the layer does not have."""
+        return Slot(None, None, self.empty(dtype), position)
+
+    def add(self, slot: Slot, state: dict[str, Tensor], buffer: Tensor | None = None, fresh: bool = False) -> None:
+        """Add a slot to the current layer.
+
+        Args:
+            slot: The slot.
+            state: Tensors of the parameter's state that the call uses.
+            buffer: Its momentum buffer, if it has one.
+            fresh: Whether the buffer starts in this call.
+        """
+        self.slots.append(slot)
+        self._buffers.append(self.empty(slot.target.dtype) if buffer is None else self.active_part(slot, buffer))
+        self._stored_buffers.append(buffer)
+        self._fresh.append(fresh)
+        self.starts_buffers |= fresh
+        if slot.index is None:
+            return
+        self._used.append((slot.index, slot.param, slot.param.dtype, state))
+        self._written += [slot.storage] if buffer is None else [slot.storage, buffer]
+        if slot.storage is not slot.param:
+            self.masters.append((slot.param, slot.storage))
+
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        """Return the placeholder for a missing tensor."""
+        if dtype not in self._empty:
+            self._empty[dtype] = torch.empty(0, dtype=dtype, device=self.device)
+        return self._empty[dtype]
+
+    def active_part(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """Return what the op takes of a tensor of the slot's state."""
+        return self._contiguous(tensor, slot.active_slice if tensor.shape == slot.storage.shape else None)
+
+    def _contiguous(self, storage: Tensor, active_slice: tuple | None) -> Tensor:
+        if active_slice is None:
+            return storage
+        copy = storage[active_slice].clone(memory_format=torch.contiguous_format)
+        self._copies.append((storage, active_slice, copy))
+        return copy
+
     @functools.cached_property
-    def index(self) -> Tensor:
+    def layer_index(self) -> Tensor:
         """`layers` on the device."""
         return torch.tensor(self.layers, device=self.device)
 
     @functools.cached_property
     def skipped(self) -> Tensor:
-        """Room for the counts of one step."""
-        return torch.zeros(len(self.slots) // 4, dtype=torch.int64, device=self.device)
+        """A counter for the layers of this call."""
+        return torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
 
-    def empty(self, dtype: torch.dtype) -> Tensor:
-        """What stands for a tensor that is not there."""
-        if dtype not in self._empty:
-            self._empty[dtype] = torch.empty(0, dtype=dtype, device=self.device)
-        return self._empty[dtype]
+    def started_buffers(self, skipped: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (parameter, momentum buffer) for the buffers that started, except in the layers skipped."""
+        for i, (slot, fresh) in enumerate(zip(self.slots, self._fresh, strict=True)):
+            if fresh and i // len(ROLES) not in skipped:
+                yield slot.param, self._stored_buffers[i]
 
-    def slot(self, at: int | None, p: Tensor, whole: Tensor, place: tuple[int, int], part: tuple | None) -> Slot:
-        """That of a parameter, of which `whole` is stepped, or the part of it that is in use."""
-        return Slot(at, p, self._copy(whole, part), place, whole, part)
+    # ------------------------------------------------------------------------------------------ validity
 
-    def in_use(self, slot: Slot, tensor: Tensor) -> Tensor:
-        """What the op takes of a tensor of the slot's state."""
-        return self._copy(tensor, slot.part if tensor.shape == slot.whole.shape else None)
+    def is_valid_for(self, params: list[Tensor], state) -> bool:
+        """Return whether the next step can use the same arguments, given the same parameters have gradients.
 
-    def _copy(self, whole: Tensor, part: tuple | None) -> Tensor:
-        if part is None:
-            return whole
-        copy = whole[part].clone(memory_format=torch.contiguous_format)
-        self._parts.append((whole, part, copy))
-        return copy
-
-    def add(self, slot: Slot, kept: dict[str, Tensor], buffer: Tensor | None = None, fresh: bool = False) -> None:
-        """One slot. kept: tensors of its state that the call uses."""
-        self.slots.append(slot)
-        self.buffers.append(self.empty(slot.target.dtype) if buffer is None else self.in_use(slot, buffer))
-        self.kept.append(buffer)
-        self.fresh.append(fresh)
-        if slot.at is None:
-            return
-        self._known.append((slot.at, slot.p, slot.p.dtype, kept))
-        self.written += [slot.whole] if buffer is None else [slot.whole, buffer]
-        if slot.whole is not slot.p:
-            self.copies.append((slot.p, slot.whole))
-
-    def holds(self, params: list[Tensor], state) -> bool:
-        """Whether the next step can use the same arguments, for the same parameters with a gradient.
-
-        A core that someone else has written to may have another number of directions in use.
+        A core that was written to since the last step may have another number of active directions.
         """
         return (
-            self.backend_asked == ops.current_backend()
-            and self._versions == [S._version for S in self.cores]
+            self._asked_backend == ops.current_backend()
+            and self._core_versions == [S._version for S in self._cores]
             and all(
                 params[i] is p
                 and p.dtype is dtype
                 and p.device == self.device
                 and p.is_contiguous()
-                and all(state[p].get(key) is tensor for key, tensor in kept.items())
-                for i, p, dtype, kept in self._known
+                and all(state[p].get(key) is tensor for key, tensor in used.items())
+                for i, p, dtype, used in self._used
             )
         )
 
+    # ----------------------------------------------------------------------------------------- the table
+
+    def _update_table(self, groups: list[dict], check: Callable[[dict], None]) -> Tensor:
+        """Return the table, made again only if an option has changed; `check` raises for bad options of a group."""
+        read = id if self.capturable else float
+        options = [[read(v) if isinstance(v := group[k], Tensor) else v for k in self.options] for group in groups]
+        if options != self._table_options:
+            for group in groups:
+                check(group)
+            table = self._make_table(groups)
+            if self.capturable:
+                table = table.to(self.device)
+                self.live = self._live_columns(groups, table)
+            self._table_options, self.table = options, table
+        for column, mask, value in self.live:
+            column.copy_(torch.where(mask, value.to(column.dtype), column))
+        return self.table
+
+    def _make_table(self, groups: list[dict]) -> Tensor:
+        values = []
+        for group in groups:
+            value = {k: group[k] if group[k] is None or k == "band" else float(group[k]) for k in self.options}
+            value["band"] = BANDS.index(value["band"])
+            value["sigma_max"] = math.inf if value["sigma_max"] is None else value["sigma_max"]
+            values.append(value | {"precondition": self.precondition})
+        rows = [
+            [(values[slot.position[0]] | {"fresh": fresh}).get(name, 0) for name in HYPER]
+            for slot, fresh in zip(self.slots, self._fresh, strict=True)
+        ]
+        return torch.tensor(rows, dtype=torch.float64).reshape(len(self.layers), len(ROLES), len(HYPER))
+
+    def _live_columns(self, groups: list[dict], table: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        live = []
+        for g, group in enumerate(groups):
+            for name in self.options:
+                if isinstance(value := group[name], Tensor):
+                    if value.device != self.device:
+                        raise ValueError(
+                            f"{self.owner}: {name} as a tensor must be on the layers' device {self.device} under"
+                            f" capturable=True, got {value.device}"
+                        )
+                    mask = torch.tensor([slot.position[0] == g for slot in self.slots], device=self.device)
+                    column = table[..., HYPER.index(name)]
+                    live.append((column, mask.view(column.shape), value.detach().view(())))
+        return live
+
+    # ----------------------------------------------------------------------------------------------- run
+
     def gradient(self, slot: Slot, grads: list[Tensor | None]) -> Tensor:
-        """That of the slot as the op takes it, empty if it has none."""
-        if slot.at is None:
+        """Return the gradient of a slot as the op takes it, empty if there is none."""
+        if slot.index is None:
             return self.empty(slot.target.dtype)
-        grad, dtype = grads[slot.at], slot.target.dtype
-        grad = grad if slot.part is None else grad[slot.part]
+        grad, dtype = grads[slot.index], slot.target.dtype
+        grad = grad if slot.active_slice is None else grad[slot.active_slice]
         return grad if grad.dtype is dtype and grad.is_contiguous() else grad.to(dtype).contiguous()
 
-    def directions(self, grads: list[Tensor | None]) -> list[Tensor]:
-        """What the op takes for gradients: here the gradients, of all parameters of the optimizer, of the slots."""
+    def directions(self, groups: list[dict], grads: list[Tensor | None]) -> list[Tensor]:
+        """Return what the op takes for gradients, one tensor per slot."""
         return [self.gradient(slot, grads) for slot in self.slots]
 
-    def run(self, grads: list[Tensor | None], table: Tensor, skipped: Tensor) -> None:
-        """Steps the layers; grads of all parameters of the optimizer."""
-        for whole, part, copy in self._parts:
-            copy.copy_(whole[part])
-        targets = [slot.target for slot in self.slots]
-        args = (targets, self.directions(grads), self.buffers, table, skipped)
-        if self.backend is None:
-            self.backend = ops.step.step.choose(*args)
+    def run(
+        self, groups: list[dict], grads: list[Tensor | None], skipped: Tensor, check: Callable[[dict], None]
+    ) -> None:
+        """Step the layers.
+
+        Args:
+            groups: The optimizer's parameter groups.
+            grads: Gradients of all parameters of the optimizer, in order.
+            skipped: Counts the layers that were left unchanged, int64, one for each layer of the call.
+            check: Raises for bad options of a group; called when options have changed.
+
+        Raises:
+            BackendError: capturable, and the Triton step cannot serve these layers.
+        """
+        table = self._update_table(groups, check)
+        for storage, active_slice, copy in self._copies:
+            copy.copy_(storage[active_slice])
+        args = ([slot.target for slot in self.slots], self.directions(groups, grads), self._buffers, table, skipped)
+        if self._backend is None:
+            self._backend = ops.step.step.choose(*args)
             if self.capturable and (reasons := ops.step.step.unsupported_reasons("triton", *args)):
                 raise BackendError(f"{self.owner}: capturable=True needs the Triton step: {'; '.join(reasons)}")
-        ops.step.step.run(self.backend, *args)
-        for whole, part, copy in self._parts:
-            whole[part].copy_(copy)
-        # autograd must notice: compiled kernels write through raw pointers
-        torch.autograd.graph.increment_version(self.written)
-        for p, master in self.copies:
+        ops.step.step.run(self._backend, *args)
+        for storage, active_slice, copy in self._copies:
+            storage[active_slice].copy_(copy)
+        # compiled kernels write through raw pointers, of which autograd must be told
+        torch.autograd.graph.increment_version(self._written)
+        for p, master in self.masters:
             p.copy_(master)
-        self._versions = [S._version for S in self.cores]
+        self._core_versions = [S._version for S in self._cores]

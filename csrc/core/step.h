@@ -1,4 +1,4 @@
-// One constrained SGD step of one role of a layer (U or V, the core S, the bias), in two parts: prepare() does
+// One constrained SGD step of one role of a layer (U, V, the core S or the bias) in two parts: prepare() does
 // everything that may fail and keeps what apply() needs to write the parameter and its momentum buffer.
 #pragma once
 
@@ -11,8 +11,8 @@ namespace CONDLR_ISA {
 
 // ---------------------------------------------------------------------------------------- SGD's direction
 
-// The direction of torch.optim.SGD: d = from_grad g + from_buffer B with g = sign grad + decay param and the new
-// buffer B = keep buffer + gain g.
+// The direction of torch.optim.SGD: d = from_grad g + from_buffer B with g = sign grad + decay param and the
+// new buffer B = keep buffer + gain g.
 template <class T>
 struct Direction {
   T sign, decay, keep, gain, from_grad, from_buffer;
@@ -20,7 +20,7 @@ struct Direction {
   const T* grad;
   const T* buffer;
 
-  // Without momentum, or where the buffer starts, B = g and the old one is not read.
+  // Without momentum, or when the buffer starts, B = g and the old buffer is not read.
   Direction(const Hyper& h, bool decays, const T* param_, const T* grad_, const T* buffer_)
       : sign(h.maximize != 0 ? T(-1) : T(1)),
         decay(decays ? static_cast<T>(h.weight_decay) : T(0)),
@@ -58,8 +58,8 @@ struct Direction {
 
 // ------------------------------------------------------------------------------------------ preconditioner
 
-// inverse [r, r] = (C Cᵀ)⁻¹ in precision T; false where ‖C Cᵀ‖_F ‖(C Cᵀ)⁻¹‖_F, which is r at kappa(C) = 1, exceeds
-// the limit.
+// inverse [r, r] = (C Cᵀ)⁻¹ in precision T. Returns false if ‖C Cᵀ‖_F ‖(C Cᵀ)⁻¹‖_F, which is r at
+// kappa(C) = 1, exceeds the limit.
 template <class T>
 bool invert_gram(View<T> C, int64_t r, double limit, T* inverse, Workspace& workspace) {
   Scratch scratch(workspace);
@@ -72,8 +72,7 @@ bool invert_gram(View<T> C, int64_t r, double limit, T* inverse, Workspace& work
 }
 
 // inverse [r, r] = (C Cᵀ)⁻¹, for tau = inf (C Cᵀ + δ² I)⁻¹ with δ = 1e-6 sigma_1. A singular C, which a
-// clipped one never is, counts as what it is on the constraint set. Returns false for an all-zero C or one with
-// non-finite entries.
+// clipped one never is, is clipped first. Returns false if C is all zero or not finite.
 template <class T>
 bool gram_inverse(View<T> C, int64_t r, const Hyper& constraint, T* inverse, Workspace& workspace) {
   const bool bounded = constraint.tau < __builtin_inf();
@@ -109,13 +108,13 @@ bool gram_inverse(View<T> C, int64_t r, const Hyper& constraint, T* inverse, Wor
 
 // ------------------------------------------------------------------------------------------- U and V
 
-// The rows [X d] of a factor X [m, r] and its direction, a block at a time: small enough for the cache, rows far
-// enough apart that they do not fall on the same cache lines.
+// The rows [X d] of a factor X [m, r] and its direction, in blocks that fit the cache; the stride keeps rows
+// off the same cache sets.
 template <class T>
 struct Rows {
   int64_t m, r, stride, block;
   T* data;  // [block, stride]
-  T* flat;  // d as it lies in memory
+  T* flat;  // d, contiguous
 
   Rows(int64_t m_, int64_t r_, Scratch& scratch) : m(m_), r(r_) {
     constexpr int64_t kBytes = 1 << 18;
@@ -151,10 +150,11 @@ struct Rows {
   }
 };
 
-// E = [E1 E2] [r, 2 r] with X_new = [X d] Eᵀ = X E1ᵀ + d E2ᵀ = qf(X - D F) for the tangent D = d - X O, O = Xᵀ d and F = lr (core coreᵀ)⁻¹.
-// gram: [X d]ᵀ [X d], lower half, rows `stride` apart; overwritten. With Δ = Xᵀ X - I, N = O F, M = dᵀ d - Oᵀ O:
+// E = [E1 E2] [r, 2 r] with X_new = [X d] Eᵀ = X E1ᵀ + d E2ᵀ = qf(X - D F) for the tangent D = d - X O,
+// O = Xᵀ d, and F as in find_transform. gram: [X d]ᵀ [X d], lower half, rows `stride` apart; overwritten.
+// With Δ = Xᵀ X - I, N = O F, M = dᵀ d - Oᵀ O:
 // G = Yᵀ Y = I + Δ + Δ N + Nᵀ (Δ + Δ N) + F M F = L Lᵀ, E1 = L⁻¹ (I + Nᵀ), E2 = -L⁻¹ F.
-// Returns false for a long step, where G from these products has lost digits.
+// Returns false for a long step, for which G from these products has lost digits.
 template <class T>
 bool short_step(T* gram, int64_t stride, int64_t r, const T* F, T* E, Workspace& workspace) {
   Scratch scratch(workspace);
@@ -177,7 +177,7 @@ bool short_step(T* gram, int64_t stride, int64_t r, const T* F, T* E, Workspace&
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j <= i; ++j) G[i * r + j] = A[i * stride + j];
   }
-  // else Δ N, which has no entries above rounding, dies out over the next steps
+  // otherwise Δ N is at the level of rounding and dies out over the next steps
   const T N_norm = row_sum * __builtin_sqrt(overlap);
   if (N_norm > T(0.25) || N_norm * __builtin_sqrt(drift2) > kEps<T> * static_cast<T>(r) / 2) {
     T* N = scratch.take<T>(r * r);
@@ -207,11 +207,13 @@ bool short_step(T* gram, int64_t stride, int64_t r, const T* F, T* E, Workspace&
 
 enum class Found { kNothing, kStep, kTrial };
 
-// The transform Eᵀ of one factor: kStep as in short_step; kTrial E1 = I + Nᵀ, E2 = -F, which makes the trial
-// point; kNothing for a non-finite gradient or a zero core.
+// The transform Eᵀ of one factor, with F = lr (core coreᵀ)⁻¹ or, without a preconditioner, lr I. Returns
+// kStep with E as in short_step; kTrial with E1 = I + Nᵀ, E2 = -F, which makes the trial point; kNothing if
+// the gradient is not finite or the preconditioner needs a zero core.
 template <class T>
 Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64_t r, View<T> core,
-                     const Hyper& constraint, T lr, const Panels<T>& panels, Workspace& workspace) {
+                     const Hyper& constraint, const Hyper& own, const Panels<T>& panels,
+                     Workspace& workspace) {
   Scratch scratch(workspace);
   const int64_t stride = vectors_of<T>(2 * r) * Vec<T>::kLanes;
   T* gram = scratch.take<T>(2 * r * stride);
@@ -224,7 +226,14 @@ Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64
                stride, 0);
     return true;
   });
-  if (!finite || !gram_inverse(core, r, constraint, F, workspace)) return Found::kNothing;
+  if (!finite) return Found::kNothing;
+  if (own.precondition != 0) {
+    if (!gram_inverse(core, r, constraint, F, workspace)) return Found::kNothing;
+  } else {
+    fill(F, r * r, T(0));
+    for (int64_t i = 0; i < r; ++i) F[i * (r + 1)] = 1;
+  }
+  const T lr = static_cast<T>(own.lr);
   for (int64_t i = 0; i < r * r; ++i) F[i] *= lr;
   const bool is_short = short_step(gram, stride, r, F, E, workspace);
   if (!is_short) {
@@ -270,7 +279,8 @@ Panels<T> transform_of(const Update& u) {
   return {static_cast<T*>(u.transform), 2 * u.rank, u.rank};
 }
 
-// X [m, r] is U (core = S) or V (core = Sᵀ): X <- qf(X - lr (I - X Xᵀ) d (core coreᵀ)⁻¹).
+// X [m, r] is U (core = S) or V (core = Sᵀ): X <- qf(X - lr (I - X Xᵀ) d (core coreᵀ)⁻¹), without the inverse
+// if precondition is 0.
 template <class T>
 bool prepare_factor(Update& u, Workspace& workspace) {
   const int64_t m = u.rows, r = u.rank;
@@ -280,7 +290,7 @@ bool prepare_factor(Update& u, Workspace& workspace) {
   u.transform = keep<T>(Panels<T>::size(2 * r, r), workspace);
   const Found found =
       find_transform(X, direction, m, r, u.role == kU ? S : S.transpose(), u.hyper[kS],
-                     static_cast<T>(u.hyper[u.role].lr), transform_of<T>(u), workspace);
+                     u.hyper[u.role], transform_of<T>(u), workspace);
   if (found != Found::kTrial) return found == Found::kStep;
   T* result = keep<T>(m * r, workspace);
   u.result = result;
@@ -314,7 +324,7 @@ bool prepare_entries(Update& u, Workspace& workspace) {
   return all_finite(result, size);
 }
 
-// Returns false where the layer must stay as it is: a non-finite gradient or result, an all-zero core.
+// Returns false if the layer must not change: a gradient or result is not finite, or a core is all zero.
 template <class T>
 bool prepare(Update& u, Workspace& workspace) {
   u.result = u.transform = nullptr;

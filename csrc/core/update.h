@@ -1,4 +1,4 @@
-// One role of a layer as a step sees it: hyperparameters, arrays and what one part of the step keeps for the next.
+// One role of a layer in a step: hyperparameters, arrays and what prepare() keeps for apply().
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,10 @@ namespace condlr {
 
 enum Role : int { kU = 0, kS = 1, kV = 2, kBias = 3, kRoles = 4 };
 
-// The columns of `hyper` in order; tau, band and sigma_max are read in the row of S only.
+// The columns of `hyper`, in the order of reference.HYPER; precondition is read in the rows of U and V; tau,
+// band and sigma_max in the row of S.
 struct Hyper {
-  double lr, momentum, dampening, weight_decay, nesterov, maximize, fresh, tau, band, sigma_max;
+  double lr, momentum, dampening, weight_decay, nesterov, maximize, fresh, precondition, tau, band, sigma_max;
 };
 constexpr int64_t kHyperColumns = sizeof(Hyper) / sizeof(double);
 
@@ -19,10 +20,11 @@ struct Update {
   int64_t rows, rank;
   void* param;
   const void* grad;
-  void* buffer;        // not read where its momentum is 0
+  void* buffer;        // not read if its momentum is 0
   const void* S;       // of the layer
   const Hyper* hyper;  // of the layer, by Role
-  // kept from prepare() to apply(), in the workspace: the new parameter or, null, how to make it from the old one
+  // kept from prepare() to apply(), in the workspace: the new parameter or, null, how to make it from the old
+  // one
   void* result;
   void* transform;
 };

@@ -469,8 +469,8 @@ def test_the_optimal_band_is_the_frobenius_projection(tau):
 # ---- the step
 
 U, S, V, BIAS = range(4)
-COLUMNS = dict(lr=0.1, momentum=0, dampening=0, weight_decay=0, nesterov=0, maximize=0, fresh=0)
-COLUMNS |= dict(tau=0.1, band=0, sigma_max=INF)
+COLUMNS = dict(lr=0.1, momentum=0, dampening=0, weight_decay=0, nesterov=0, maximize=0, fresh=0, precondition=1)
+COLUMNS |= dict(tau=0.1, band=0, sigma_max=INF)  # in the order of reference.HYPER
 
 
 def hyper(**changes):
@@ -504,7 +504,9 @@ def numpy_step(params, grads, buffers, rows, dtype):
             gram = (core @ core.T).astype(np.float64)
             if h[S]["tau"] == INF:
                 gram += np.eye(len(gram)) * (1e-6 * np.linalg.norm(f64(core), 2)) ** 2
-            D = (d - p @ (p.T @ d)) @ np.linalg.inv(gram).astype(dtype)
+            D = d - p @ (p.T @ d)
+            if o["precondition"]:
+                D = D @ np.linalg.inv(gram).astype(dtype)
             q, r = np.linalg.qr(p - dtype(o["lr"]) * D)
             new[role] = q * np.where(r.diagonal() < 0, -1, 1).astype(dtype)
         elif role == S:
@@ -572,6 +574,8 @@ RULES = {
     "free_below_a_cap": dict(tau=INF, sigma_max=0.9),
     "long_step": dict(lr=30.0),
     "tiny_step": dict(lr=1e-6),
+    "not_preconditioned": dict(precondition=0, momentum=0.9),
+    "long_step_not_preconditioned": dict(precondition=0, lr=3.0),
 }
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.training import begin
+from helpers.study_runs import begin
 
 import condlr_ext
 from condlr_ext import linalg

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers.training import begin, small_split
+from helpers.study_runs import begin, small_split
 from torch import nn
 
 import condlr_ext

@@ -16,11 +16,18 @@ def layer_tensors(dtype=torch.float32, m=6, n=5, r=3):
     return [U.contiguous(), torch.eye(r, dtype=dtype), V.contiguous(), torch.zeros(m, dtype=dtype)]
 
 
+def hyper_table(layers, **options):
+    """The table of the step op: the same options, of reference.HYPER, for every layer and role."""
+    hyper = torch.zeros(layers, 4, len(reference.HYPER), dtype=torch.float64)
+    values = dict(lr=0.05, momentum=0.3, precondition=1, tau=0.1, sigma_max=math.inf) | options
+    for column, value in values.items():
+        hyper[..., reference.HYPER.index(column)] = value
+    return hyper
+
+
 def step_arguments(dtype=torch.float32):
     params = layer_tensors(dtype) + layer_tensors(dtype, 4, 4, 2)
-    hyper = torch.zeros(2, 4, 10, dtype=torch.float64)
-    for column, value in {"lr": 0.1, "momentum": 0.3, "tau": 0.1, "sigma_max": math.inf}.items():
-        hyper[..., reference.HYPER.index(column)] = value
+    hyper = hyper_table(2, lr=0.1)
     grads = [torch.randn_like(p) for p in params]
     return params, grads, [torch.zeros_like(p) for p in params], hyper, torch.zeros(2, dtype=torch.int64)
 

@@ -205,7 +205,7 @@ def test_the_steady_step_does_not_wait():
     waiting = {"item", "tolist", "cpu", "numpy", "nonzero", "equal", "synchronize", "isfinite"}
     for function in (
         CondLRSGD.step, CondLRSGD._step_layers, CondLRSGD._step_device, CondLRSGD._counts, CondLRSGD._step_others,
-        CondLRSGD._step_dense, CondLRSGD._master, StepCall.holds, StepCall.run, StepCall.directions, StepCall.gradient,
+        CondLRSGD._step_dense, CondLRSGD._master, StepCall.is_valid_for, StepCall.run, StepCall.directions, StepCall.gradient,
     ):  # fmt: skip
         calls = (
             n for n in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))) if isinstance(n, ast.Call)

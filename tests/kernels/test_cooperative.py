@@ -126,7 +126,7 @@ def test_groups_clip_the_cores_of_a_network(at_once):
     clip = core_clip.CoreClip(views, range(3))
     clip(hyper, info)
     assert at_once == [MEMBERS, MEMBERS] and info.tolist() == [OK] * 3
-    assert clip._wanted.tolist() == [0, 0, 1] and not clip._counters.any()
+    assert clip._active_mask.tolist() == [0, 0, 1] and not clip._counters.any()
     for view, core in zip(views, cores, strict=True):
         torch.testing.assert_close(view.double(), reference.clip_spectrum(core, 0.1), rtol=0, atol=2e-6)
 

@@ -17,6 +17,7 @@ from helpers.matrices import (
     singular_values,
     with_spectrum,
 )
+from helpers.op_arguments import hyper_table
 
 from condlr_ext import ops, reference
 from condlr_ext.reference import BANDS, HYPER
@@ -55,13 +56,6 @@ def copies(tensors, dtype=None):
     return [t.to(dtype or t.dtype).clone() for t in tensors]
 
 
-def table(layers, **options):
-    hyper = torch.zeros(layers, 4, len(HYPER), dtype=torch.float64)
-    for name, value in (dict(lr=0.05, momentum=0.3, tau=0.1, sigma_max=math.inf) | options).items():
-        hyper[..., HYPER.index(name)] = value
-    return hyper
-
-
 def run(params, grads, buffers, hyper):
     skipped = torch.zeros(len(hyper), dtype=torch.int64)
     step.StepPlan(params, grads).run(params, grads, buffers, hyper, skipped)
@@ -86,7 +80,7 @@ def test_ten_steps_of_training(dtype, monkeypatch):
     """With momentum that starts, weight decay and other gradients at every step."""
     params, _, buffers = network(dtype)
     exact, plain = ((copies(params, d), copies(buffers, d)) for d in (torch.float64, dtype))
-    hyper = table(len(SHAPES), momentum=0.9, weight_decay=1e-3, fresh=1)
+    hyper = hyper_table(len(SHAPES), momentum=0.9, weight_decay=1e-3, fresh=1)
     skipped = torch.zeros(len(SHAPES), dtype=torch.int64)
     ours = step.StepPlan(params, params)
     for i in range(10):
@@ -123,6 +117,7 @@ OPTIONS = [
     dict(band=1),
     dict(band=2),
     dict(lr=30.0),  # too long for one pass in float64
+    dict(precondition=0),
 ]
 
 
@@ -131,7 +126,7 @@ def test_float64_is_the_reference(options):
     shapes = SHAPES[:4]
     params, grads, buffers = network(torch.float64, shapes)
     expected, expected_buffers = copies(params), copies(buffers)
-    hyper = table(len(shapes), **options)
+    hyper = hyper_table(len(shapes), **options)
     assert not run(params, grads, buffers, hyper).any()
     assert not reference_step(expected, grads, expected_buffers, hyper).any()
     for got, want in zip(params + buffers, expected + expected_buffers, strict=True):
@@ -142,7 +137,7 @@ def test_options_differ_between_layers():
     params, grads, buffers = network(torch.float64, SHAPES[:3])
     expected, expected_buffers = copies(params), copies(buffers)
     hyper = torch.cat(
-        [table(1, lr=0.1 * i, tau=0.2 * i, band=i, momentum=0.3 * i, sigma_max=2.0 - i / 2) for i in range(3)]
+        [hyper_table(1, lr=0.1 * i, tau=0.2 * i, band=i, momentum=0.3 * i, sigma_max=2.0 - i / 2) for i in range(3)]
     )
     assert not run(params, grads, buffers, hyper).any()
     reference_step(expected, grads, expected_buffers, hyper)
@@ -154,7 +149,7 @@ def test_options_differ_between_layers():
 def test_huge_steps_stay_orthonormal(size):
     """One pass of Cholesky-QR does up to 1e3 or so, Householder's reflections the rest."""
     params, grads, buffers = network(torch.float32, SHAPES[:3])
-    hyper = table(3, lr=size)
+    hyper = hyper_table(3, lr=size)
     exact, exact_buffers = copies(params, torch.float64), copies(buffers, torch.float64)
     reference_step(exact, copies(grads, torch.float64), exact_buffers, hyper)
     ours, skipped = step.StepPlan(params, grads), torch.zeros(3, dtype=torch.int64)
@@ -171,7 +166,7 @@ def test_drift_is_corrected():
     params, grads, buffers = network(torch.float32, SHAPES[:2])
     for X in params[0::4] + params[2::4]:
         X += 1e-2 * torch.randn_like(X) / len(X) ** 0.5
-    run(params, [0 * g for g in grads], [0 * b for b in buffers], table(2))
+    run(params, [0 * g for g in grads], [0 * b for b in buffers], hyper_table(2))
     assert max(non_orthonormality(X) for X in params[0::4] + params[2::4]) <= 1e-6
 
 
@@ -181,7 +176,7 @@ def test_non_finite_gradient_leaves_that_layer_untouched(role, value):
     params, grads, buffers = network(torch.float32, SHAPES[:3])
     grads[4 + role].view(-1)[-1] = value
     before, before_buffers = copies(params), copies(buffers)
-    hyper, skipped = table(3), torch.tensor([0, 5, 0])
+    hyper, skipped = hyper_table(3), torch.tensor([0, 5, 0])
     step.StepPlan(params, grads).run(params, grads, buffers, hyper, skipped)
     assert skipped.tolist() == [0, 6, 0]
     for i in range(12):
@@ -201,12 +196,22 @@ def test_layers_that_cannot_move_are_counted(why):
         grads[4].fill_(3e38)
     else:
         grads[7].fill_(3e38)
-    hyper = table(3, lr=0.5, **(dict(fresh=1) if why != "overflow in a buffer" else dict(momentum=0.9, maximize=1)))
+    hyper = hyper_table(
+        3, lr=0.5, **(dict(fresh=1) if why != "overflow in a buffer" else dict(momentum=0.9, maximize=1))
+    )
     buffers[7].fill_(-3e38)
     before = copies(params)
     assert run(params, grads, buffers, hyper).tolist() == [0, 1, 0]
     assert all(torch.equal(p, q) for p, q in zip(params[4:8], before[4:8], strict=True))
     assert not torch.equal(params[0], before[0])
+
+
+def test_a_zero_core_moves_without_its_preconditioner():
+    params, grads, buffers = network(torch.float32, SHAPES[:2])
+    params[1].zero_()
+    before = copies(params)
+    assert not run(params, grads, buffers, hyper_table(2, precondition=0)).any()
+    assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
 @pytest.mark.parametrize("smallest", [0.0, 1e-9])
@@ -216,7 +221,7 @@ def test_a_singular_core_does_no_harm(smallest, tau):
     params, grads, buffers = network(torch.float64, SHAPES[:2])
     params[1] = with_spectrum(torch.tensor([2.0, 1.0, smallest], dtype=torch.float64), 3, 3)
     before = copies(params)
-    assert not run(params, grads, buffers, table(2, tau=tau)).any()
+    assert not run(params, grads, buffers, hyper_table(2, tau=tau)).any()
     assert max(non_orthonormality(params[0]), non_orthonormality(params[2])) < 1e-12
     assert math.isinf(tau) or kappa(params[1]) < 1.1 * (1 + 1e-12)
     assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
@@ -228,7 +233,7 @@ def test_missing_gradients_leave_their_role_alone(present):
     params[7] = grads[7] = buffers[7] = params[7].new_empty(0)  # and a layer without bias
     grads = [g if present >> (i % 4) & 1 else g.new_empty(0) for i, g in enumerate(grads)]
     expected, expected_buffers, before = copies(params), copies(buffers), copies(params + buffers)
-    hyper = table(2)
+    hyper = hyper_table(2)
     assert not run(params, grads, buffers, hyper).any()
     reference_step(expected, grads, expected_buffers, hyper)
     for i, (got, want, old) in enumerate(zip(params + buffers, expected + expected_buffers, before, strict=True)):
@@ -239,7 +244,7 @@ def test_missing_gradients_leave_their_role_alone(present):
 def test_no_momentum_needs_no_buffers():
     params, grads, _ = network(torch.float64, SHAPES[:2])
     expected, empty = copies(params), [p.new_empty(0) for p in params]
-    hyper = table(2, momentum=0.0)
+    hyper = hyper_table(2, momentum=0.0)
     assert not run(params, grads, empty, hyper).any()
     reference_step(expected, grads, empty, hyper)
     for got, want in zip(params, expected, strict=True):
@@ -249,7 +254,7 @@ def test_no_momentum_needs_no_buffers():
 def test_a_plan_follows_its_tensors():
     """Gradients, then everything, somewhere else in memory; and equal input gives equal bits."""
     params, grads, buffers = network(torch.float32, SHAPES[:2])
-    hyper, skipped = table(2), torch.zeros(2, dtype=torch.int64)
+    hyper, skipped = hyper_table(2), torch.zeros(2, dtype=torch.int64)
     ours = step.StepPlan(params, grads)
     one, other = (params, buffers), (copies(params), copies(buffers))
     for _ in range(2):
@@ -264,7 +269,7 @@ def test_a_plan_follows_its_tensors():
 def test_a_captured_run_has_a_table_of_its_own(monkeypatch):
     """Complete, whatever the plan's says, and the plan's stays for steps beside the graph."""
     params, grads, buffers = network(torch.float32, SHAPES[:1])
-    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    hyper, skipped = hyper_table(1), torch.zeros(1, dtype=torch.int64)
     ours, written, write = step.StepPlan(params, grads), [], step.write_pointer_table
     twin, twin_buffers = copies(params), copies(buffers)
     ours.run(params, grads, buffers, hyper, skipped)
@@ -287,7 +292,7 @@ def test_a_captured_run_has_a_table_of_its_own(monkeypatch):
 
 def test_plans_that_graphs_use_are_kept(monkeypatch):
     params, grads, buffers = network(torch.float32, SHAPES[:1])
-    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    hyper, skipped = hyper_table(1), torch.zeros(1, dtype=torch.int64)
     monkeypatch.setattr(step, "capturing", lambda device: True)
     step.step(params, grads, buffers, hyper, skipped)
     monkeypatch.undo()
@@ -299,7 +304,7 @@ def test_plans_that_graphs_use_are_kept(monkeypatch):
 
 def test_hyperparameters_are_read_at_every_step():
     params, grads, buffers = network(torch.float64, SHAPES[:1])
-    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    hyper, skipped = hyper_table(1), torch.zeros(1, dtype=torch.int64)
     ours = step.StepPlan(params, grads)
     ours.run(params, grads, buffers, hyper, skipped)
     before = copies(params)
@@ -314,7 +319,7 @@ def test_eight_launches(monkeypatch):
     """And as many more as it takes to say where things lie, when they have moved; whatever the ranks."""
     shapes = [*SHAPES, (70, 66, 65), (80, 70, 66)]
     params, grads, buffers = network(torch.float32, shapes)
-    hyper, skipped = table(len(shapes)), torch.zeros(len(shapes), dtype=torch.int64)
+    hyper, skipped = hyper_table(len(shapes)), torch.zeros(len(shapes), dtype=torch.int64)
     ours = step.StepPlan(params, grads)
     launched = []
     monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *args, grid, **options: launched.append(kernel))
@@ -343,7 +348,7 @@ def test_clip_of_all_spectra(tau, band, dtype):
     cores = [c.view(r, r) for c, r in zip(together.split([r * r for r in ranks]), ranks, strict=True)]
     before = copies(cores)
     info = torch.full((6,), -1, dtype=torch.int32)
-    core_clip.CoreClip(cores, range(6))(table(6, tau=tau, band=band), info)
+    core_clip.CoreClip(cores, range(6))(hyper_table(6, tau=tau, band=band), info)
     assert (info == 0).all()
     for kind, out, A in zip(kinds, cores, before, strict=True):
         sigma = singular_values(A)  # directions of equal ones, also of zero, are anyone's choice
@@ -365,7 +370,7 @@ def test_clip_of_cores_above_rank_64():
     for core in cores:
         core.copy_(with_spectrum(torch.linspace(1, 1.4, len(core), dtype=torch.float64), *core.shape))
     before = copies(cores, torch.float64)
-    hyper, info = table(6, tau=0.1), torch.full((6,), -1, dtype=torch.int32)
+    hyper, info = hyper_table(6, tau=0.1), torch.full((6,), -1, dtype=torch.int32)
     hyper[4, :, HYPER.index("tau")] = 0.2
     core_clip.CoreClip(cores, [0, 1, 4, 5])(hyper, info)
     assert info.tolist() == [0, 0, -1, -1, 0, 0]
@@ -376,7 +381,7 @@ def test_clip_of_cores_above_rank_64():
 
 def test_reasons_not():
     params, grads, buffers = network(torch.float32, SHAPES[:1])
-    hyper, skipped = table(1), torch.zeros(1, dtype=torch.int64)
+    hyper, skipped = hyper_table(1), torch.zeros(1, dtype=torch.int64)
     op = ops.step.step
     assert op.unsupported_reasons("triton", params, grads, buffers, hyper, skipped) == []
     for broken, text in (
@@ -393,7 +398,7 @@ def test_the_host_does_not_wait():
     waiting = {"item", "tolist", "cpu", "numpy", "nonzero", "bool", "equal", "synchronize", "tensor", "table", "to"}
     for function in (
         step.StepPlan.run,
-        step.StepPlan._find,
+        step.StepPlan._update_pointer_table,
         step._launch,
         core_clip.CoreClip.__call__,
         launch.offsets,

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from helpers.cuda import DEVICE, captured, litter, never_waiting, on_another_stream
 from helpers.matrices import SPECTRA, backward_error, kappa, non_orthonormality, orthonormal, with_spectrum
+from helpers.op_arguments import hyper_table
 
 import condlr_ext
 from condlr_ext import ops, reference
 from condlr_ext.nn import LowRankLayer
 from condlr_ext.optim import CondLRSGD, param_groups
-from condlr_ext.reference import HYPER
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float32_convolutions")]
 
@@ -42,10 +42,7 @@ def tensors(dtype, shapes=SHAPES):
 
 
 def table(layers, **options):
-    hyper = torch.zeros(layers, 4, len(HYPER), dtype=torch.float64)
-    for name, value in (dict(lr=0.01, momentum=0.3, tau=0.1, sigma_max=math.inf) | options).items():
-        hyper[..., HYPER.index(name)] = value
-    return hyper.to(DEVICE)
+    return hyper_table(layers, **(dict(lr=0.01) | options)).to(DEVICE)
 
 
 def counter(layers):
@@ -87,6 +84,7 @@ def test_ten_steps(dtype):
     [
         dict(nesterov=1, momentum=0.9), dict(dampening=0.5, weight_decay=0.1), dict(maximize=1), dict(tau=0.0),
         dict(tau=math.inf), dict(sigma_max=0.9), dict(band=1), dict(band=2), dict(lr=30.0), dict(lr=1e6),
+        dict(precondition=0),
     ],
     ids=str,
 )  # fmt: skip

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.matrices import SPECTRA, kappa, non_orthonormality, orthonormal, with_spectrum
+from helpers.op_arguments import hyper_table
 
 import condlr_ext
 from condlr_ext import linalg, ops, reference
-from condlr_ext.reference import BANDS, HYPER
+from condlr_ext.reference import BANDS
 
 SHAPES = [(6, 5, 3), (40, 40, 7), (17, 100, 17), (64, 9, 9), (1, 3, 1), (130, 70, 33), (3, 3, 3)]
 
@@ -29,14 +30,6 @@ def network(dtype, shapes=SHAPES, bias=True, kind="random"):
     return params, grads, [torch.randn_like(p) for p in params]
 
 
-def table(layers, **options):
-    hyper = torch.zeros(layers, 4, len(HYPER), dtype=torch.float64)
-    values = dict(lr=0.05, momentum=0.3, tau=0.1, sigma_max=math.inf) | options
-    for name, value in values.items():
-        hyper[..., HYPER.index(name)] = value
-    return hyper
-
-
 def run(params, grads, buffers, hyper):
     skipped = torch.zeros(len(hyper), dtype=torch.int64)
     ops.step.step(params, grads, buffers, hyper, skipped)
@@ -45,7 +38,7 @@ def run(params, grads, buffers, hyper):
 
 def numpy_step(params, grads, buffers, options):
     """One layer in float64, from the formulas: QR by Householder, the clip by a full SVD."""
-    o = dict(lr=0.05, momentum=0.3, tau=0.1, sigma_max=math.inf, dampening=0, weight_decay=0) | options
+    o = dict(lr=0.05, momentum=0.3, tau=0.1, sigma_max=math.inf, dampening=0, weight_decay=0, precondition=1) | options
     U, S, V, b = (p.double().numpy() for p in params)
     directions, new_buffers = [], []
     for i, (p, g, B) in enumerate(zip(params, grads, buffers, strict=True)):
@@ -60,7 +53,8 @@ def numpy_step(params, grads, buffers, options):
     def retract(X, D, gram):
         if math.isinf(o["tau"]):
             gram = gram + (1e-6 * np.linalg.norm(S, 2)) ** 2 * np.eye(len(gram))
-        Q, R = np.linalg.qr(X - o["lr"] * (D - X @ (X.T @ D)) @ np.linalg.inv(gram))
+        inverse = np.linalg.inv(gram) if o["precondition"] else np.eye(len(gram))
+        Q, R = np.linalg.qr(X - o["lr"] * (D - X @ (X.T @ D)) @ inverse)
         return Q * np.where(np.diag(R) < 0, -1, 1)
 
     P, sigma, Qh = np.linalg.svd(S - o["lr"] * directions[1])
@@ -89,6 +83,8 @@ OPTIONS = [
     dict(tau=math.inf, sigma_max=0.7),
     dict(sigma_max=0.9),
     dict(lr=30.0),
+    dict(precondition=0),
+    dict(precondition=0, tau=math.inf),
 ]
 
 
@@ -98,7 +94,7 @@ def test_float64_is_the_formula(backend, options):
     expected = [
         numpy_step(params[i : i + 4], grads[i : i + 4], buffers[i : i + 4], options) for i in range(0, len(params), 4)
     ]
-    assert not run(params, grads, buffers, table(len(SHAPES), **options)).any()
+    assert not run(params, grads, buffers, hyper_table(len(SHAPES), **options)).any()
     for layer, new in enumerate(expected):
         at = slice(4 * layer, 4 * layer + 4)
         for got, want in zip((*params[at], *buffers[at]), new, strict=True):
@@ -116,7 +112,7 @@ def test_float32_is_as_accurate_as_plain_pytorch(backend, options, monkeypatch):
         return (U * sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1)).unsqueeze(-2)) @ Vh
 
     ours, theirs = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
-    hyper = table(4, **options)
+    hyper = hyper_table(4, **options)
     for seed in range(10):
         torch.manual_seed(seed)
         params, grads, buffers = network(torch.float32, SHAPES[:4])
@@ -138,7 +134,7 @@ def test_float32_is_as_accurate_as_plain_pytorch(backend, options, monkeypatch):
 @pytest.mark.parametrize("tau", [0.0, 0.1, 0.5])
 def test_bound_and_orthogonality_hold_at_every_step(backend, tau, band, dtype):
     params, grads, buffers = network(dtype, SHAPES[:5])
-    hyper = table(5, tau=tau, band=band)
+    hyper = hyper_table(5, tau=tau, band=band)
     for _ in range(10):
         run(params, [torch.randn_like(g) for g in grads], buffers, hyper)
         for U, S, V, _ in zip(*[iter(params)] * 4, strict=True):
@@ -150,7 +146,7 @@ def test_bound_and_orthogonality_hold_at_every_step(backend, tau, band, dtype):
 def test_huge_steps_stay_orthonormal(backend, size):
     """Where one Cholesky-QR pass would not do: the Gram matrix has a condition number of size²."""
     params, grads, buffers = network(torch.float32, SHAPES[:4])
-    hyper = table(4, lr=size)
+    hyper = hyper_table(4, lr=size)
     assert not run(params, grads, buffers, hyper).any()
     for U, S, V, _ in zip(*[iter(params)] * 4, strict=True):
         assert max(non_orthonormality(U), non_orthonormality(V)) <= 2e-6 and kappa(S) <= 1.1 * (1 + 5e-6)
@@ -161,7 +157,7 @@ def test_drift_is_corrected(backend):
     params, grads, buffers = network(torch.float32, SHAPES[:3])
     for X in params[0::4] + params[2::4]:
         X += 1e-2 * torch.randn_like(X) / len(X) ** 0.5
-    run(params, [0 * g for g in grads], [0 * b for b in buffers], table(3))
+    run(params, [0 * g for g in grads], [0 * b for b in buffers], hyper_table(3))
     assert max(non_orthonormality(X) for X in params[0::4] + params[2::4]) <= 2e-6
 
 
@@ -171,7 +167,7 @@ def test_missing_gradients_leave_their_role_alone(backend):
         before = [p.clone() for p in params]
         before_buffers = [b.clone() for b in buffers]
         grads = [g if present >> (i % 4) & 1 else g.new_empty(0) for i, g in enumerate(grads)]
-        assert not run(params, grads, buffers, table(2)).any()
+        assert not run(params, grads, buffers, hyper_table(2)).any()
         for i, (p, q, b, c) in enumerate(zip(params, before, buffers, before_buffers, strict=True)):
             moved = bool(present >> (i % 4) & 1)
             assert torch.equal(p, q) != moved and torch.equal(b, c) != moved
@@ -184,7 +180,7 @@ def test_no_momentum_needs_no_buffers(backend):
         numpy_step(params[i : i + 4], grads[i : i + 4], [0 * g for g in grads[i : i + 4]], dict(momentum=0))
         for i in (0, 4)
     ]
-    run(params, grads, empty, table(2, momentum=0.0))
+    run(params, grads, empty, hyper_table(2, momentum=0.0))
     for got, want in zip(params, expected[0][:4] + expected[1][:4], strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
@@ -195,7 +191,7 @@ def test_non_finite_gradient_leaves_that_layer_untouched(backend, role, value):
     params, grads, buffers = network(torch.float32, SHAPES[:3])
     grads[4 + role].view(-1)[-1] = value
     before, before_buffers = [p.clone() for p in params], [b.clone() for b in buffers]
-    assert run(params, grads, buffers, table(3)).tolist() == [0, 1, 0]
+    assert run(params, grads, buffers, hyper_table(3)).tolist() == [0, 1, 0]
     for i in range(12):
         untouched = 4 <= i < 8
         assert torch.equal(params[i], before[i]) == untouched
@@ -211,11 +207,19 @@ def test_layers_that_cannot_move_are_counted(backend, why):
         grads[5] = 2 * params[5]
     else:
         grads[4].fill_(3e38)
-    hyper = table(3, fresh=1, lr=0.5)
+    hyper = hyper_table(3, fresh=1, lr=0.5)
     before = [p.clone() for p in params]
     assert run(params, grads, buffers, hyper).tolist() == [0, 1, 0]
     assert all(torch.equal(p, q) for p, q in zip(params[4:8], before[4:8], strict=True))
     assert not torch.equal(params[0], before[0])
+
+
+def test_a_zero_core_moves_without_its_preconditioner(backend):
+    params, grads, buffers = network(torch.float32, SHAPES[:2])
+    params[1].zero_()
+    before = [p.clone() for p in params]
+    assert not run(params, grads, buffers, hyper_table(2, precondition=0)).any()
+    assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
 @pytest.mark.parametrize("smallest", [0.0, 1e-12])
@@ -225,7 +229,7 @@ def test_a_singular_core_is_lifted(backend, smallest):
     params[5] = with_spectrum(torch.tensor([2.0, 1.5, 1.2, 1.1, 1.0, 0.5, smallest], dtype=torch.float64), 7, 7)
     lifted = linalg.clip_spectrum(params[5], 0.1)
     expected = numpy_step([params[4], lifted, *params[6:8]], grads[4:8], buffers[4:8], {})
-    assert not run(params, grads, buffers, table(3)).any()
+    assert not run(params, grads, buffers, hyper_table(3)).any()
     if smallest == 0:
         for got, want in ((params[4], expected[0]), (params[6], expected[2])):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
@@ -235,12 +239,12 @@ def test_a_singular_core_is_lifted(backend, smallest):
 def test_mixed_dtypes_and_layers_without_bias(backend):
     a, b = network(torch.float32, SHAPES[:1]), network(torch.float64, SHAPES[1:3], bias=False)
     params, grads, buffers = ([*x, *y] for x, y in zip(a, b, strict=True))
-    assert not run(params, grads, buffers, table(3)).any()
+    assert not run(params, grads, buffers, hyper_table(3)).any()
     assert all(non_orthonormality(X) < 1e-6 for X in params[0::4])
 
 
 def test_no_layers(backend):
-    assert run([], [], [], table(0)).shape == (0,)
+    assert run([], [], [], hyper_table(0)).shape == (0,)
 
 
 def test_threads_do_not_change_the_result():
@@ -251,7 +255,7 @@ def test_threads_do_not_change_the_result():
             torch.manual_seed(1)
             params, grads, buffers = network(torch.float32)
             with condlr_ext.backend("cpu"):
-                run(params, grads, buffers, table(len(SHAPES)))
+                run(params, grads, buffers, hyper_table(len(SHAPES)))
             results.append(params + buffers)
     finally:
         torch.set_num_threads(threads)
@@ -262,23 +266,23 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
     params, grads, buffers = network(torch.float32, SHAPES[:2])
     before = [p.clone() for p in params]
     for broken, text in (
-        ((params[:7], grads, buffers, table(2)), "4 tensors for each of the 2 layers"),
+        ((params[:7], grads, buffers, hyper_table(2)), "4 tensors for each of the 2 layers"),
         (
-            (params, [*grads[:7], grads[7].double()], buffers, table(2)),
+            (params, [*grads[:7], grads[7].double()], buffers, hyper_table(2)),
             "layer 1: grads of bias must be float32",
         ),
-        ((params, [*grads[:6], grads[6][:2], grads[7]], buffers, table(2)), "layer 1: grads of V must have"),
+        ((params, [*grads[:6], grads[6][:2], grads[7]], buffers, hyper_table(2)), "layer 1: grads of V must have"),
         (
-            (params, grads, [*buffers[:4], buffers[0]] + buffers[5:], table(2)),
+            (params, grads, [*buffers[:4], buffers[0]] + buffers[5:], hyper_table(2)),
             "layer 1: momentum_buffers of U must have",
         ),
-        ((params, grads, buffers, table(2, tau=-1.0)), "tau must be >= 0"),
+        ((params, grads, buffers, hyper_table(2, tau=-1.0)), "tau must be >= 0"),
         (
             (
                 [*params[:7], torch.zeros(4)],
                 [*grads[:7], torch.zeros(4)],
                 [*buffers[:7], torch.zeros(4)],
-                table(2),
+                hyper_table(2),
             ),
             "layer 1: bias must have one element for each of the 40 rows of U",
         ),

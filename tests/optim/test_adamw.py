@@ -9,44 +9,14 @@ import textwrap
 import pytest
 import torch
 from helpers.matrices import kappa, non_orthonormality
+from helpers.training import batches, make_model, train
 from torch import nn
-from torch.nn import functional as F
 
 import condlr_ext
-from condlr_ext import LowRankConv2d, LowRankLinear
+from condlr_ext import LowRankLinear
 from condlr_ext.errors import NonFiniteError
 from condlr_ext.optim import CondLRAdamW, param_groups
 from condlr_ext.optim.adamw import AdamCall
-
-
-def make_model(seed=0, dtype=None):
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        LowRankConv2d(1, 6, 3, padding=1, rank=4, dtype=dtype),
-        nn.ReLU(),
-        nn.Flatten(),
-        LowRankLinear(6 * 16, 12, rank=5, dtype=dtype),
-        nn.ReLU(),
-        nn.Linear(12, 3, dtype=dtype),
-    )
-
-
-def batches(count, dtype=torch.float32, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        x = torch.randn(16, 1, 4, 4, generator=generator)
-        yield x.to(dtype), x.flatten(1)[:, :3].argmax(1)
-
-
-def train(model, optimizer, data):
-    losses = []
-    for x, y in data:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x).float(), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def random_gradients(module, seed):

@@ -1,8 +1,8 @@
 """clip_spectrum of the cores of a whole network, in place: all in one launch, or two for float32.
 
-The first is in float32 and serves the cores that are near their band, as all are after a step; the second, in float64,
-serves the others, which the first has noted. Up to rank 64 one program takes a core, beyond a team of programs does: in
-float32 by matrix products (newton_schulz.py), in float64 by blocks of columns (jacobi.py).
+The first launch, in float32, clips the well-conditioned cores, as all are after a step, and marks the others in an
+active mask; the second clips those in float64. Up to rank 64 one program clips a core, above it a cooperative group
+does: in float32 by matrix products (newton_schulz.py), in float64 by blocks of columns (jacobi.py).
 """
 
 from collections.abc import Sequence
@@ -18,19 +18,18 @@ from ..runtime import cooperative
 from ..runtime.cooperative import barrier, copy, product, reset, timed_out
 from ..runtime.launching import offsets, on, table, variant
 from ..spectral import band, jacobi, newton_schulz
+from . import tables as col
+from .tables import CoreRow
 
-LARGEST_SINGLE = tl.constexpr(jacobi.PAIR)  # columns that one program turns
-# start from the first core, n, layer; the power of two from n on, beyond LARGEST_SINGLE that of the blocks; room
-CORE = ("at", "n", "layer", "rounds", "room", "wide_room")
-_COLUMNS = tl.constexpr(len(CORE))
+LARGEST_SINGLE = tl.constexpr(jacobi.PAIR)  # the largest rank that one program serves
 
 
 class CoreClip:
-    """Clips the cores it was made for as the row of S in hyper says; info as clip_spectrum's.
+    """Clips a fixed list of cores by the tau, band and sigma_max in the rows of S of hyper; info is clip_spectrum's.
 
     Args:
-        cores: of each of these layers [r, r], contiguous, of one dtype; those that will be clipped.
-        layers: which row of hyper and which entry of info is theirs.
+        cores: The cores, each [r, r], contiguous, of one dtype.
+        layers: Their layers, which say where in hyper and info each core's values are.
     """
 
     def __init__(self, cores: Sequence[Tensor], layers: Sequence[int]):
@@ -45,27 +44,27 @@ class CoreClip:
         self._width = triton.next_power_of_2(max([16, *small]))
         self._large = triton.next_power_of_2(max(large, default=0))
         jobs = [newton_schulz.jobs(r, r) for r in large]
-        teams_of = dict(zip(large, cooperative.group_sizes(device, jobs), strict=True)) if large else {}
-        rows, sizes, wide_sizes, programs = [], 0, 0, []
+        group_size_of = dict(zip(large, cooperative.group_sizes(device, jobs), strict=True)) if large else {}
+        rows, size, wide_size, programs = [], 0, 0, []
         for i, (start, r, layer) in enumerate(zip(offsets(base, cores), ranks, layers, strict=True)):
             if r <= LARGEST_SINGLE.value:
-                rounds, members = triton.next_power_of_2(r), 1
-                size = wide_size = 4 * self._width**2
+                rounds, group_size = triton.next_power_of_2(r), 1
+                own = wide = 4 * self._width**2
             else:
                 rounds = triton.next_power_of_2(triton.cdiv(2 * r, jacobi.PAIR))
-                members = teams_of[r]
-                size = newton_schulz.workspace_size(r, r)
-                wide_size = 2 * r * r + self._large + jacobi.workspace_size(r, r, members)
-            rows.append((start, r, layer, rounds, sizes, wide_sizes))
-            sizes, wide_sizes = sizes + size * single, wide_sizes + wide_size
-            programs += [(-r, i, member, members) for member in range(members)]
+                group_size = group_size_of[r]
+                own = newton_schulz.workspace_size(r, r)
+                wide = 2 * r * r + self._large + jacobi.workspace_size(r, r, group_size)
+            rows.append(CoreRow(start, r, layer, rounds, workspace=size, wide_workspace=wide_size))
+            size, wide_size = size + own * single, wide_size + wide
+            programs += [(-r, i, member, group_size) for member in range(group_size)]
         self._cores = table(rows, torch.int64, device)
-        # teams first: all of them run when others still wait for room
+        # groups first: their members must run at the same time
         self._work = table([row[1:] for row in sorted(programs)], torch.int32, device)
-        self._room = torch.empty(sizes, dtype=base.dtype, device=device)
-        self._wide = torch.empty(wide_sizes, dtype=torch.float64, device=device)
+        self._workspace = torch.empty(size, dtype=base.dtype, device=device)
+        self._wide = torch.empty(wide_size, dtype=torch.float64, device=device)
         self._active = torch.zeros(len(cores), jacobi.SWEEPS_OF_BLOCKS, dtype=torch.int32, device=device)
-        self._wanted = torch.zeros(len(cores), dtype=torch.int32, device=device)
+        self._active_mask = torch.zeros(len(cores), dtype=torch.int32, device=device)
         self._counters = cooperative.counters(len(cores), device)
         self._together = cooperative.grid_options(len(programs), len(cores), device)
 
@@ -74,28 +73,35 @@ class CoreClip:
             return
         base = self._base
         with on(base.device):
-            for some in (False, True) if base.dtype == torch.float32 else (False,):
-                dtype = torch.float64 if some else base.dtype
+            for masked in (False, True) if base.dtype == torch.float32 else (False,):
+                dtype = torch.float64 if masked else base.dtype
                 options = config(architecture(base.device), dtype, self._width, self._large) | self._together
                 clip[(len(self._work),)](
-                    self._cores, self._work, hyper, base, self._room, self._wide, self._active, self._wanted,
-                    self._counters, info, SOME=some, **options,
+                    self._cores, self._work, hyper, base, self._workspace, self._wide, self._active, self._active_mask,
+                    self._counters, info, MASKED=masked, **options,
                 )  # fmt: skip
 
 
 @triton.jit
+def _constraint(hyper_ptr, layer):
+    """tau, band and sigma_max of a layer."""
+    row = hyper_ptr + (layer * col.ROLE_COUNT + col.S_ROLE) * col.HYPER_COLUMNS
+    return tl.load(row + col.TAU), tl.load(row + col.BAND), tl.load(row + col.SIGMA_MAX)
+
+
+@triton.jit
 def _clip(
-    core, hyper_ptr, base_ptr, U_ptr, wanted_ptr, info_ptr,
-    SOME: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr,
+    core, hyper_ptr, base_ptr, U_ptr, active_mask_ptr, info_ptr,
+    MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
-    """`clip` of one core up to LARGEST_SINGLE, whose row of cores is at `core` and whose room starts at U."""
+    """Clip a core of rank at most LARGEST_SINGLE. core: its row of cores; U: the start of its workspace."""
     dtype = base_ptr.dtype.element_ty
     own = U_ptr.dtype.element_ty
     V_ptr = U_ptr + R * R
     J_ptr = V_ptr + R * R
     sigma_ptr = J_ptr + R * R
-    n, rounds = tl.load(core + 1).to(tl.int32), tl.load(core + 3).to(tl.int32)
-    scale = jacobi.start(base_ptr + tl.load(core), n, 1, U_ptr, n, V_ptr, n, R, BLOCK)
+    n, rounds = tl.load(core + col.CORE_RANK).to(tl.int32), tl.load(core + col.CORE_ROUNDS).to(tl.int32)
+    scale = jacobi.start(base_ptr + tl.load(core + col.CORE_START), n, 1, U_ptr, n, V_ptr, n, R, BLOCK)
     active = n > 1
     sweeps = 0
     while active & (sweeps < SWEEPS):
@@ -106,7 +112,7 @@ def _clip(
     jacobi.polish(V_ptr, n, n, J_ptr, R, BLOCK)
     tl.debug_barrier()
 
-    S_ptr, layer = base_ptr + tl.load(core), tl.load(core + 2)
+    S_ptr, layer = base_ptr + tl.load(core + col.CORE_START), tl.load(core + col.CORE_LAYER)
     i = tl.arange(0, R)
     real = i < n
     largest = tl.load(sigma_ptr).to(tl.float64)
@@ -115,16 +121,16 @@ def _clip(
     outcome = tl.where(scale == scale, outcome, NOT_FINITE)
     largest = tl.where(usable, largest, 1.0)
     x = tl.where(usable, load_wide(sigma_ptr + i, real), 1.0) / largest
-    wild = 0
-    if not SOME:
-        # rounding errors of a large singular value are large to a small one
-        wild = tl.where((own == tl.float32) & (3 * tl.min(tl.where(real, x, 1.0), 0) < 1), 1, 0)
-        tl.store(wanted_ptr, wild)
-    if wild == 0:
+    ill_conditioned = 0
+    if not MASKED:
+        # rounding errors of a large singular value are large for a small one
+        ill_conditioned = tl.where((own == tl.float32) & (3 * tl.min(tl.where(real, x, 1.0), 0) < 1), 1, 0)
+        tl.store(active_mask_ptr, ill_conditioned)
+    if ill_conditioned == 0:
         tl.store(info_ptr + layer, outcome)
-    if (wild == 0) & (outcome == OK):
-        constraint = hyper_ptr + (layer * 4 + 1) * 10
-        tau, kind, cap = tl.load(constraint + 7), tl.load(constraint + 8), tl.load(constraint + 9) / largest
+    if (ill_conditioned == 0) & (outcome == OK):
+        tau, kind, sigma_max = _constraint(hyper_ptr, layer)
+        cap = sigma_max / largest
         # sigma is known to a few rounding errors of the largest one
         SLACK: tl.constexpr = 8 * 2.0**-52 if own == tl.float64 else 4 * 2.0**-23
         OUT: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
@@ -151,39 +157,42 @@ def _clip(
 
 @triton.jit
 def _clip_by_products(
-    core, hyper_ptr, base_ptr, room_ptr, wide_ptr, wanted_ptr, info_ptr, member, members, counter_ptr,
+    core, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_mask_ptr, info_ptr, member, group_size, counter_ptr,
     POLAR: tl.constexpr, SIGN: tl.constexpr, TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
-    S_ptr, n, layer = base_ptr + tl.load(core), tl.load(core + 1).to(tl.int32), tl.load(core + 2)
-    constraint = hyper_ptr + (layer * 4 + 1) * 10
-    tau, kind, sigma_max = tl.load(constraint + 7), tl.load(constraint + 8), tl.load(constraint + 9)
+    """Clip a larger well-conditioned core in float32, or leave it to the second launch."""
+    S_ptr, layer = base_ptr + tl.load(core + col.CORE_START), tl.load(core + col.CORE_LAYER)
+    n = tl.load(core + col.CORE_RANK).to(tl.int32)
+    tau, kind, sigma_max = _constraint(hyper_ptr, layer)
     good = newton_schulz.clip_by_group(
-        S_ptr, n, 1, n, n, tau, kind, sigma_max, room_ptr, wide_ptr, S_ptr, n, 1, POLAR, SIGN, member, members,
+        S_ptr, n, 1, n, n, tau, kind, sigma_max, workspace_ptr, wide_ptr, S_ptr, n, 1, POLAR, SIGN, member, group_size,
         counter_ptr, TILE, WIDE_TILE, DEPTH, FLAT,
     )  # fmt: skip
     if member == 0:
-        is_lost = timed_out(counter_ptr)  # then S may be anything
-        tl.store(wanted_ptr, tl.where(good | is_lost, 0, 1))
-        if good | is_lost:
-            tl.store(info_ptr + layer, tl.where(is_lost, NOT_CONVERGED, OK))
+        failed = timed_out(counter_ptr)  # then S may be anything
+        tl.store(active_mask_ptr, tl.where(good | failed, 0, 1))
+        if good | failed:
+            tl.store(info_ptr + layer, tl.where(failed, NOT_CONVERGED, OK))
 
 
 @triton.jit
 def _clip_by_blocks(
-    core, hyper_ptr, base_ptr, U_ptr, active_ptr, info_ptr, member, members, counter_ptr,
+    core, hyper_ptr, base_ptr, U_ptr, active_ptr, info_ptr, member, group_size, counter_ptr,
     PAIR: tl.constexpr, LARGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SWEEPS_OF_BLOCKS: tl.constexpr,
 ):  # fmt: skip
+    """Clip a larger core in float64 by its singular value decomposition."""
     dtype = base_ptr.dtype.element_ty
-    S_ptr, n, layer = base_ptr + tl.load(core), tl.load(core + 1).to(tl.int32), tl.load(core + 2)
-    blocks = tl.load(core + 3).to(tl.int32)
+    S_ptr, layer = base_ptr + tl.load(core + col.CORE_START), tl.load(core + col.CORE_LAYER)
+    n, blocks = tl.load(core + col.CORE_RANK).to(tl.int32), tl.load(core + col.CORE_ROUNDS).to(tl.int32)
     V_ptr = U_ptr + n * n
     sigma_ptr = V_ptr + n * n
     T_ptr = sigma_ptr + LARGE
     other_ptr = T_ptr + n * n
     info_ptr += layer
     jacobi.svd_by_group(
-        S_ptr, n, 1, U_ptr, n, sigma_ptr, V_ptr, n, T_ptr, active_ptr, info_ptr, blocks, member, members, counter_ptr,
+        S_ptr, n, 1, U_ptr, n, sigma_ptr, V_ptr, n, T_ptr, active_ptr, info_ptr, blocks, member, group_size,
+        counter_ptr,
         PAIR, LARGE, BLOCK, TILE, SWEEPS_OF_BLOCKS,
     )  # fmt: skip
     outcome = tl.load(info_ptr)
@@ -192,21 +201,21 @@ def _clip_by_blocks(
         i = tl.arange(0, LARGE)
         real = i < n
         x = load_wide(sigma_ptr + i, real) / largest
-        constraint = hyper_ptr + (layer * 4 + 1) * 10
-        tau, kind, cap = tl.load(constraint + 7), tl.load(constraint + 8), tl.load(constraint + 9) / largest
+        tau, kind, sigma_max = _constraint(hyper_ptr, layer)
+        cap = sigma_max / largest
         OUT: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
         shift, in_band, _, _ = band.band_shifts(sigma_ptr, x, real, n, tau, kind, cap, OUT, 8 * 2.0**-52, LARGE, BLOCK)
-        barrier(counter_ptr, members)  # all have read sigma
+        barrier(counter_ptr, group_size)  # all have read sigma
         if not in_band:
             if member == 0:
                 tl.store(sigma_ptr + i, shift * largest, mask=real)
-            copy(V_ptr, 1, n, T_ptr, n, 1, n, n, 1.0, member, members, counter_ptr, TILE * BLOCK)
-            for row in range(member, n, members):
+            copy(V_ptr, 1, n, T_ptr, n, 1, n, n, 1.0, member, group_size, counter_ptr, TILE * BLOCK)
+            for row in range(member, n, group_size):
                 moved = load_wide(U_ptr + row * n + i, real) * load_wide(sigma_ptr + i, real)
                 tl.store(other_ptr + row * n + i, moved, mask=real)
-            barrier(counter_ptr, members)
+            barrier(counter_ptr, group_size)
             product(
-                other_ptr, T_ptr, S_ptr, S_ptr, n, n, n, 1, 1.0, 1.0, 0.0, member, members, counter_ptr,
+                other_ptr, T_ptr, S_ptr, S_ptr, n, n, n, 1, 1.0, 1.0, 0.0, member, group_size, counter_ptr,
                 False, tl.float64, TILE, 16,
             )  # fmt: skip
     elif (outcome == OK) & (member == 0):
@@ -215,68 +224,70 @@ def _clip_by_blocks(
 
 @triton.jit
 def clip(
-    cores_ptr, work_ptr, hyper_ptr, base_ptr, room_ptr, wide_ptr, active_ptr, wanted_ptr, counter_ptr, info_ptr,
-    SOME: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr, LARGE: tl.constexpr,
+    cores_ptr, work_ptr, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_ptr, active_mask_ptr, counter_ptr,
+    info_ptr,
+    MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr, LARGE: tl.constexpr,
     PAIR: tl.constexpr, SWEEPS_OF_BLOCKS: tl.constexpr, POLAR: tl.constexpr, SIGN: tl.constexpr, TILE: tl.constexpr,
     WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """S + U diag(shift) Vᵀ for every core S [n, n], n <= R, or n <= LARGE where there are such.
+    """S + U diag(shift) Vᵀ for every core S [n, n]; n <= R, or n <= LARGE if LARGE > 0.
 
-    work: core, member and members of a team; one program for each row. SOME: only the cores that are wanted, in
-    float64. Else what float32 is not enough for comes to be so, and is left as it is.
+    work, a row per program: core, member, size of its group. MASKED: clip the cores of the active mask, in float64.
+    Otherwise clip all, in the dtype of base, and put those into the mask for which float32 is not enough.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * 3
-    index, member, members = tl.load(work).to(tl.int64), tl.load(work + 1), tl.load(work + 2)
-    core = cores_ptr + index * _COLUMNS
-    wanted_ptr += index
+    index, member, group_size = tl.load(work).to(tl.int64), tl.load(work + 1), tl.load(work + 2)
+    core = cores_ptr + index * col.CORE_COLUMNS
+    active_mask_ptr += index
     counter_ptr += 2 * index
-    wanted = True
-    if SOME:
-        wanted = tl.load(wanted_ptr) != 0
-    if wanted:
-        single: tl.constexpr = (base_ptr.dtype.element_ty == tl.float32) and not SOME
-        room_ptr += tl.load(core + 4)
-        wide_ptr += tl.load(core + 5)
-        own_ptr = room_ptr if single else wide_ptr
+    active = True
+    if MASKED:
+        active = tl.load(active_mask_ptr) != 0
+    if active:
+        single: tl.constexpr = (base_ptr.dtype.element_ty == tl.float32) and not MASKED
+        workspace_ptr += tl.load(core + col.CORE_WORKSPACE)
+        wide_ptr += tl.load(core + col.CORE_WIDE_WORKSPACE)
+        own_ptr = workspace_ptr if single else wide_ptr
         if LARGE == 0:
-            _clip(core, hyper_ptr, base_ptr, own_ptr, wanted_ptr, info_ptr, SOME, R, BLOCK, SWEEPS)
-        elif tl.load(core + 1) <= LARGEST_SINGLE:
-            _clip(core, hyper_ptr, base_ptr, own_ptr, wanted_ptr, info_ptr, SOME, R, BLOCK, SWEEPS)
+            _clip(core, hyper_ptr, base_ptr, own_ptr, active_mask_ptr, info_ptr, MASKED, R, BLOCK, SWEEPS)
+        elif tl.load(core + col.CORE_RANK) <= LARGEST_SINGLE:
+            _clip(core, hyper_ptr, base_ptr, own_ptr, active_mask_ptr, info_ptr, MASKED, R, BLOCK, SWEEPS)
         elif single:
             _clip_by_products(
-                core, hyper_ptr, base_ptr, room_ptr, wide_ptr, wanted_ptr, info_ptr, member, members,
+                core, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_mask_ptr, info_ptr, member, group_size,
                 counter_ptr, POLAR, SIGN, TILE, WIDE_TILE, DEPTH, FLAT,
             )  # fmt: skip
         else:
             _clip_by_blocks(
-                core, hyper_ptr, base_ptr, wide_ptr, active_ptr + index * SWEEPS_OF_BLOCKS, info_ptr, member, members,
-                counter_ptr, PAIR, LARGE, BLOCK, WIDE_TILE, SWEEPS_OF_BLOCKS,
+                core, hyper_ptr, base_ptr, wide_ptr, active_ptr + index * SWEEPS_OF_BLOCKS, info_ptr, member,
+                group_size, counter_ptr, PAIR, LARGE, BLOCK, WIDE_TILE, SWEEPS_OF_BLOCKS,
             )  # fmt: skip
-        reset(counter_ptr, members)
+        reset(counter_ptr, group_size)
 
 
 def config(architecture: str, dtype: torch.dtype, width: int, large: int) -> dict:
+    """Return the constexprs and options of `clip` for ranks up to width, or up to large if that is not 0."""
     name = "fp64" if dtype == torch.float64 else "fp32"
     options = dict(R=width, SWEEPS=jacobi.SWEEPS, LARGE=large, PAIR=jacobi.PAIR)
     options |= dict(SWEEPS_OF_BLOCKS=jacobi.SWEEPS_OF_BLOCKS, POLAR=newton_schulz.POLAR, SIGN=newton_schulz.SIGN)
     products = newton_schulz.config(architecture)
     options |= dict(FLAT=products.pop("BLOCK")) | products
-    # as many warps as the larger kind of work takes
+    # the warps of the larger kind of work
     return options | jacobi.config(architecture, name, jacobi.PAIR if large else width)
 
 
 def variants(architecture: str):
-    """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
+    """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
     types = dict(cores_ptr="*i64", work_ptr="*i32", hyper_ptr="*fp64", wide_ptr="*fp64", counter_ptr="*i64")
-    types |= dict.fromkeys(("active_ptr", "wanted_ptr", "info_ptr"), "*i32")
-    for base, dtype, some in (
+    types |= dict.fromkeys(("active_ptr", "active_mask_ptr", "info_ptr"), "*i32")
+    for base, dtype, masked in (
         ("fp32", torch.float32, False),
         ("fp32", torch.float64, True),
         ("fp64", torch.float64, False),
     ):
-        types |= dict.fromkeys(("base_ptr", "room_ptr"), f"*{base}")
+        types |= dict.fromkeys(("base_ptr", "workspace_ptr"), f"*{base}")
         for width, large in ((16, 0), (32, 0), (64, 0), (16, 512), (32, 512), (64, 512)):
-            options = dict(SOME=some) | config(architecture, dtype, width, large)
-            # in double, and where both kinds of work are at their widest, the registers are missed by a little
+            options = dict(MASKED=masked) | config(architecture, dtype, width, large)
+            # float64, and both kinds of work at their widest, spill a few registers
             default = dtype == torch.float32 and (width == 32 or not large)
             yield variant(clip, types, options)[:-1] + (default,)

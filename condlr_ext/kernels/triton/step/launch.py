@@ -1,18 +1,21 @@
-"""The step op by Triton: what is launched for a whole network, over which tables, in which memory.
+"""The step op by Triton: tables, workspace and launches for a whole network.
 
 Eight launches, whatever the number of layers, and with momentum or without: see network_step.py. Nothing waits for the
-device, and after the first step with the same parameters nothing is allocated. Where gradients have moved, as they may
-from step to step, a launch for every eight layers tells the device so; a captured graph tells it where everything is.
+device, and after the first step with the same parameters nothing is allocated. Where tensors have moved, as gradients
+may at every step, one more launch for every 32 of them updates the pointer table; a captured graph writes all of it.
 """
 
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ....reference import ROLES
 from ..qr import cholesky_qr
 from ..runtime.launching import (
     capturing,
@@ -26,23 +29,73 @@ from ..runtime.launching import (
 )
 from . import network_step
 from .core_clip import CoreClip
+from .tables import FactorRow, LayerRow
 
 # Up to here ‖YᵀY - I‖_F costs one pass of Cholesky-QR in float64 no digits that the parameters hold
 _FAR = {torch.float32: 1e7, torch.float64: 1.0}
+_U, _S, _V, _BIAS = range(len(ROLES))
+
+
+class _Factor(NamedTuple):
+    """U or V of a layer, with a gradient."""
+
+    index: int  # 2 layer for U, 2 layer + 1 for V
+    slot: int  # where it is in params
+    S: int  # where its core is
+    rows: int
+    rank: int
+
+
+class _Allocator:
+    """Offsets into memory that is allocated later, in one piece."""
+
+    def __init__(self):
+        self.size = 0
+
+    def take(self, size: int) -> int:
+        """Return the offset of the next `size` elements; it is aligned for vector loads."""
+        start = self.size
+        self.size += math.ceil(size / 32) * 32
+        return start
+
+
+@dataclass
+class _Tables:
+    """What a plan uploads: rows of the tables, jobs of `products`, and the work lists of the kernels."""
+
+    section: int  # length of each of the sections params, grads, buffers of the pointer table
+    factors: list[FactorRow]
+    layers: list[LayerRow]
+    trial_points: list[int] = field(default_factory=list)  # the last section of the pointer table
+    first_jobs: list[cholesky_qr.ProductJob] = field(default_factory=list)
+    first_work: list[tuple] = field(default_factory=list)
+    prepare_work: list[tuple] = field(default_factory=list)
+    trial_work: list[tuple] = field(default_factory=list)
+    gram_jobs: list[cholesky_qr.ProductJob] = field(default_factory=list)
+    gram_work: list[tuple] = field(default_factory=list)
+    decide_work: list[tuple] = field(default_factory=list)
+    finish_work: list[tuple] = field(default_factory=list)
+    wide: _Allocator = field(default_factory=_Allocator)
+    Y: _Allocator = field(default_factory=_Allocator)
+    trial_cores: _Allocator = field(default_factory=_Allocator)
+
+    def entries(self, slot: int) -> tuple[int, int, int]:
+        """Return the entries of a parameter, its gradient and its buffer in the pointer table."""
+        return slot, self.section + slot, 2 * self.section + slot
 
 
 class StepPlan:
-    """Tables and memory for steps of a network of one device and dtype, for as long as its tensors keep their shapes.
-
-    Args:
-        params, grads: as the step op takes them, 4 L tensors, all contiguous, float32 or float64. Which of them are
-            empty must not change.
+    """Tables and workspace for steps of a network of one device and dtype, while its tensors keep their shapes.
 
     Building it waits for the device, running it never does. A captured graph uses the memory of the plan, which must
     outlive it; hyper and skipped must be on the device.
 
+    Args:
+        params: As the step op takes them, 4 L tensors, all contiguous, float32 or float64.
+        grads: Their gradients. Which of them are empty must not change.
+
     Attributes:
-        captured: whether a run of it has been.
+        captured: Whether a run of it has been captured.
     """
 
     captured = False
@@ -50,123 +103,154 @@ class StepPlan:
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]):
         self.device, self.dtype = params[0].device, params[0].dtype
         self.layout = layout(params, grads)
-        count = len(params) // 4
-        ranks = [params[4 * layer].shape[1] for layer in range(count)]
+        layers = len(params) // len(ROLES)
+        ranks = [S.shape[0] for S in params[_S :: len(ROLES)]]
         self._tile = cholesky_qr.width(max(ranks))
-        block = cholesky_qr.product_options(self._tile)["BLOCK"]
-        rows = cholesky_qr.solve_options()["ROWS"]
+        tables = _Tables(pointer_table_size(len(params)), [FactorRow()] * (2 * layers), [LayerRow()] * layers)
+        self._factor_tables(tables, params, grads)
+        cores = self._core_tables(tables, params, grads)
+        self._upload(tables, params[0])
+        blocks = [self._trial[at : at + ranks[i] ** 2].view(ranks[i], ranks[i]) for i, at in cores.items()]
+        self._clip = CoreClip(blocks, list(cores))
+        self._state = torch.zeros(2 * layers, dtype=torch.int32, device=self.device)
+        self._bias_state = torch.zeros(layers, dtype=torch.int32, device=self.device)
+        self._info = torch.zeros(layers, dtype=torch.int32, device=self.device)
 
-        # factor 2 l is U of layer l, factor 2 l + 1 its V
-        factors = {
-            2 * layer + i: (4 * layer + role, params[4 * layer + role].shape[0], ranks[layer])
-            for layer in range(count)
-            for i, role in enumerate((0, 2))
-            if grads[4 * layer + role].numel()
-        }
-        sides = {f: tiles(r, self._tile) for f, (_, _, r) in factors.items()}
+    def _factor_tables(self, tables: _Tables, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Add the rows, jobs and work of every U and V with a gradient."""
+        block = cholesky_qr.product_options(self._tile)["BLOCK"]
+        rows_per_program = cholesky_qr.solve_options()["ROWS"]
+        factors = [
+            _Factor(2 * (at // len(ROLES)) + side, at + role, at + _S, *params[at + role].shape)
+            for at in range(0, len(params), len(ROLES))
+            for side, role in enumerate((_U, _V))
+            if grads[at + role].numel()
+        ]
+        sides = {f: tiles(f.rank, self._tile) for f in factors}
         square = {f: [(i, j) for i in side for j in side] for f, side in sides.items()}
         lower = {f: [(i, j) for i, j in square[f] if j <= i] for f in factors}
         per_overlap, per_gram = (
-            rows_per_split([(m, len(t[f])) for f, (_, m, _) in factors.items()], block, self.device)
-            for t in (square, lower)
+            rows_per_split([(f.rows, len(t[f])) for f in factors], block, self.device) for t in (square, lower)
         )
-
-        section = pointer_table_size(4 * count)
-        pointer_table = [0] * 3 * section
-        wide = _Room()
-        trial_points, trial_cores = _Room(), _Room()
-        factor_rows = [[0] * len(network_step.FACTOR) for _ in range(2 * count)]
-        layer_rows = [[0] * len(network_step.LAYER) for _ in range(count)]
-        firsts, grams = [], []  # jobs of `products`
-        first_work, gram_work, prepare_work, trial_work, factor_work, finish_work = [], [], [], [], [], []
-        # long programs first
-        prepare_work += [(network_step.PRECONDITION.value, f, 0) for f in factors]
-        for f, (slot, m, r) in factors.items():
-            S = f // 2 * 4 + 1
-            overlaps, splits = len(tiles(m, per_overlap)), len(tiles(m, per_gram))
-            y = len(pointer_table)
-            pointer_table.append(trial_points.take(m * r))
-            parts, overlap, core, core_L, gram, L = (wide.take(n * r * r) for n in (overlaps, 1, 1, 1, splits, 1))
-            factor_rows[f] = [
-                slot, section + slot, 2 * section + slot, y, m, r, slot, parts, overlaps, overlap, core, core_L, gram,
-                splits, L,
+        # the longest programs come first
+        tables.prepare_work += [(network_step.MAKE_PRECONDITIONER.value, f.index, 0) for f in factors]
+        tables.finish_work += [(network_step.RESCUE_FACTOR.value, f.index, 0) for f in factors]
+        for f in factors:
+            m, r = f.rows, f.rank
+            x, grad, buffer = tables.entries(f.slot)
+            trial = 3 * tables.section + len(tables.trial_points)
+            tables.trial_points.append(tables.Y.take(m * r))
+            overlap_splits, gram_splits = len(tiles(m, per_overlap)), len(tiles(m, per_gram))
+            row = FactorRow(
+                x=x,
+                grad=grad,
+                buffer=buffer,
+                trial=trial,
+                rows=m,
+                rank=r,
+                hyper=f.slot,
+                overlap_parts=tables.wide.take(overlap_splits * r * r),
+                overlap_splits=overlap_splits,
+                overlap=tables.wide.take(r * r),
+                core=tables.wide.take(r * r),
+                core_L=tables.wide.take(r * r),
+                gram=tables.wide.take(gram_splits * r * r),
+                gram_splits=gram_splits,
+                L=tables.wide.take(r * r),
+            )
+            tables.factors[f.index] = row
+            core_row, core_col = (1, r) if f.slot % len(ROLES) == _U else (r, 1)
+            tables.first_jobs += [
+                cholesky_qr.ProductJob(
+                    a=x, a_row=r, a_col=1, b=grad, b_row=r, b_col=1, h=buffer, rows=m, p=r, q=r,
+                    per_split=per_overlap, out=row.overlap_parts, hyper=f.slot,
+                ),
+                cholesky_qr.ProductJob(
+                    a=f.S, a_row=core_row, a_col=core_col, b=f.S, b_row=core_row, b_col=core_col, h=f.S, rows=r, p=r,
+                    q=r, per_split=r, out=row.core, hyper=-1,
+                ),
             ]  # fmt: skip
-            g, b = section + slot, 2 * section + slot
-            transposed = (1, r) if f % 2 == 0 else (r, 1)
-            firsts.append((slot, r, 1, g, r, 1, b, m, r, r, per_overlap, parts, slot))
-            firsts.append((S, *transposed, S, *transposed, S, r, r, r, r, core, -1))
-            grams.append((y, r, 1, y, r, 1, y, m, r, r, per_gram, gram, -1))
-            first_work += [(len(firsts) - 2, i, j, s) for i, j in square[f] for s in range(overlaps)]
-            first_work += [(len(firsts) - 1, i, j, 0) for i, j in square[f]]
-            gram_work += [(len(grams) - 1, i, j, s) for i, j in lower[f] for s in range(splits)]
-            prepare_work += [(network_step.OVERLAP.value, f, i) for i in tiles(r * r, network_step.BLOCK)]
-            trial_work += [(f, i) for i in tiles(m, rows)]
-            factor_work.append((f,))
-            finish_work += [(network_step.ROWS_OF_FACTOR.value, f, i) for i in tiles(m, rows)]
-        finish_work = [(network_step.WHOLE_FACTOR.value, f, 0) for f in factors] + finish_work  # the longest first
-        cores = {}
-        # by rank: the longest first, and cores of one rank at equal distances
-        for layer, r in sorted(enumerate(ranks), key=lambda pair: -pair[1]):
-            at = 4 * layer
-            if not any(g.numel() for g in grads[at : at + 4]):
-                continue
-            row = layer_rows[layer]
-            finish_work.append((network_step.REST_OF_LAYER.value, layer, 0))
-            if grads[at + 1].numel():
-                cores[layer] = trial_cores.take(r * r)
-                row[:5] = [at + 1, section + at + 1, 2 * section + at + 1, r, cores[layer]]
-                prepare_work += [(network_step.CORE.value, layer, i) for i in tiles(r * r, network_step.BLOCK)]
-            if grads[at + 3].numel():
-                row[5:] = [at + 3, section + at + 3, 2 * section + at + 3, params[at + 3].numel()]
-                prepare_work.append((network_step.BIAS.value, layer, 0))
+            tables.gram_jobs.append(
+                cholesky_qr.ProductJob(
+                    a=trial, a_row=r, a_col=1, b=trial, b_row=r, b_col=1, h=trial, rows=m, p=r, q=r,
+                    per_split=per_gram, out=row.gram, hyper=-1,
+                )
+            )  # fmt: skip
+            overlap_job, core_job = len(tables.first_jobs) - 2, len(tables.first_jobs) - 1
+            tables.first_work += [(overlap_job, i, j, split) for i, j in square[f] for split in range(overlap_splits)]
+            tables.first_work += [(core_job, i, j, 0) for i, j in square[f]]
+            gram_job = len(tables.gram_jobs) - 1
+            tables.gram_work += [(gram_job, i, j, split) for i, j in lower[f] for split in range(gram_splits)]
+            blocks = tiles(r * r, network_step.BLOCK)
+            tables.prepare_work += [(network_step.SUM_OVERLAP.value, f.index, i) for i in blocks]
+            tables.trial_work += [(f.index, i) for i in tiles(m, rows_per_program)]
+            tables.decide_work.append((f.index,))
+            tables.finish_work += [(network_step.MOVE_ROWS.value, f.index, i) for i in tiles(m, rows_per_program)]
 
+    def _core_tables(self, tables: _Tables, params: Sequence[Tensor], grads: Sequence[Tensor]) -> dict[int, int]:
+        """Add the rows and work of cores and biases; return where the trial core of each layer starts."""
+        cores = {}
+        ranks = [S.shape[0] for S in params[_S :: len(ROLES)]]
+        # by rank: the longest programs come first, and cores of one rank are at equal distances
+        for layer, r in sorted(enumerate(ranks), key=lambda pair: -pair[1]):
+            at = len(ROLES) * layer
+            if not any(g.numel() for g in grads[at : at + len(ROLES)]):
+                continue
+            row = {}
+            if grads[at + _S].numel():
+                cores[layer] = tables.trial_cores.take(r * r)
+                row |= dict(zip(("S", "S_grad", "S_buffer"), tables.entries(at + _S), strict=True))
+                row |= dict(rank=r, trial=cores[layer])
+                blocks = tiles(r * r, network_step.BLOCK)
+                tables.prepare_work += [(network_step.TRY_CORE.value, layer, i) for i in blocks]
+            if grads[at + _BIAS].numel():
+                row |= dict(zip(("bias", "bias_grad", "bias_buffer"), tables.entries(at + _BIAS), strict=True))
+                row |= dict(bias_length=params[at + _BIAS].numel())
+                tables.prepare_work.append((network_step.CHECK_BIAS.value, layer, 0))
+            tables.layers[layer] = LayerRow(**row)
+            tables.finish_work.append((network_step.REST_OF_LAYER.value, layer, 0))
+        return cores
+
+    def _upload(self, tables: _Tables, base: Tensor) -> None:
+        """Copy the tables to the device and allocate the workspace."""
         int32 = functools.partial(table, dtype=torch.int32, device=self.device)
         int64 = functools.partial(table, dtype=torch.int64, device=self.device)
-        self._section, self._known = section, [None] * 3
-        self._pointer_table = int64([pointer_table])[0]
-        self._factors, self._layers, self._firsts, self._grams = map(int64, (factor_rows, layer_rows, firsts, grams))
-        self._first_work, self._gram_work, self._prepare_work = map(int32, (first_work, gram_work, prepare_work))
-        self._trial_work, self._factor_work, self._finish_work = map(int32, (trial_work, factor_work, finish_work))
-        self._wide = torch.empty(wide.size, dtype=torch.float64, device=self.device)
-        self._Y = params[0].new_empty(trial_points.size)
-        self._trial = params[0].new_empty(trial_cores.size)
-        blocks = [self._trial[at : at + ranks[i] ** 2].view(ranks[i], ranks[i]) for i, at in cores.items()]
-        self._clip = CoreClip(blocks, list(cores))
-        self._state = torch.zeros(2 * count, dtype=torch.int32, device=self.device)
-        self._bias_state = torch.zeros(count, dtype=torch.int32, device=self.device)
-        self._info = torch.zeros(count, dtype=torch.int32, device=self.device)
+        self._section, self._known = tables.section, [None] * 3
+        self._pointer_table = int64([[0] * 3 * tables.section + tables.trial_points])[0]
+        self._factors, self._layers = int64(tables.factors), int64(tables.layers)
+        self._first_jobs, self._gram_jobs = int64(tables.first_jobs), int64(tables.gram_jobs)
+        self._first_work, self._prepare_work = int32(tables.first_work), int32(tables.prepare_work)
+        self._trial_work, self._gram_work = int32(tables.trial_work), int32(tables.gram_work)
+        self._decide_work, self._finish_work = int32(tables.decide_work), int32(tables.finish_work)
+        self._wide = torch.empty(tables.wide.size, dtype=torch.float64, device=self.device)
+        self._Y = base.new_empty(tables.Y.size)
+        self._trial = base.new_empty(tables.trial_cores.size)
 
     def run(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor], hyper: Tensor,
         skipped: Tensor,
     ) -> None:  # fmt: skip
-        """One step, as the step op."""
+        """Take one step, as the step op does."""
         base, wide = params[0], self._wide
         products = cholesky_qr.product_options(self._tile)
         with on(self.device):
-            pointer_table = self._find(base, params, grads, buffers)
+            pointer_table = self._update_pointer_table(base, params, grads, buffers)
             _launch(cholesky_qr.products, self._first_work)(
-                pointer_table, self._firsts, self._first_work, hyper, base, base, wide, **products
+                pointer_table, self._first_jobs, self._first_work, hyper, base, base, wide, **products
             )
             _launch(network_step.prepare, self._prepare_work)(
                 pointer_table, self._factors, self._layers, self._prepare_work, hyper, base, wide, self._trial,
                 self._state, self._bias_state, **network_step.prepare_options(),
             )  # fmt: skip
             _launch(network_step.trial, self._trial_work)(
-                pointer_table,
-                self._factors,
-                self._trial_work,
-                hyper,
-                base,
-                wide,
-                self._Y,
+                pointer_table, self._factors, self._trial_work, hyper, base, wide, self._Y,
                 **cholesky_qr.solve_options(),
-            )
+            )  # fmt: skip
             _launch(cholesky_qr.products, self._gram_work)(
-                pointer_table, self._grams, self._gram_work, hyper, self._Y, self._Y, wide, **products
+                pointer_table, self._gram_jobs, self._gram_work, hyper, self._Y, self._Y, wide, **products
             )
-            _launch(network_step.decide, self._factor_work)(
-                self._factors, self._factor_work, wide, self._state, _FAR[self.dtype],
+            _launch(network_step.decide, self._decide_work)(
+                self._factors, self._decide_work, wide, self._state, _FAR[self.dtype],
                 **cholesky_qr.factor_options(),
             )  # fmt: skip
             self._clip(hyper, self._info)
@@ -175,11 +259,11 @@ class StepPlan:
                 self._state, self._bias_state, self._info, skipped, **network_step.finish_options(),
             )  # fmt: skip
 
-    def _find(self, base: Tensor, *sections: Sequence[Tensor]) -> Tensor:
-        """Where everything lies, written anew as far as it has moved.
+    def _update_pointer_table(self, base: Tensor, *sections: Sequence[Tensor]) -> Tensor:
+        """Return the pointer table, updated for tensors that moved.
 
-        A captured graph has a table of its own, in which it writes all three sections in every replay: what steps
-        beside it wrote into the plan's is not where its tensors are.
+        A captured graph gets a table of its own and writes all three sections in every replay, since other steps
+        overwrite the table of the plan.
         """
         captured = capturing(self.device)
         self.captured |= captured
@@ -194,17 +278,17 @@ class StepPlan:
 
 
 def layout(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple:
-    """What a plan depends on."""
+    """Return what a plan depends on."""
     shapes = tuple((p.shape, g.numel() > 0) for p, g in zip(params, grads, strict=True))
     return params[0].device, params[0].dtype, shapes
 
 
 _plans = WeakIdKeyDictionary()  # by the first parameter
-_captured = WeakIdKeyDictionary()  # earlier plans, whose memory graphs use
+_captured = WeakIdKeyDictionary()  # earlier plans, whose memory captured graphs use
 
 
 def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> None:
-    """The op, by the plan that is kept with its first parameter."""
+    """Run the step op with the plan that is cached for the first parameter."""
     if not params:
         return
     plan = _plans.get(params[0])
@@ -216,18 +300,5 @@ def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> Non
 
 
 def _launch(kernel, work: Tensor):
-    """A program for each row of work, none where there is no row."""
+    """Return the launch of one program for each row of work, which does nothing where there is none."""
     return kernel[(len(work),)] if len(work) else lambda *args, **options: None
-
-
-class _Room:
-    """Memory laid out before it is there."""
-
-    def __init__(self):
-        self.size = 0
-
-    def take(self, size: int) -> int:
-        """Where the next `size` elements start; whole vectors can be loaded from there."""
-        start = self.size
-        self.size += math.ceil(size / 32) * 32
-        return start

@@ -1,15 +1,15 @@
-"""Kernels of one constrained SGD step of a whole network; matrices are found as in cholesky_qr.py.
+"""Kernels of one constrained SGD step of a whole network; pointer table and work lists are as in cholesky_qr.py.
 
 With d the direction of SGD, a step of a factor X = U (core S) or V (core Sᵀ) is
 
     O = Xᵀ d and C = core coreᵀ            `products`
     C = L Lᵀ                               `prepare`, which also makes the trial cores S - lr d
-    Y = X - lr (d - X O) L⁻ᵀ L⁻¹           `trial`
+    Y = X - lr (d - X O) L⁻ᵀ L⁻¹           `trial`; without a preconditioner L = I
     G = Yᵀ Y                               `products`
     G = L Lᵀ                               `decide`
     X = Y L⁻ᵀ, B = the new buffer          `finish`
 
-and nothing but scratch is written before `finish`, which knows of every part of a layer whether it came out finite.
+Only workspace is written before `finish`, which skips a layer if any part of it is not finite.
 """
 
 import triton
@@ -32,36 +32,32 @@ from ..qr.cholesky_qr import (
     substitute,
 )
 from ..runtime.launching import variant
+from . import tables as col
 
-# x, g, b, y: pointer_table of X, its gradient, its buffer and the trial point Y; the rest from `overlap` on in scratch
-FACTOR = (
-    "x", "g", "b", "y", "rows", "n", "role", "overlap_parts", "overlap_splits", "overlap", "core", "core_L", "gram",
-    "splits", "L",
-)  # fmt: skip
-# pointer_table of S and of the bias with their gradients and buffers; trial: the new core, in scratch
-LAYER = ("S", "S_g", "S_b", "rank", "trial", "bias", "bias_g", "bias_b", "length")
-OVERLAP, CORE, PRECONDITION, BIAS = map(tl.constexpr, range(4))  # what a program of `prepare` does
-WHOLE_FACTOR, ROWS_OF_FACTOR, REST_OF_LAYER = map(tl.constexpr, range(3))  # what a program of `finish` does
-
-_FACTOR_COLUMNS = tl.constexpr(len(FACTOR))
-_LAYER_COLUMNS = tl.constexpr(len(LAYER))
-_S_ROLE, _BIAS_ROLE = tl.constexpr(1), tl.constexpr(3)
+SUM_OVERLAP, TRY_CORE, MAKE_PRECONDITIONER, CHECK_BIAS = map(tl.constexpr, range(4))  # what a program of `prepare` does
+RESCUE_FACTOR, MOVE_ROWS, REST_OF_LAYER = map(tl.constexpr, range(3))  # what a program of `finish` does
 
 
 @triton.jit
-def _hyper(hyper_ptr, role, column: tl.constexpr):
-    return tl.load(hyper_ptr + role * 10 + column)
+def _hyper(hyper_ptr, row, COLUMN: tl.constexpr):
+    return tl.load(hyper_ptr + row * col.HYPER_COLUMNS + COLUMN)
 
 
 @triton.jit
-def _new_entries(p, g, b_ptrs, mask, hyper_ptr, role):
-    """p - lr d, where p decays, and the new buffer; all float64."""
-    sign, keep, gain, ahead, follow = momentum(hyper_ptr, role)
-    g = sign * g + _hyper(hyper_ptr, role, 3) * p
+def _tensor(base_ptr, pointers_ptr, entry_ptr):
+    """The start of the tensor whose entry of the pointer table is stored at entry_ptr."""
+    return base_ptr + tl.load(pointers_ptr + tl.load(entry_ptr))
+
+
+@triton.jit
+def _new_entries(p, g, b_ptrs, mask, hyper_ptr, row):
+    """p - lr d and the new buffer, both float64; with weight decay."""
+    sign, keep, gain, ahead, follow = momentum(hyper_ptr, row)
+    g = sign * g + _hyper(hyper_ptr, row, col.WEIGHT_DECAY) * p
     SIZE: tl.constexpr = mask.shape[0]
     old = load_wide(b_ptrs, mask & (tl.arange(0, SIZE) < tl.where(keep != 0, SIZE, 0)))
     b = keep * old + gain * g
-    return p - _hyper(hyper_ptr, role, 0) * (ahead * g + follow * b), b
+    return p - _hyper(hyper_ptr, row, col.LR) * (ahead * g + follow * b), b
 
 
 @triton.jit
@@ -71,53 +67,54 @@ def _is_finite(x):
 
 @triton.jit
 def _sum_overlap(factor, entries, wide_ptr, dtype: tl.constexpr):
-    """O from its splits."""
+    """Sum the parts of O."""
     LARGEST: tl.constexpr = 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
-    n = tl.load(factor + 5)
+    n = tl.load(factor + col.FACTOR_RANK)
     mask = entries < n * n
-    parts = wide_ptr + tl.load(factor + 7) + entries
+    parts = wide_ptr + tl.load(factor + col.FACTOR_OVERLAP_PARTS) + entries
     total = load_wide(parts, mask)
-    for split in range(1, tl.load(factor + 8).to(tl.int32)):
+    for split in range(1, tl.load(factor + col.FACTOR_OVERLAP_SPLITS).to(tl.int32)):
         total += load_wide(parts + split * n * n, mask)
-    # what dtype cannot hold must not come out finite by way of float64
+    # an overflow in dtype must not come out finite because the sum is float64
     total = tl.where(tl.abs(total) <= LARGEST, total, float("nan"))
-    tl.store(wide_ptr + tl.load(factor + 9) + entries, total, mask=mask)
+    tl.store(wide_ptr + tl.load(factor + col.FACTOR_OVERLAP) + entries, total, mask=mask)
 
 
 @triton.jit
-def _try_core(layer, entries, role, places_ptr, hyper_ptr, base_ptr, trial_ptr):
-    """The new core before its clip."""
-    rank = tl.load(layer + 3)
+def _try_core(layer, entries, row, pointers_ptr, hyper_ptr, base_ptr, trial_ptr):
+    """Make the new core before its clip."""
+    rank = tl.load(layer + col.LAYER_RANK)
     mask = entries < rank * rank
-    S = load_wide(base_ptr + tl.load(places_ptr + tl.load(layer)) + entries, mask)
-    g = load_wide(base_ptr + tl.load(places_ptr + tl.load(layer + 1)) + entries, mask)
-    b_ptrs = base_ptr + tl.load(places_ptr + tl.load(layer + 2)) + entries
-    new, _ = _new_entries(S, g, b_ptrs, mask, hyper_ptr, role)
-    tl.store(trial_ptr + tl.load(layer + 4) + entries, new.to(trial_ptr.dtype.element_ty), mask=mask)
+    S = load_wide(_tensor(base_ptr, pointers_ptr, layer + col.LAYER_S) + entries, mask)
+    g = load_wide(_tensor(base_ptr, pointers_ptr, layer + col.LAYER_S_GRAD) + entries, mask)
+    b_ptrs = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_S_BUFFER) + entries
+    new, _ = _new_entries(S, g, b_ptrs, mask, hyper_ptr, row)
+    tl.store(trial_ptr + tl.load(layer + col.LAYER_TRIAL) + entries, new.to(trial_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _check_bias(layer, role, places_ptr, hyper_ptr, base_ptr, state_ptr, BLOCK: tl.constexpr):
-    """Whether the new bias and its buffer are finite."""
+def _check_bias(layer, row, pointers_ptr, hyper_ptr, base_ptr, state_ptr, BLOCK: tl.constexpr):
+    """Set the state to NOT_FINITE unless the new bias and its buffer are finite."""
     dtype = base_ptr.dtype.element_ty
-    length = tl.load(layer + 8)
-    strange = tl.zeros([BLOCK], tl.int32)
+    length = tl.load(layer + col.LAYER_BIAS_LENGTH)
+    p_ptr = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_BIAS)
+    g_ptr = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_BIAS_GRAD)
+    b_ptr = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_BIAS_BUFFER)
+    not_finite = tl.zeros([BLOCK], tl.int32)
     for begin in range(0, length, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         mask = at < length
-        p = load_wide(base_ptr + tl.load(places_ptr + tl.load(layer + 5)) + at, mask)
-        g = load_wide(base_ptr + tl.load(places_ptr + tl.load(layer + 6)) + at, mask)
-        b_ptrs = base_ptr + tl.load(places_ptr + tl.load(layer + 7)) + at
-        new, b = _new_entries(p, g, b_ptrs, mask, hyper_ptr, role)
-        strange += tl.where(_is_finite(new.to(dtype)) & _is_finite(b.to(dtype)) | (at >= length), 0, 1)
-    tl.store(state_ptr, tl.where(tl.sum(strange, 0) > 0, NOT_FINITE, OK))
+        p, g = load_wide(p_ptr + at, mask), load_wide(g_ptr + at, mask)
+        new, b = _new_entries(p, g, b_ptr + at, mask, hyper_ptr, row)
+        not_finite += tl.where(_is_finite(new.to(dtype)) & _is_finite(b.to(dtype)) | (at >= length), 0, 1)
+    tl.store(state_ptr, tl.where(tl.sum(not_finite, 0) > 0, NOT_FINITE, OK))
 
 
 @triton.jit
-def _factor_core(factor, tau, wide_ptr, state_ptr, PANEL: tl.constexpr, BLOCK: tl.constexpr):
-    """L for C = core coreᵀ, damped where there is no bound on kappa."""
-    n = tl.load(factor + 5).to(tl.int32)
-    C, L = wide_ptr + tl.load(factor + 10), wide_ptr + tl.load(factor + 11)
+def _make_preconditioner(factor, tau, wide_ptr, state_ptr, PANEL: tl.constexpr, BLOCK: tl.constexpr):
+    """Factor C = core coreᵀ = L Lᵀ, damped where kappa has no bound."""
+    n = tl.load(factor + col.FACTOR_RANK).to(tl.int32)
+    C, L = wide_ptr + tl.load(factor + col.FACTOR_CORE), wide_ptr + tl.load(factor + col.FACTOR_CORE_L)
     traces, squares = tl.zeros([BLOCK], tl.float64), tl.zeros([BLOCK], tl.float64)
     for begin in range(0, n * n, BLOCK):
         at = begin + tl.arange(0, BLOCK)
@@ -146,48 +143,56 @@ def _factor_core(factor, tau, wide_ptr, state_ptr, PANEL: tl.constexpr, BLOCK: t
 
 @triton.jit
 def prepare(
-    places_ptr, factors_ptr, layers_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, trial_ptr, state_ptr, bias_state_ptr,
+    pointers_ptr, factors_ptr, layers_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, trial_ptr, state_ptr,
+    bias_state_ptr,
     PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What `trial` and the clip need. work: what to do, for which factor or layer, for which block of entries.
+    """Make what `trial` and the clip need.
 
-    state of a factor, bias_state of a layer: OK, or NOT_FINITE or ALL_ZERO (of a core): the layer must stay.
+    work: kind of work, factor or layer, block of entries. state of a factor and bias_state of a layer become OK,
+    NOT_FINITE or ALL_ZERO (the core is); unless all are OK the layer must not change.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * 3
     what, index = tl.load(work), tl.load(work + 1).to(tl.int64)
     entries = tl.load(work + 2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    factor, layer = factors_ptr + index * _FACTOR_COLUMNS, layers_ptr + index * _LAYER_COLUMNS
-    if what == OVERLAP:
+    factor, layer = factors_ptr + index * col.FACTOR_COLUMNS, layers_ptr + index * col.LAYER_COLUMNS
+    if what == SUM_OVERLAP:
         _sum_overlap(factor, entries, wide_ptr, base_ptr.dtype.element_ty)
-    elif what == CORE:
-        _try_core(layer, entries, 4 * index + _S_ROLE, places_ptr, hyper_ptr, base_ptr, trial_ptr)
-    elif what == BIAS:
-        _check_bias(layer, 4 * index + _BIAS_ROLE, places_ptr, hyper_ptr, base_ptr, bias_state_ptr + index, BLOCK)
+    elif what == TRY_CORE:
+        _try_core(layer, entries, col.ROLE_COUNT * index + col.S_ROLE, pointers_ptr, hyper_ptr, base_ptr, trial_ptr)
+    elif what == CHECK_BIAS:
+        row, state_ptr = col.ROLE_COUNT * index + col.BIAS_ROLE, bias_state_ptr + index
+        _check_bias(layer, row, pointers_ptr, hyper_ptr, base_ptr, state_ptr, BLOCK)
+    elif _hyper(hyper_ptr, tl.load(factor + col.FACTOR_HYPER), col.PRECONDITION) != 0:
+        tau = _hyper(hyper_ptr, (index // 2) * col.ROLE_COUNT + col.S_ROLE, col.TAU)
+        _make_preconditioner(factor, tau, wide_ptr, state_ptr + index, PANEL, BLOCK)
     else:
-        tau = _hyper(hyper_ptr, (index // 2) * 4 + _S_ROLE, 7)
-        _factor_core(factor, tau, wide_ptr, state_ptr + index, PANEL, BLOCK)
+        tl.store(state_ptr + index, OK)
 
 
 @triton.jit
 def trial(
-    places_ptr, factors_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr,
+    pointers_ptr, factors_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr,
     ROWS: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
-    """Y = X - lr (d - X O) L⁻ᵀ L⁻¹ for ROWS rows of one factor. work: factor, block of rows."""
+    """Y = X - lr (d - X O) L⁻ᵀ L⁻¹ for ROWS rows of one factor, L = I without a preconditioner.
+
+    work: factor, block of rows.
+    """
     work = work_ptr + tl.program_id(0).to(tl.int64) * 2
     index = tl.load(work).to(tl.int64)
-    factor = factors_ptr + index * _FACTOR_COLUMNS
+    factor = factors_ptr + index * col.FACTOR_COLUMNS
     rows = tl.load(work + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n_rows, n = tl.load(factor + 4), tl.load(factor + 5).to(tl.int32)
-    role = tl.load(factor + 6)
-    sign, keep, gain, ahead, follow = momentum(hyper_ptr, role)
+    n_rows, n = tl.load(factor + col.FACTOR_ROWS), tl.load(factor + col.FACTOR_RANK).to(tl.int32)
+    row = tl.load(factor + col.FACTOR_HYPER)
+    sign, keep, gain, ahead, follow = momentum(hyper_ptr, row)
     from_grad, from_buffer = (ahead + follow * gain) * sign, follow * keep
-    lr = _hyper(hyper_ptr, role, 0)
-    X = base_ptr + tl.load(places_ptr + tl.load(factor))
-    grad = base_ptr + tl.load(places_ptr + tl.load(factor + 1))
-    buffer = base_ptr + tl.load(places_ptr + tl.load(factor + 2))
-    Y = Y_ptr + tl.load(places_ptr + tl.load(factor + 3))
-    overlap, L = wide_ptr + tl.load(factor + 9), wide_ptr + tl.load(factor + 11)
+    lr = _hyper(hyper_ptr, row, col.LR)
+    X = _tensor(base_ptr, pointers_ptr, factor + col.FACTOR_X)
+    grad = _tensor(base_ptr, pointers_ptr, factor + col.FACTOR_GRAD)
+    buffer = _tensor(base_ptr, pointers_ptr, factor + col.FACTOR_BUFFER)
+    Y = _tensor(Y_ptr, pointers_ptr, factor + col.FACTOR_TRIAL)
+    overlap, L = wide_ptr + tl.load(factor + col.FACTOR_OVERLAP), wide_ptr + tl.load(factor + col.FACTOR_CORE_L)
     dtype = base_ptr.dtype.element_ty
     index = tl.arange(0, PANEL)
     inside = rows[:, None] < n_rows
@@ -205,23 +210,24 @@ def trial(
             t = tl.dot(-x, o, t, input_precision="ieee", out_dtype=tl.float64)
         tl.store(Y + at, t.to(dtype), mask=mask)
     tl.debug_barrier()
-    substitute(Y, n, Y, n, rows, n_rows, L, n, PANEL)
-    last = ((n - 1) // PANEL) * PANEL
-    for back in range(0, n, PANEL):
-        begin = last - back
-        cols = begin + index
-        mask = inside & (cols[None, :] < n)
-        z = load_wide(Y + rows[:, None] * n + cols[None, :], mask)
-        for done in range(begin + PANEL, n, PANEL):
-            k = done + index
-            after = load_wide(Y + rows[:, None] * n + k[None, :], inside & (k[None, :] < n))
-            below = load_wide(L + k[:, None] * n + cols[None, :], k[:, None] < n)
-            z = tl.dot(-after, below, z, input_precision="ieee", out_dtype=tl.float64)
-        inverse = load_wide(L + cols[:, None] * n + cols[None, :], (cols[:, None] < n) & (cols[None, :] < n))
-        z = tl.dot(z, inverse, input_precision="ieee", out_dtype=tl.float64)
-        tl.debug_barrier()
-        tl.store(Y + rows[:, None] * n + cols[None, :], z.to(dtype), mask=mask)
-        tl.debug_barrier()
+    if _hyper(hyper_ptr, row, col.PRECONDITION) != 0:
+        substitute(Y, n, Y, n, rows, n_rows, L, n, PANEL)
+        last = ((n - 1) // PANEL) * PANEL
+        for back in range(0, n, PANEL):
+            begin = last - back
+            cols = begin + index
+            mask = inside & (cols[None, :] < n)
+            z = load_wide(Y + rows[:, None] * n + cols[None, :], mask)
+            for done in range(begin + PANEL, n, PANEL):
+                k = done + index
+                after = load_wide(Y + rows[:, None] * n + k[None, :], inside & (k[None, :] < n))
+                below = load_wide(L + k[:, None] * n + cols[None, :], k[:, None] < n)
+                z = tl.dot(-after, below, z, input_precision="ieee", out_dtype=tl.float64)
+            inverse = load_wide(L + cols[:, None] * n + cols[None, :], (cols[:, None] < n) & (cols[None, :] < n))
+            z = tl.dot(z, inverse, input_precision="ieee", out_dtype=tl.float64)
+            tl.debug_barrier()
+            tl.store(Y + rows[:, None] * n + cols[None, :], z.to(dtype), mask=mask)
+            tl.debug_barrier()
     for begin in range(0, n, PANEL):
         cols = begin + index
         at = rows[:, None] * n + cols[None, :]
@@ -233,11 +239,11 @@ def trial(
 
 @triton.jit
 def decide(factors_ptr, work_ptr, wide_ptr, state_ptr, limit, PANEL: tl.constexpr):
-    """L for the Gram matrix of each trial point; state OK, RESCUE where it is too far from I, or NOT_FINITE."""
+    """Factor the Gram matrices of the trial points; states become OK, RESCUE if too far from I, or NOT_FINITE."""
     index = tl.load(work_ptr + tl.program_id(0).to(tl.int64)).to(tl.int64)
-    factor = factors_ptr + index * _FACTOR_COLUMNS
-    n, splits = tl.load(factor + 5).to(tl.int32), tl.load(factor + 13).to(tl.int32)
-    gram, L = wide_ptr + tl.load(factor + 12), wide_ptr + tl.load(factor + 14)
+    factor = factors_ptr + index * col.FACTOR_COLUMNS
+    n, splits = tl.load(factor + col.FACTOR_RANK).to(tl.int32), tl.load(factor + col.FACTOR_GRAM_SPLITS).to(tl.int32)
+    gram, L = wide_ptr + tl.load(factor + col.FACTOR_GRAM), wide_ptr + tl.load(factor + col.FACTOR_L)
     ok, distance2 = factorize(gram, splits, n, 0.0, n * EPSILON, L, PANEL)
     near = tl.where(distance2 <= limit * limit, ok, 0)
     state = tl.where(near != 0, OK, RESCUE)
@@ -247,8 +253,8 @@ def decide(factors_ptr, work_ptr, wide_ptr, state_ptr, limit, PANEL: tl.constexp
 
 
 @triton.jit
-def _stays(layer, state_ptr, bias_state_ptr, info_ptr):
-    """Whether a part of the layer must stay as it is, so that all of it must."""
+def _must_skip(layer, state_ptr, bias_state_ptr, info_ptr):
+    """Whether some part of the layer failed, so that none of it may change."""
     U, V = tl.load(state_ptr + 2 * layer), tl.load(state_ptr + 2 * layer + 1)
     factors = (U == NOT_FINITE) | (U == ALL_ZERO) | (V == NOT_FINITE) | (V == ALL_ZERO)
     others = (tl.load(bias_state_ptr + layer) != OK) | (tl.load(info_ptr + layer) != OK)
@@ -257,20 +263,29 @@ def _stays(layer, state_ptr, bias_state_ptr, info_ptr):
 
 @triton.jit
 def _move_rows(
-    factor, block, state, places_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr, ROWS: tl.constexpr, PANEL: tl.constexpr
+    factor,
+    block,
+    state,
+    pointers_ptr,
+    hyper_ptr,
+    base_ptr,
+    wide_ptr,
+    Y_ptr,
+    ROWS: tl.constexpr,
+    PANEL: tl.constexpr,
 ):
-    """X = Y L⁻ᵀ, unless `_rescue` makes it, and the new buffer, for ROWS rows."""
+    """Write ROWS rows of X = Y L⁻ᵀ, unless `_rescue` makes it, and of the new buffer."""
     rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    n_rows, n = tl.load(factor + 4), tl.load(factor + 5).to(tl.int32)
-    role = tl.load(factor + 6)
-    X = base_ptr + tl.load(places_ptr + tl.load(factor))
+    n_rows, n = tl.load(factor + col.FACTOR_ROWS), tl.load(factor + col.FACTOR_RANK).to(tl.int32)
+    row = tl.load(factor + col.FACTOR_HYPER)
+    X = _tensor(base_ptr, pointers_ptr, factor + col.FACTOR_X)
     if state == OK:
-        Y, L = Y_ptr + tl.load(places_ptr + tl.load(factor + 3)), wide_ptr + tl.load(factor + 14)
+        Y, L = _tensor(Y_ptr, pointers_ptr, factor + col.FACTOR_TRIAL), wide_ptr + tl.load(factor + col.FACTOR_L)
         substitute(Y, n, X, n, rows, n_rows, L, n, PANEL)
-    if _hyper(hyper_ptr, role, 1) != 0:
-        sign, keep, gain, _, _ = momentum(hyper_ptr, role)
-        grad = base_ptr + tl.load(places_ptr + tl.load(factor + 1))
-        buffer = base_ptr + tl.load(places_ptr + tl.load(factor + 2))
+    if _hyper(hyper_ptr, row, col.MOMENTUM) != 0:
+        sign, keep, gain, _, _ = momentum(hyper_ptr, row)
+        grad = _tensor(base_ptr, pointers_ptr, factor + col.FACTOR_GRAD)
+        buffer = _tensor(base_ptr, pointers_ptr, factor + col.FACTOR_BUFFER)
         old_width = tl.where(keep != 0, n, 0)
         for begin in range(0, n, PANEL):
             cols = begin + tl.arange(0, PANEL)
@@ -282,64 +297,67 @@ def _move_rows(
 
 
 @triton.jit
-def _move_entries(
-    place, length, role, places_ptr, hyper_ptr, base_ptr, clipped_ptr, CLIPPED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Core or bias and their buffers; place: where the table says where they lie. CLIPPED: the value is there."""
-    dtype = base_ptr.dtype.element_ty
-    buffer_length = tl.where(_hyper(hyper_ptr, role, 1) != 0, length, 0)
+def _move_entries(p_ptr, g_ptr, b_ptr, length, hyper_ptr, row, clipped_ptr, CLIPPED: tl.constexpr, BLOCK: tl.constexpr):
+    """Write a core or bias p and its buffer b. CLIPPED: take the new p from clipped_ptr."""
+    dtype = p_ptr.dtype.element_ty
+    buffer_length = tl.where(_hyper(hyper_ptr, row, col.MOMENTUM) != 0, length, 0)
     for begin in range(0, length, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         mask = at < length
-        p_ptrs = base_ptr + tl.load(places_ptr + tl.load(place)) + at
-        g = load_wide(base_ptr + tl.load(places_ptr + tl.load(place + 1)) + at, mask)
-        b_ptrs = base_ptr + tl.load(places_ptr + tl.load(place + 2)) + at
-        new, b = _new_entries(load_wide(p_ptrs, mask), g, b_ptrs, mask, hyper_ptr, role)
+        p, g = load_wide(p_ptr + at, mask), load_wide(g_ptr + at, mask)
+        new, b = _new_entries(p, g, b_ptr + at, mask, hyper_ptr, row)
         if CLIPPED:
             new = load_wide(clipped_ptr + at, mask)
-        tl.store(b_ptrs, b.to(dtype), mask=at < buffer_length)
-        tl.store(p_ptrs, new.to(dtype), mask=mask)
+        tl.store(b_ptr + at, b.to(dtype), mask=at < buffer_length)
+        tl.store(p_ptr + at, new.to(dtype), mask=mask)
 
 
 @triton.jit
-def _rescue(factor, places_ptr, base_ptr, wide_ptr, Y_ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """X = qf(Y) by Householder's reflections, by one program."""
-    X, Y = base_ptr + tl.load(places_ptr + tl.load(factor)), Y_ptr + tl.load(places_ptr + tl.load(factor + 3))
-    n_rows, n, beta = tl.load(factor + 4), tl.load(factor + 5), wide_ptr + tl.load(factor + 14)
+def _rescue(factor, pointers_ptr, base_ptr, wide_ptr, Y_ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """X = qf(Y) by Householder reflections, in one program."""
+    X = _tensor(base_ptr, pointers_ptr, factor + col.FACTOR_X)
+    Y = _tensor(Y_ptr, pointers_ptr, factor + col.FACTOR_TRIAL)
+    n_rows, n = tl.load(factor + col.FACTOR_ROWS), tl.load(factor + col.FACTOR_RANK)
+    beta = wide_ptr + tl.load(factor + col.FACTOR_L)
     scale = power_of_two(largest_magnitude(Y, n, n_rows, n, ROWS, COLS))
     householder_qr(Y, n, scale, Y, n, beta, X, n, n_rows, n, ROWS, COLS)
 
 
 @triton.jit
 def finish(
-    places_ptr, factors_ptr, layers_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr, trial_ptr,
+    pointers_ptr, factors_ptr, layers_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr, trial_ptr,
     state_ptr, bias_state_ptr, info_ptr, skipped_ptr,
     ROWS: tl.constexpr, PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Parameters and buffers of the layers that can move; counts the others.
+    """Write parameters and buffers of the layers that did not fail; count the others in skipped.
 
-    A factor whose step was too long for one Cholesky-QR is made by one program, by Householder's reflections.
-    work: what to do, for which factor or layer, for which block of rows. info of a layer: of the clip of its core.
+    A factor whose step was too long for one Cholesky-QR is made by one program with Householder reflections.
+    work: kind of work, factor or layer, block of rows. info of a layer: that of the clip of its core.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * 3
     what, index = tl.load(work), tl.load(work + 1).to(tl.int64)
-    if what == ROWS_OF_FACTOR:
-        if _stays(index // 2, state_ptr, bias_state_ptr, info_ptr) == 0:
-            factor, state = factors_ptr + index * _FACTOR_COLUMNS, tl.load(state_ptr + index)
+    if what == MOVE_ROWS:
+        if _must_skip(index // 2, state_ptr, bias_state_ptr, info_ptr) == 0:
+            factor, state = factors_ptr + index * col.FACTOR_COLUMNS, tl.load(state_ptr + index)
             block = tl.load(work + 2)
-            _move_rows(factor, block, state, places_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr, ROWS, PANEL)
-    elif what == WHOLE_FACTOR:
+            _move_rows(factor, block, state, pointers_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr, ROWS, PANEL)
+    elif what == RESCUE_FACTOR:
         if tl.load(state_ptr + index) == RESCUE:
-            if _stays(index // 2, state_ptr, bias_state_ptr, info_ptr) == 0:
-                _rescue(factors_ptr + index * _FACTOR_COLUMNS, places_ptr, base_ptr, wide_ptr, Y_ptr, ROWS, PANEL)
+            if _must_skip(index // 2, state_ptr, bias_state_ptr, info_ptr) == 0:
+                _rescue(factors_ptr + index * col.FACTOR_COLUMNS, pointers_ptr, base_ptr, wide_ptr, Y_ptr, ROWS, PANEL)
     else:
-        if _stays(index, state_ptr, bias_state_ptr, info_ptr) == 0:
-            layer = layers_ptr + index * _LAYER_COLUMNS
-            rank, length, core = tl.load(layer + 3), tl.load(layer + 8), trial_ptr + tl.load(layer + 4)
-            role = 4 * index + _S_ROLE
-            _move_entries(layer, rank * rank, role, places_ptr, hyper_ptr, base_ptr, core, True, BLOCK)
-            role = 4 * index + _BIAS_ROLE
-            _move_entries(layer + 5, length, role, places_ptr, hyper_ptr, base_ptr, core, False, BLOCK)
+        if _must_skip(index, state_ptr, bias_state_ptr, info_ptr) == 0:
+            layer = layers_ptr + index * col.LAYER_COLUMNS
+            S = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_S)
+            g = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_S_GRAD)
+            b = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_S_BUFFER)
+            rank, core = tl.load(layer + col.LAYER_RANK), trial_ptr + tl.load(layer + col.LAYER_TRIAL)
+            _move_entries(S, g, b, rank * rank, hyper_ptr, col.ROLE_COUNT * index + col.S_ROLE, core, True, BLOCK)
+            bias = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_BIAS)
+            g = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_BIAS_GRAD)
+            b = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_BIAS_BUFFER)
+            length = tl.load(layer + col.LAYER_BIAS_LENGTH)
+            _move_entries(bias, g, b, length, hyper_ptr, col.ROLE_COUNT * index + col.BIAS_ROLE, core, False, BLOCK)
         else:
             tl.store(skipped_ptr + index, tl.load(skipped_ptr + index) + 1)
 
@@ -358,8 +376,8 @@ def finish_options() -> dict:
 
 
 def variants(architecture: str):
-    """What to compile ahead of time: (kernel, signature types, constexprs, options, whether it is a default)."""
-    types = dict.fromkeys(("places_ptr", "factors_ptr", "layers_ptr", "skipped_ptr"), "*i64")
+    """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
+    types = dict.fromkeys(("pointers_ptr", "factors_ptr", "layers_ptr", "skipped_ptr"), "*i64")
     types |= dict.fromkeys(("work_ptr", "state_ptr", "bias_state_ptr", "info_ptr"), "*i32")
     types |= dict.fromkeys(("hyper_ptr", "wide_ptr"), "*fp64") | {"limit": "fp32"}
     yield variant(decide, types, factor_options())
