@@ -307,7 +307,7 @@ def test_a_restored_start_is_no_new_model_to_the_optimizer():
         optimizer.step()
         (call,) = optimizer._calls
         start.restore()
-        assert call.holds(list(model.parameters()), optimizer.state)
+        assert call.is_valid_for(list(model.parameters()), optimizer.state)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 

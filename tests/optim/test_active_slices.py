@@ -24,32 +24,32 @@ from condlr_ext.optim import CondLRAdamW, CondLRSGD, RankController
     ids=["sgd", "free", "adamw"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_with_room_is_stepped_as_the_small_one(make, dtype, backend):
+def test_layer_with_inactive_columns_is_stepped_as_the_small_one(make, dtype, backend):
     """Bit for bit: the gradients are the same, the step sees what is in use."""
     small = nn.Sequential(LowRankLinear(12, 9, rank=3, dtype=dtype), LowRankConv2d(2, 6, 3, rank=2, dtype=dtype))
-    roomy = copy.deepcopy(small)
-    optimizers = make(small), make(roomy)
-    RankController(roomy, optimizers[1], max_rank=6)
-    assert [layer.rank for layer in roomy] == [6, 6] and [layer.active_rank for layer in roomy] == [3, 2]
+    padded = copy.deepcopy(small)
+    optimizers = make(small), make(padded)
+    RankController(padded, optimizers[1], max_rank=6)
+    assert [layer.rank for layer in padded] == [6, 6] and [layer.active_rank for layer in padded] == [3, 2]
     for step in range(4):
-        for p, q in zip(small.parameters(), roomy.parameters(), strict=True):
+        for p, q in zip(small.parameters(), padded.parameters(), strict=True):
             p.grad = torch.randn_like(p)
             q.grad = torch.randn_like(q) if step % 2 else torch.zeros_like(q)  # whatever lies outside: not read
             q.grad[tuple(slice(k) for k in p.shape)] = p.grad
         for optimizer in optimizers:
             optimizer.step()
-        for p, q in zip(small.parameters(), roomy.parameters(), strict=True):
+        for p, q in zip(small.parameters(), padded.parameters(), strict=True):
             assert torch.equal(p, q[tuple(slice(k) for k in p.shape)])
-    assert [layer.active_rank for layer in roomy] == [3, 2]
-    for layer, twin in zip(small, roomy, strict=True):
+    assert [layer.active_rank for layer in padded] == [3, 2]
+    for layer, twin in zip(small, padded, strict=True):
         assert layer.condition_number() == twin.condition_number()
-    for p, q in zip(small.parameters(), roomy.parameters(), strict=True):
+    for p, q in zip(small.parameters(), padded.parameters(), strict=True):
         for key, value in optimizers[0].state[p].items():
             assert torch.equal(value, optimizers[1].state[q][key][tuple(slice(k) for k in value.shape)])
             assert optimizers[1].state[q][key].shape in (q.shape, ())
 
 
-def test_room_has_no_gradient_and_no_effect():
+def test_inactive_columns_have_no_gradient_and_no_effect():
     model = LowRankLinear(12, 9, rank=3)
     x = torch.randn(5, 12)
     y = model(x)
@@ -64,7 +64,7 @@ def test_room_has_no_gradient_and_no_effect():
     assert torch.allclose(dense(x), y, atol=1e-6)
 
 
-def test_singular_core_is_not_room():
+def test_singular_core_is_not_inactive():
     """Zeros of the core alone: the optimizer lifts them, as it does with any singular core."""
     model = LowRankLinear(12, 9, rank=4)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def test_optimizer_notices_factors_of_another_rank():
         assert_constraint(data.model, 0.1)
 
 
-def test_room_can_be_made_in_the_middle_of_training():
+def test_columns_can_be_added_in_the_middle_of_training():
     data = Planted(2)
     optimizer = CondLRSGD(data.model, 0.3, 0.9, tau=0.1)
     data.train(optimizer)

@@ -142,15 +142,15 @@ def test_compact_carries_the_state(optimizer_of, dtype):
     RankController(data.model, optimizer, max_rank=10)
     data.train(optimizer)
     before = data.model.weight.detach()
-    roomy, optimizer_roomy = copy.deepcopy((data.model, optimizer))
+    padded, optimizer_padded = copy.deepcopy((data.model, optimizer))
     compact(data.model, optimizer)
     assert data.model.rank == 3 and data.model.U.shape == (20, 3) and data.model.S.shape == (3, 3)
     assert torch.allclose(data.model.weight, before, atol=1e-6)
     assert {t.shape for t in state_tensors(optimizer) if t.dim()} == {(20, 3), (3, 3), (30, 3)}
-    for p, q in zip(data.model.parameters(), roomy.parameters(), strict=True):
+    for p, q in zip(data.model.parameters(), padded.parameters(), strict=True):
         p.grad = torch.randn_like(p)
         q.grad = F.pad(p.grad, (0, 7, 0, 7 if len(p) == 3 else 0))
     optimizer.step()
-    optimizer_roomy.step()
-    for p, q in zip(data.model.parameters(), roomy.parameters(), strict=True):
+    optimizer_padded.step()
+    for p, q in zip(data.model.parameters(), padded.parameters(), strict=True):
         assert torch.equal(p, q[: len(p), :3])
