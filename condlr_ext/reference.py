@@ -353,6 +353,8 @@ def clip_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = 
 def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf) -> Tensor:
     """A with its singular values clipped to the band, in the correction form A + Σ_{i out} (f_i - σ_i) u_i v_iᵀ.
 
+    Where the band lies so far below σ_1 that this form cancels, the result is U diag(f) Vᵀ.
+
     Directions inside the band change by rounding only, an in-band matrix comes back unchanged, a zero singular
     value is lifted along a completed direction, an all-zero matrix stays zero.
     """
@@ -369,8 +371,10 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = m
     clipped = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1))
     stored = torch.finfo(A.dtype).eps / 2 * torch.linalg.vector_norm(clipped, dim=-1)
     lo = torch.where((lo > 0) & (stored > 2e-6 * lo), torch.minimum(lo + stored, hi), lo)
-    shift = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1)) - sigma
-    out = (A64 + (U * shift.unsqueeze(-2)) @ V.mT).to(A.dtype)
+    clipped = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1))
+    cancels = (hi < 0.75 * sigma[..., 0])[..., None, None]
+    weights = torch.where(cancels.squeeze(-1), clipped, clipped - sigma)
+    out = (torch.where(cancels, 0, A64) + (U * weights.unsqueeze(-2)) @ V.mT).to(A.dtype)
     return torch.where(inside[..., None, None] | (sigma[..., :1, None] == 0), A, out)
 
 
