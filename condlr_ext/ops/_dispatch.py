@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterable
 
 import torch
@@ -16,16 +17,24 @@ COMPILED = _load.load()
 LIB = torch.library.Library("condlr_ext", "FRAGMENT")
 OPS: dict[str, "Op"] = {}
 
-# process-wide, as torch.backends' flags: autograd runs backward in other threads, and compiled code guards on it
-_current = os.environ.get("CONDLR_EXT_BACKEND", "auto")
+
+class _Choice(threading.local):
+    """The backend that a thread has chosen, and those it goes back to. Compiled code guards on `name`."""
+
+    def __init__(self):
+        self.name = os.environ.get("CONDLR_EXT_BACKEND", "auto")
+        self.previous = []
+
+
+_choice = _Choice()
 
 
 def current_backend() -> str:
-    if _current not in BACKENDS:
-        raise ValueError(
-            f"condlr_ext: backend must be one of {', '.join(BACKENDS)}, got {_current!r} (from CONDLR_EXT_BACKEND)"
-        )
-    return _current
+    """Return the backend that this thread has chosen."""
+    name = _choice.name
+    if name not in BACKENDS:
+        raise ValueError(f"CONDLR_EXT_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
 
 
 class backend:
@@ -34,7 +43,7 @@ class backend:
     Args:
         name: "auto" (the fastest that can serve each call), "reference" (plain PyTorch), "cpu" (compiled kernels
             and torch's CPU products) or "triton". A named backend is strict: what it cannot serve raises
-            BackendError with the reason. The choice is process-wide; forward remembers it for its backward.
+            BackendError with the reason. The choice is this thread's alone; forward remembers it for its backward.
 
     Raises:
         ValueError: for an unknown name.
@@ -43,17 +52,15 @@ class backend:
     def __init__(self, name: str):
         if name not in BACKENDS:
             raise ValueError(f"condlr_ext.backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
-        self._name, self._previous = name, []
+        self._name = name
 
     def __enter__(self) -> "backend":
-        global _current
-        self._previous.append(_current)
-        _current = self._name
+        _choice.previous.append(_choice.name)
+        _choice.name = self._name
         return self
 
     def __exit__(self, *exc) -> None:
-        global _current
-        _current = self._previous.pop()
+        _choice.name = _choice.previous.pop()
 
 
 class Op:
