@@ -367,8 +367,9 @@ def clip_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = 
 def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf) -> Tensor:
     """Return A with its singular values clipped to the band, as the correction A + Σ_{i out} (f_i - σ_i) u_i v_iᵀ.
 
-    Directions inside the band change by rounding only. A matrix inside its band, or of zeros, is returned unchanged; in
-    others a zero singular value is raised along a completed direction.
+    Where the band lies so far below σ_1 that the correction cancels, the result is U diag(f) Vᵀ. Directions inside the
+    band change by rounding only. A matrix inside its band, or of zeros, is returned unchanged; in others a zero
+    singular value is raised along a completed direction.
     """
     A64 = A.double()
     U, sigma, V = svd(A64)
@@ -383,8 +384,10 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = m
     clipped = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1))
     stored = torch.finfo(A.dtype).eps / 2 * torch.linalg.vector_norm(clipped, dim=-1)
     lo = torch.where((lo > 0) & (stored > 2e-6 * lo), torch.minimum(lo + stored, hi), lo)
-    shift = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1)) - sigma
-    out = (A64 + (U * shift.unsqueeze(-2)) @ V.mT).to(A.dtype)
+    clipped = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1))
+    cancels = (hi < 0.75 * sigma[..., 0])[..., None, None]
+    weights = torch.where(cancels.squeeze(-1), clipped, clipped - sigma)
+    out = (torch.where(cancels, 0, A64) + (U * weights.unsqueeze(-2)) @ V.mT).to(A.dtype)
     return torch.where(inside[..., None, None] | (sigma[..., :1, None] == 0), A, out)
 
 

@@ -147,7 +147,8 @@ py::tuple step_layer_as(const std::vector<py::array>& params, const std::vector<
   std::vector<Array<T>> param = copy_roles<T>(params, "params"), grad = copy_roles<T>(grads, "grads"),
                         buffer = copy_roles<T>(buffers, "momentum_buffers");
   if (hyper.ndim() != 2 || hyper.shape(0) != kRoles || hyper.shape(1) != kHyperColumns) {
-    reject("step_layer: hyper must be [" + std::to_string(kRoles) + ", " + std::to_string(kHyperColumns) + "]",
+    reject("step_layer: hyper must be [" + std::to_string(kRoles) + ", " + std::to_string(kHyperColumns) +
+               "]",
            hyper);
   }
   const Hyper* rows = reinterpret_cast<const Hyper*>(hyper.data());

@@ -226,9 +226,19 @@ def _read(path: Path):
 
 
 def _member(archive, name: str) -> np.ndarray:
+    """Return an array of the archive, whose size is checked against what is there before anything is allocated."""
+    there = archive.zip.getinfo(f"{name}.npy").file_size
+    if there > formats.LIMIT:
+        raise ValueError(f"{name} has {there} bytes unpacked, more than the limit of {formats.LIMIT}")
     try:
+        with archive.zip.open(f"{name}.npy") as file:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = header(file)
+        if math.prod(shape) * dtype.itemsize > there:
+            raise ValueError("its header asks for more than there is")
         return archive[name]
-    except ValueError as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"{name} must be an array of numbers, not of objects, and undamaged") from error
 
 

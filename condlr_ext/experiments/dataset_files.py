@@ -6,29 +6,40 @@ if that is damaged or holds something else.
 
 import gzip
 import math
-import pickle
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from .._extras import require
+from . import pickled_arrays
 
 CIFAR_PIXELS = 3 * 32 * 32
+LIMIT = 2**31  # bytes that are read from one file, unpacked
 
 
 def idx(path: Path) -> np.ndarray:
-    """Read the bytes of an IDX file, plain or gzipped: 0, 0, 8 (bytes), dimensions, sizes as big-endian int32."""
-    data = _bytes(path)
-    if len(data) < 4 or data[:3] != b"\0\0\x08" or len(data) < 4 + 4 * data[3]:
-        raise ValueError(f"data: {path} is no IDX file of bytes")
-    start = 4 + 4 * data[3]
-    shape = tuple(int(size) for size in np.frombuffer(data, ">i4", data[3], 4))
-    if min(shape, default=0) < 1 or len(data) - start != math.prod(shape):
-        raise ValueError(
-            f"data: {path} is damaged: sizes {list(shape)} need {math.prod(shape)} bytes, it has {len(data) - start}"
-        )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    """Read the bytes of an IDX file, plain or gzipped: 0, 0, 8 (bytes), dimensions, sizes as big-endian int32.
+
+    No more is read, and so unpacked, than the sizes ask for.
+    """
+    with _open(path) as file:
+        head = file.read(4)
+        sizes = file.read(4 * head[3]) if len(head) == 4 else b""
+        if head[:3] != b"\0\0\x08" or len(sizes) < 4 * head[3]:
+            raise ValueError(f"data: {path} is no IDX file of bytes")
+        shape = tuple(int(size) for size in np.frombuffer(sizes, ">i4"))
+        need = math.prod(shape)
+        if min(shape, default=0) < 1 or need > LIMIT:
+            raise ValueError(f"data: {path} must have sizes from 1 to {LIMIT} bytes in all, got {list(shape)}")
+        data = _read(file, need + 1)
+    if len(data) != need:
+        got = "more" if len(data) > need else f"{len(data)}"
+        raise ValueError(f"data: {path} is damaged: sizes {list(shape)} need {need} bytes, it has {got}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def mnist(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +56,8 @@ def mnist(images: Path, labels: Path) -> tuple[np.ndarray, np.ndarray]:
 def cifar_binary(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Read records of one (CIFAR-10) or two (CIFAR-100: coarse, fine) label bytes and 3072 pixels, channels first."""
     count = 1 if classes == 10 else 2
-    data = np.frombuffer(_bytes(path), np.uint8)
+    with _open(path) as file:
+        data = np.frombuffer(_read(file, LIMIT), np.uint8)
     if data.size == 0 or data.size % (count + CIFAR_PIXELS):
         raise ValueError(f"data: {path} must hold records of {count + CIFAR_PIXELS} bytes, it has {data.size} bytes")
     records = data.reshape(-1, count + CIFAR_PIXELS)
@@ -53,13 +65,15 @@ def cifar_binary(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cifar_python(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read a pickled dictionary of data [N, 3072] uint8 and labels; only lists, strings and arrays are unpickled."""
+    """Read a pickled dictionary of data [N, 3072] uint8 and labels; nothing in it is called (see pickled_arrays)."""
+    with _open(path) as file:
+        raw = _read(file, LIMIT)
     try:
-        content = _unpickle(path)
+        content = pickled_arrays.loads(raw)
         x = content[b"data"]
         y = _labels(np.asarray(content[b"labels" if classes == 10 else b"fine_labels"]), classes, path)
-    except (KeyError, TypeError, AttributeError, IndexError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"data: {path} is no CIFAR-{classes} batch: {error!r}") from None
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"data: {path} is no CIFAR-{classes} batch: {error}") from None
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape != (len(y), CIFAR_PIXELS) or not len(y):
         raise ValueError(f"data: {path} must hold bytes [{len(y)}, {CIFAR_PIXELS}], got {getattr(x, 'shape', type(x))}")
     return x.reshape(-1, 3, 32, 32), y
@@ -82,15 +96,24 @@ def svhn(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(x.transpose(3, 2, 0, 1)), _labels(y, 10, path, first=1) % 10
 
 
-def _bytes(path: Path) -> bytes:
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, unpacking it if its name ends in .gz; what cannot be read is a ValueError."""
     _exists(path)
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                return file.read()
-        return path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file
     except (OSError, EOFError, zlib.error) as error:  # gzip's checks are OSErrors
         raise ValueError(f"data: cannot read {path}: {error}") from None
+
+
+def _read(file: BinaryIO, count: int) -> bytes:
+    """Read at most `count` bytes, in pieces: a claimed size allocates nothing."""
+    pieces = []
+    while count > 0 and (piece := file.read(min(count, 1 << 20))):
+        pieces.append(piece)
+        count -= len(piece)
+    return b"".join(pieces)
 
 
 def _exists(path: Path) -> None:
@@ -105,27 +128,3 @@ def _labels(y: np.ndarray, classes: int, path: Path, first: int = 0) -> np.ndarr
     if y.min() < first or y.max() > last:
         raise ValueError(f"data: {path} must hold labels in {first}..{last}, got {y.min()}..{y.max()}")
     return y.astype(np.int64)
-
-
-_RECONSTRUCT = np.zeros(0).__reduce__()[0]
-_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): lambda text, _="latin1": text.encode("latin1"),  # bytes, as Python 3 writes old protocols
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return _ALLOWED[module, name]
-
-
-def _unpickle(path: Path) -> dict:
-    _exists(path)
-    with path.open("rb") as file:
-        content = _Unpickler(file, encoding="bytes").load()
-    return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterable
 
 import torch
@@ -16,28 +17,35 @@ COMPILED = _load.load()
 LIB = torch.library.Library("condlr_ext", "FRAGMENT")
 OPS: dict[str, "Op"] = {}
 
-# process-wide, like torch.backends' flags: autograd runs backward in other threads, and compiled code guards on it
-_current = os.environ.get("CONDLR_EXT_BACKEND", "auto")
+
+class _Choice(threading.local):
+    """Backend that a thread has chosen, and those it goes back to. Compiled code guards on `name`."""
+
+    def __init__(self):
+        self.name = os.environ.get("CONDLR_EXT_BACKEND", "auto")
+        self.previous = []
+
+
+_choice = _Choice()
 
 
 def current_backend() -> str:
-    """Return the name of the chosen backend.
+    """Return the name of the backend that this thread has chosen.
 
     Raises:
         ValueError: CONDLR_EXT_BACKEND names no backend.
     """
-    if _current not in BACKENDS:
-        raise ValueError(
-            f"condlr_ext: backend must be one of {', '.join(BACKENDS)}, got {_current!r} (from CONDLR_EXT_BACKEND)"
-        )
-    return _current
+    name = _choice.name
+    if name not in BACKENDS:
+        raise ValueError(f"CONDLR_EXT_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
 
 
 class backend:
     """Context manager that chooses the implementation of every op inside its block.
 
-    A named backend is strict: a call that it cannot serve raises BackendError with the reason. The choice is
-    process-wide; forward remembers it for its backward.
+    A named backend is strict: a call that it cannot serve raises BackendError with the reason. The choice is that
+    of one thread; forward remembers it for its backward, which runs in another.
 
     Args:
         name: "auto" (the fastest that can serve each call), "reference" (plain PyTorch), "cpu" (compiled kernels
@@ -50,17 +58,15 @@ class backend:
     def __init__(self, name: str):
         if name not in BACKENDS:
             raise ValueError(f"condlr_ext.backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
-        self._name, self._previous = name, []
+        self._name = name
 
     def __enter__(self) -> "backend":
-        global _current
-        self._previous.append(_current)
-        _current = self._name
+        _choice.previous.append(_choice.name)
+        _choice.name = self._name
         return self
 
     def __exit__(self, *exc) -> None:
-        global _current
-        _current = self._previous.pop()
+        _choice.name = _choice.previous.pop()
 
 
 class Op:

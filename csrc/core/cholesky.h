@@ -9,9 +9,10 @@ namespace CONDLR_ISA {
 template <class T>
 constexpr T kEps = sizeof(T) == 4 ? T(0x1p-23) : T(0x1p-52);
 
-// For n <= N: X = L⁻¹ with G = L Lᵀ. `floor` holds the least pivot of each row that counts as positive.
+// For n <= N: X = L⁻¹ with G = L Lᵀ, and L in the lower half of G. `floor` holds the least pivot of each row that
+// counts as positive.
 template <class T, int N>
-bool inverse_cholesky_leaf(const T* G, int64_t ldg, int64_t n, const T* floor, T* X, int64_t ldx) {
+bool inverse_cholesky_leaf(T* G, int64_t ldg, int64_t n, const T* floor, T* X, int64_t ldx) {
   T L[N][N] = {};  // by columns: row k of this array is column k of L
   T inverse[N][N] = {};
   for (int64_t i = 0; i < n; ++i) {
@@ -36,6 +37,7 @@ bool inverse_cholesky_leaf(const T* G, int64_t ldg, int64_t n, const T* floor, T
   }
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t j = 0; j < n; ++j) X[i * ldx + j] = j <= i ? inverse[i][j] : T(0);
+    for (int64_t j = 0; j <= i; ++j) G[i * ldg + j] = L[j][i];
   }
   return true;
 }
@@ -59,17 +61,55 @@ bool inverse_cholesky_blocks(T* G, int64_t ldg, int64_t n, const T* floor, T* X,
   gemm<T>(b, a, a, 1, l21, X11, false, product, a, workspace);
   gemm<T>(b, a, b, -1, {X22, ldx, 1}, {product, a, 1}, false, X21, ldx, workspace);
   for (int64_t i = 0; i < a; ++i) fill(X + i * ldx + a, b, T(0));
+  const std::size_t row = sizeof(T) * static_cast<std::size_t>(a);
+  for (int64_t i = 0; i < b; ++i) std::memcpy(G21 + i * ldg, L21 + i * a, row);
   return true;
 }
 
-// X [n, n] = L⁻¹ for G = L Lᵀ, lower triangular with zeros above, rows ldx apart. Only the lower half of G is read;
-// it is overwritten. Returns false where G is not positive definite to rounding (NaN included).
+// X [n, n] = L⁻¹ for G = L Lᵀ, lower triangular with zeros above, rows ldx apart. Only the lower half of G is
+// read; it becomes L. Returns false where G is not positive definite to rounding (NaN included).
 template <class T>
 bool inverse_cholesky(T* G, int64_t n, T* X, int64_t ldx, Workspace& workspace) {
   Scratch scratch(workspace);
   T* floor = scratch.take<T>(n);
   for (int64_t i = 0; i < n; ++i) floor[i] = kEps<T> * static_cast<T>(n) * G[i * (n + 1)];
   return inverse_cholesky_blocks(G, n, n, floor, X, ldx, workspace);
+}
+
+// X [m, n] <- X L⁻ᵀ for n <= N by substitution, as many rows at a time as a vector has lanes.
+template <class T, int N>
+void solve_rows_leaf(const T* L, int64_t ldl, int64_t n, T* X, int64_t ldx, int64_t m) {
+  using V = Vec<T>;
+  T inverse[N];
+  for (int64_t j = 0; j < n; ++j) inverse[j] = 1 / L[j * (ldl + 1)];
+  for (int64_t begin = 0; begin < m; begin += V::kLanes) {
+    const int64_t rows = m - begin < V::kLanes ? m - begin : V::kLanes;
+    T* block = X + begin * ldx;
+    T lanes[N][V::kLanes] = {};
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < n; ++j) lanes[j][i] = block[i * ldx + j];
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      auto x = V::load(lanes[j]);
+      for (int64_t i = 0; i < j; ++i) x -= L[j * ldl + i] * V::load(lanes[i]);
+      V::store(lanes[j], x * inverse[j]);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < n; ++j) block[i * ldx + j] = lanes[j][i];
+    }
+  }
+}
+
+// X [m, n] <- X L⁻ᵀ: X Lᵀ is the old X to its own rounding, however L is conditioned, which the product with
+// an explicit inverse is not.
+template <class T>
+void solve_rows(const T* L, int64_t ldl, int64_t n, T* X, int64_t ldx, int64_t m, Workspace& workspace) {
+  if (n <= 16) return solve_rows_leaf<T, 16>(L, ldl, n, X, ldx, m);
+  const int64_t a = (n / 2 + 15) / 16 * 16, b = n - a;
+  solve_rows(L, ldl, a, X, ldx, m, workspace);
+  const View<T> L21{const_cast<T*>(L) + a * ldl, ldl, 1};
+  gemm<T>(m, b, a, -1, {X, ldx, 1}, L21.transpose(), true, X + a, ldx, workspace);
+  solve_rows(L + a * (ldl + 1), ldl, b, X + a, ldx, m, workspace);
 }
 
 // The upper half from the lower one.

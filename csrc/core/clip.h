@@ -1,4 +1,5 @@
-// Spectral clip by the correction form A + Σ_{i out of band} (f_i - sigma_i) u_i v_iᵀ.
+// Spectral clip by the correction form A + Σ_{i out of band} (f_i - sigma_i) u_i v_iᵀ or, where the band lies
+// so far below sigma_1 that it cancels, by U diag(f) Vᵀ.
 #pragma once
 
 #include "band.h"
@@ -19,6 +20,10 @@ constexpr double kSlack = sizeof(W) == 4 ? 0x1p-23 : 0x1p-49;
 
 // A Gram matrix squares the condition number; above this one an SVD in double takes over.
 constexpr double kWellConditioned = 3;
+
+// The correction form is off by a few rounding errors of sigma_1: too much for a band whose upper edge is below
+// this share of sigma_1.
+constexpr double kCancels = 0.75;
 
 struct Constraint {
   double tau;
@@ -104,6 +109,7 @@ Outcome clip_well_conditioned(T* B, int64_t m, int64_t n, const Constraint& cons
   const Clip clip = plan_clip<T, T>(sigma, k, constraint, scratch);
   const int64_t above = clip.above, below = k - clip.below;
   if (above + below == 0) return kInBand;
+  if (clip.edges.hi < kCancels * sigma[0]) return kIllConditioned;
   T* Q = scratch.take<T>((above + below) * k);
   eigenvectors(eigen, above, below, Q, workspace);
   return correct(B, m, n, Q, /*right=*/tall, sigma, k, clip, workspace) ? kClipped : kIllConditioned;
@@ -122,15 +128,20 @@ int clip_ill_conditioned(const T* A, int64_t m, int64_t n, const Constraint& con
   const Constraint scaled{constraint.tau, constraint.band, constraint.sigma_max * svd.scaling.down};
   const Clip clip = plan_clip<T, double>(sigma, k, scaled, scratch);
   if (clip.above == 0 && clip.below == k) return kOk;
+  const bool rebuild = clip.edges.hi < kCancels * sigma[0];
   for (int64_t i = 0; i < k; ++i) {
-    if (i < clip.above) scale(n, clip.edges.hi - sigma[i], svd.V + i * n);
-    if (i >= clip.below) scale(n, clip.edges.lo - sigma[i], svd.V + i * n);
+    const double f = i < clip.above ? clip.edges.hi : i < clip.below ? sigma[i] : clip.edges.lo;
+    scale(n, rebuild ? f : f - sigma[i], svd.V + i * n);
   }
   double* sum = scratch.take<double>(m * n);
-  for (int64_t i = 0; i < m * n; ++i) sum[i] = svd.scaling.down * static_cast<double>(A[i]);
   const View<double> U{svd.U, 1, m}, V{svd.V, n, 1};
-  gemm<double>(m, n, clip.above, 1, U, V, sum, sum, workspace);
-  gemm<double>(m, n, k - clip.below, 1, U.at(0, clip.below), V.at(clip.below, 0), sum, sum, workspace);
+  if (rebuild) {
+    gemm<double>(m, n, k, 1, U, V, nullptr, sum, workspace);
+  } else {
+    for (int64_t i = 0; i < m * n; ++i) sum[i] = svd.scaling.down * static_cast<double>(A[i]);
+    gemm<double>(m, n, clip.above, 1, U, V, sum, sum, workspace);
+    gemm<double>(m, n, k - clip.below, 1, U.at(0, clip.below), V.at(clip.below, 0), sum, sum, workspace);
+  }
   for (int64_t i = 0; i < m * n; ++i) out[i] = static_cast<T>(svd.scaling.up * sum[i]);
   return kOk;
 }

@@ -31,6 +31,10 @@ bool cholesky_qr(const T* Y, int64_t m, int64_t r, T* X, double& distance, Works
   return true;
 }
 
+// One pass is exact to rounding up to this distance, at which no eigenvalue of Yᵀ Y is below 1/2. Its error
+// grows with the condition number of Yᵀ Y.
+constexpr double kNearIdentity = 0.5;
+
 // X [m, r] = qf(Y), m >= r, Y finite. One pass is exact to rounding near the identity, a long step takes a
 // second one, and what even that leaves far from orthonormal goes to Householder.
 template <class T>
@@ -38,10 +42,10 @@ void orthonormalize(const T* Y, int64_t m, int64_t r, T* X, Workspace& workspace
   Scratch scratch(workspace);
   double distance;
   if (cholesky_qr(Y, m, r, X, distance, workspace)) {
-    if (distance <= 1) return;
+    if (distance <= kNearIdentity) return;
     T* first = scratch.take<T>(m * r);
     std::memcpy(first, X, sizeof(T) * static_cast<std::size_t>(m * r));
-    if (cholesky_qr(first, m, r, X, distance, workspace) && distance <= 1) return;
+    if (cholesky_qr(first, m, r, X, distance, workspace) && distance <= kNearIdentity) return;
   }
   double* W = scratch.take<double>(m * r);
   double* Q = scratch.take<double>(m * r);

@@ -14,7 +14,7 @@ namespace CONDLR_ISA {
 // column is to the span of the others, whatever their lengths. Below this it does not show in Q as stored.
 template <class T>
 constexpr double kLargestInflation = sizeof(T) == 4 ? 0x1p20 : 2;
-// Further passes make Q orthonormal, but what the first one rounds away of the columns of A stays away.
+// Further passes make Q orthonormal; a Gram matrix closer to singular has no Cholesky factor to trust.
 constexpr double kHopelessInflation = 0x1p40;
 
 // Q [m, k] with X = Q R, diag(R) > 0, or null where X is not of full rank to rounding.
@@ -31,20 +31,28 @@ double* qr_by_cholesky(View<double> X, int64_t m, int64_t k, Scratch& scratch, W
     for (int64_t i = 0; i < k; ++i) diagonal[i] = gram[i * (k + 1)];
     if (!inverse_cholesky(gram, k, inverse, k, workspace)) return nullptr;
     double* next = Q[pass % 2];
-    // L⁻ᵀ is upper triangular: no row below the block's last column counts
-    for (int64_t j = 0; j < k; j += kBlock) {
-      const int64_t columns = k - j < kBlock ? k - j : kBlock;
-      const View<double> block = row_major<double>(inverse + j * k, k);
-      gemm<double>(m, columns, j + columns, 1, X, block.transpose(), false, next + j, k, workspace);
-    }
     double inflation = 0;
     for (int64_t j = 0; j < k; ++j) {
       double sum = 0;  // (G⁻¹)_jj
       for (int64_t i = j; i < k; ++i) sum += inverse[i * k + j] * inverse[i * k + j];
       inflation = diagonal[j] * sum > inflation ? diagonal[j] * sum : inflation;
     }
-    if (inflation <= kLargestInflation<T>) return next;
     if (inflation > kHopelessInflation) return nullptr;
+    if (sizeof(T) == 8 && inflation > kLargestInflation<T>) {
+      // what the product with the inverse would round away of the columns of X shows in double
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t j = 0; j < k; ++j) next[i * k + j] = X.data[i * X.row + j * X.col];
+      }
+      solve_rows<double>(gram, k, k, next, k, m, workspace);
+    } else {
+      // L⁻ᵀ is upper triangular: no row below the block's last column counts
+      for (int64_t j = 0; j < k; j += kBlock) {
+        const int64_t columns = k - j < kBlock ? k - j : kBlock;
+        const View<double> block = row_major<double>(inverse + j * k, k);
+        gemm<double>(m, columns, j + columns, 1, X, block.transpose(), false, next + j, k, workspace);
+      }
+    }
+    if (inflation <= kLargestInflation<T>) return next;
     X = row_major<double>(next, k);
   }
   return nullptr;

@@ -150,6 +150,10 @@ struct Rows {
   }
 };
 
+// Products of two such F with squares of d that are flushed to zero are below rounding.
+template <class T>
+constexpr T kLargestFactor = sizeof(T) == 4 ? T(0x1p40) : T(0x1p400);
+
 // E = [E1 E2] [r, 2 r] with X_new = [X d] Eᵀ = X E1ᵀ + d E2ᵀ = qf(X - D F) for the tangent D = d - X O,
 // O = Xᵀ d, and F as in find_transform. gram: [X d]ᵀ [X d], lower half, rows `stride` apart; overwritten.
 // With Δ = Xᵀ X - I, N = O F, M = dᵀ d - Oᵀ O:
@@ -168,8 +172,8 @@ bool short_step(T* gram, int64_t stride, int64_t r, const T* F, T* E, Workspace&
     const T off = A[i * (stride + 1)] - 1;
     drift2 += off * off + 2 * sum_of_squares(A + i * stride, i);
   }
-  // no column of d F is longer than this
-  if (!(row_sum * __builtin_sqrt(longest) <= 1)) return false;
+  // no column of d F is longer than this, unless squares of d underflow, which a large F would bring back
+  if (!(row_sum <= kLargestFactor<T> && row_sum * __builtin_sqrt(longest) <= 1)) return false;
 
   T* work = scratch.take<T>(r * r);
   T* G = scratch.take<T>(r * r);
@@ -250,8 +254,8 @@ Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64
 
 // out = [X d] Eᵀ
 template <class T>
-void transform_rows(const T* X, const Direction<T>& direction, int64_t m, int64_t r, const Panels<T>& transform,
-                    T* new_buffer, T* out, Workspace& workspace) {
+void transform_rows(const T* X, const Direction<T>& direction, int64_t m, int64_t r,
+                    const Panels<T>& transform, T* new_buffer, T* out, Workspace& workspace) {
   Scratch scratch(workspace);
   const Rows<T> rows(m, r, scratch);
   rows.each(X, direction, new_buffer, [&](int64_t begin, int64_t count) {

@@ -258,7 +258,11 @@ def test_environment_variable():
         if expected:
             assert done.stdout.strip() == expected
         else:
-            assert done.returncode and "backend must be one of auto" in done.stderr and "'nonsense'" in done.stderr
+            assert (
+                done.returncode
+                and "CONDLR_EXT_BACKEND must be one of auto" in done.stderr
+                and "'nonsense'" in done.stderr
+            )
 
 
 def test_backward_keeps_the_backend_of_forward():
