@@ -53,11 +53,11 @@ def loads(data: bytes) -> dict:
     """
     try:
         result = _run(data)
+        if not isinstance(result, dict):
+            raise ValueError(f"a dictionary is needed, got {type(result).__name__}")
+        return {k.encode() if isinstance(k, str) else k: _finished(v) for k, v in result.items()}
     except (IndexError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"damaged: {error!r}") from None
-    if not isinstance(result, dict):
-        raise ValueError(f"a dictionary is needed, got {type(result).__name__}")
-    return {k.encode() if isinstance(k, str) else k: _finished(v) for k, v in result.items()}
 
 
 def _run(data: bytes):
