@@ -118,3 +118,25 @@ def test_matrices_of_a_batch_have_their_own_constraints():
         tau, band, sigma_max = hyper[r, 7:].tolist()
         assert torch.equal(out[i], spectral.clip_spectrum(A[i], tau, int(band), sigma_max)[0])
     assert (info == OK).all()
+
+
+@pytest.mark.parametrize("band", range(3))
+@pytest.mark.parametrize("tau", [0.0, 0.1, INF])
+@pytest.mark.parametrize("ratio", [0.8, 0.7, 1e-3, 1e-8, 1e-20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_cap_far_below_the_input_is_met(dtype, ratio, tau, band):
+    """The correction form is exact relative to the input, the promise is relative to the result."""
+    for spread in (2.5, 1e4):
+        A = with_spectrum(torch.linspace(1, 1 / spread, 12, dtype=torch.float64), 12, 12).to(dtype)
+        out, info = spectral.clip_spectrum(A, tau, band, ratio)
+        sigma = singular_values(out)
+        rounding = 2e-6 if dtype == torch.float32 else 1e-12
+        assert info == OK and sigma[0] <= ratio * (1 + rounding)
+        assert tau == INF or kappa(out) <= (1 + tau) * (1 + 2.5 * rounding)
+
+
+def test_a_low_cap_above_rank_64():
+    A = with_orthogonal_columns(torch.linspace(2, 1, 70))
+    for sigma_max in (1.2, 1e-6):
+        out, info = spectral.clip_spectrum(A, 0.1, 0, sigma_max)
+        assert info == OK and singular_values(out)[0] <= sigma_max * (1 + 2e-6) and kappa(out) <= 1.1 * (1 + 5e-6)

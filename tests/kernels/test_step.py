@@ -379,6 +379,16 @@ def test_clip_of_cores_above_rank_64():
         assert kappa(core) <= (1 + tau) * (1 + 5e-6)
 
 
+@pytest.mark.parametrize("scale", [1e2, 1e8, 1e20])
+def test_a_huge_gradient_breaks_neither_bound_nor_cap(scale):
+    params, grads, buffers = network(torch.float32)
+    for dS in grads[1::4]:
+        dS.mul_(scale)
+    assert not run(params, grads, buffers, hyper_table(len(SHAPES), sigma_max=1.5)).any()
+    for S in params[1::4]:
+        assert singular_values(S)[0] <= 1.5 * (1 + 2e-6) and kappa(S) <= 1.1 * (1 + 5e-6)
+
+
 def test_reasons_not():
     params, grads, buffers = network(torch.float32, SHAPES[:1])
     hyper, skipped = hyper_table(1), torch.zeros(1, dtype=torch.int64)

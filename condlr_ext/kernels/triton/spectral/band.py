@@ -1,14 +1,17 @@
-"""Kernels that place the band of clip_spectrum and compute how far each singular value has to move."""
+"""Kernels that place the band of clip_spectrum and compute where each singular value has to go."""
 
 import triton
 import triton.language as tl
 
 from .... import reference
 from ..runtime.status import ALL_ZERO, OK
-from .product import CORRECT, KEEP, REPLACE
+from .product import CORRECT, KEEP, REBUILD, REPLACE
 
 MEAN, OPTIMAL = tl.constexpr(reference.BANDS.index("mean")), tl.constexpr(reference.BANDS.index("optimal"))
 TAU, BAND, SIGMA_MAX = map(tl.constexpr, range(3))  # columns of a constraint
+# The correction A + U diag(shift) Vᵀ is off by a few rounding errors of sigma_1: too much for a band whose upper edge
+# is below this share of sigma_1.
+CANCELS = tl.constexpr(0.75)
 
 
 @triton.jit
@@ -51,13 +54,14 @@ def under(lo, hi, tau, sigma_max):
 
 
 @triton.jit
-def band_shifts(
+def clip_weights(
     sigma_ptr, x, real, n, tau, band, cap, out_epsilon, slack, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the shifts of x into the band, whether all of x is in it to within `slack`, and its edges lo and hi.
+    """Return weights w, whether to rebuild, whether all of x is in the band to within `slack`, and its edges lo and hi.
 
-    x [R], valid where `real`, holds n singular values over the largest one, descending; sigma is a multiple of it in
-    memory. cap is sigma_max over the largest one, out_epsilon the epsilon of the dtype of the result.
+    The clipped matrix is A + U diag(w) Vᵀ, or U diag(w) Vᵀ to rebuild it. x [R], valid where `real`, holds n singular
+    values over the largest one, descending; sigma is a multiple of it in memory. cap is sigma_max over the largest one,
+    out_epsilon the epsilon of the dtype of the result.
     """
     count = tl.cast(n, tl.float64)
     c = 1 + tau
@@ -74,17 +78,19 @@ def band_shifts(
     target = tl.where(real, tl.minimum(tl.maximum(x, lo), hi), 0.0)
     stored = out_epsilon / 2 * tl.sqrt(tl.sum(target * target, 0))
     raised = tl.where((lo > 0) & (stored > 2e-6 * lo), tl.minimum(lo + stored, hi), lo)
-    return tl.minimum(tl.maximum(x, raised), hi) - x, inside, lo, hi
+    clipped = tl.minimum(tl.maximum(x, raised), hi)
+    rebuild = hi < CANCELS
+    return tl.where(rebuild, clipped, clipped - x), rebuild, inside, lo, hi
 
 
 @triton.jit
-def interval(lo, hi, tau, check):
+def interval(lo, hi, check):
     """Return p and q with which p x + q maps [lo², hi²], a little widened, to [-1, 1]; p = 0 where nothing is checked.
 
-    kappa may exceed 1 + tau by 5e-6 of it, more than the interval is widened. Nothing is checked where `check` is
-    false or the band has no lower or no upper edge.
+    kappa may exceed 1 + tau by 5e-6 of it and sigma_1 the cap by 2e-6, both more than the interval is widened. Nothing
+    is checked where `check` is false or the band has no upper edge.
     """
-    check = check & (lo > 0) & (tau < float("inf"))
+    check = check & (hi < float("inf"))
     lo = tl.where(check, lo * (1 - 1.5e-6), 1.0)
     hi = tl.where(check, hi * (1 + 1.5e-6), 2.0)
     p = tl.where(check, 2 / ((hi - lo) * (hi + lo)), 0.0)
@@ -92,16 +98,16 @@ def interval(lo, hi, tau, check):
 
 
 @triton.jit
-def shifts(
-    sigma_ptr, svd_info_ptr, constraint_ptr, row_ptr, shift_ptr, mode_ptr, active_mask_ptr, info_ptr, interval_ptr, n,
+def weights(
+    sigma_ptr, svd_info_ptr, constraint_ptr, row_ptr, weight_ptr, mode_ptr, active_mask_ptr, info_ptr, interval_ptr, n,
     stride, out_epsilon, MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """shift [n] = the shifts of the singular values sigma [n], descending, into the band; one program per matrix.
+    """weight [n] = those of `clip_weights` for the singular values sigma [n], descending; one program per matrix.
 
-    sigma in float32 serves well-conditioned matrices. The others go into the active mask for a second round, with sigma
-    in float64 and MASKED, which computes only those. The constraint of matrix i is row[i] of a table with rows `stride`
-    apart. mode is that of `multiply`, interval [*, 2] holds p and q of `interval`, out_epsilon is the epsilon of the
-    dtype of the result. R >= n.
+    sigma in float32 serves well-conditioned matrices that need not be rebuilt. The others go into the active mask for a
+    second round, with sigma in float64 and MASKED, which computes only those. The constraint of matrix i is row[i] of a
+    table with rows `stride` apart. mode is that of `multiply`, interval [*, 2] holds p and q of `interval`, out_epsilon
+    is the epsilon of the dtype of the result. R >= n.
     """
     batch = tl.program_id(0).to(tl.int64)
     sigma_ptr += batch * n
@@ -120,24 +126,24 @@ def shifts(
     largest = tl.where(usable, largest, 1.0)
     x = tl.where(usable & real, sigma / largest, 0.0)
     cap = sigma_max / largest
-    shift, inside, lo, hi = band_shifts(sigma_ptr, x, real, n, tau, band, cap, out_epsilon, SLACK, R, BLOCK)
+    weight, rebuild, inside, lo, hi = clip_weights(sigma_ptr, x, real, n, tau, band, cap, out_epsilon, SLACK, R, BLOCK)
 
     active = True
     ill_conditioned = False
     if MASKED:
         active = tl.load(active_mask_ptr + batch) != 0
     elif sigma_ptr.dtype.element_ty == tl.float32:
-        # rounding errors of a large singular value are large to a small one
-        ill_conditioned = usable & (largest > 3 * smallest)
+        # rounding errors of a large singular value are large to a small one, and to a low band
+        ill_conditioned = usable & ((largest > 3 * smallest) | (rebuild & ~inside))
         tl.store(active_mask_ptr + batch, ill_conditioned.to(tl.int32))
     correct = usable & ~inside & ~ill_conditioned
-    tl.store(shift_ptr + batch * n + i, (shift * largest).to(shift_ptr.dtype.element_ty), mask=real)
-    tl.store(mode_ptr + batch, tl.where(active, tl.where(correct, CORRECT, REPLACE), KEEP))
+    tl.store(weight_ptr + batch * n + i, (weight * largest).to(weight_ptr.dtype.element_ty), mask=real)
+    tl.store(mode_ptr + batch, tl.where(active, tl.where(correct, tl.where(rebuild, REBUILD, CORRECT), REPLACE), KEEP))
     info = tl.where(svd_info == OK, tl.where(usable, OK, ALL_ZERO), svd_info)
     if active:
         tl.store(info_ptr + batch, info)
     if not MASKED:
-        p, q = interval(lo * largest, hi * largest, tau, usable & ~ill_conditioned)
+        p, q = interval(lo * largest, hi * largest, usable & ~ill_conditioned)
         tl.store(interval_ptr + 2 * batch, p)
         tl.store(interval_ptr + 2 * batch + 1, q)
 
@@ -154,8 +160,8 @@ def variants(architecture: str):
     types = dict.fromkeys(("svd_info_ptr", "row_ptr", "mode_ptr", "active_mask_ptr", "info_ptr"), "*i32")
     types |= dict(constraint_ptr="*fp64", interval_ptr="*fp64", n="i32", stride="i32", out_epsilon="fp32")
     for dtype, masked in (("fp32", False), ("fp64", True)):
-        pointers = dict.fromkeys(("sigma_ptr", "shift_ptr"), f"*{dtype}")
+        pointers = dict.fromkeys(("sigma_ptr", "weight_ptr"), f"*{dtype}")
         for R in (64, 512):
             options = config(architecture, R)
             tile = dict(MASKED=masked, R=options.pop("R"), BLOCK=options.pop("BLOCK"))
-            yield shifts, types | pointers, tile, options, True
+            yield weights, types | pointers, tile, options, True

@@ -88,13 +88,13 @@ def clip_each(A: Tensor, constraint: Tensor, row: Tensor):
     for dtype in dtypes:
         masked = dtype != A.dtype
         U, sigma, V, svd_info = _svd(A, dtype, active_mask if masked else None)
-        shift = torch.empty_like(sigma)
+        weight = torch.empty_like(sigma)
         with on(A.device):
-            band.shifts[(B,)](
-                sigma, svd_info, constraint, row, shift, mode, active_mask, info, interval, k, constraint.stride(0),
+            band.weights[(B,)](
+                sigma, svd_info, constraint, row, weight, mode, active_mask, info, interval, k, constraint.stride(0),
                 torch.finfo(A.dtype).eps, MASKED=masked, **band.config(architecture(A.device), k),
             )  # fmt: skip
-            product(U, V.mT, out, C=A, weight=shift, mode=mode)
+            product(U, V.mT, out, C=A, weight=weight, mode=mode)
             if dtype != torch.float64:
                 bound.check(_tall(out), interval, active_mask)
     return out, info

@@ -217,7 +217,7 @@ def clip_by_group(
             square, trace = _square(H_ptr, n, BLOCK)
             lo = 2 * tl.where(kind == band.MEAN, trace / number, tl.sqrt(square / number)) / (2 + tau)
             lo, hi = band.under(lo, (1 + tau) * lo, tau, sigma_max)
-            p, q = band.interval(lo, hi, tau, True)
+            p, q = band.interval(lo, hi, True)
             hi = tl.minimum(hi, norm)
             # bounds of lo I - H and H - hi I: by their Frobenius norms, which lose digits, and by 0 <= H <= norm
             below = tl.sqrt(tl.maximum(square - 2 * lo * trace + number * lo * lo, 0.0))

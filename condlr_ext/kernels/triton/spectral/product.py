@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import INTERPRETED, architecture
 from ..runtime.cooperative import split_program_id
 
-KEEP, REPLACE, CORRECT = map(tl.constexpr, range(3))  # modes: leave out alone, out = C, out = the product + C
+# modes: leave out alone, out = C, out = the product + C, out = the product
+KEEP, REPLACE, CORRECT, REBUILD = map(tl.constexpr, range(4))
 
 
 @triton.jit
@@ -20,8 +21,8 @@ def multiply(
 ):  # fmt: skip
     """out [m, n] = alpha X diag(weight) Y + beta C + gamma I, one tile per program; grid: batch * tiles.
 
-    ADD: C is given. WEIGHTED: weight [batch, k] is given. MODE: mode [batch] chooses between KEEP, REPLACE and CORRECT;
-    Inf and NaN of C are copied. WIDE: sums are in float64.
+    ADD: C is given. WEIGHTED: weight [batch, k] is given. MODE: mode [batch] chooses between KEEP, REPLACE, CORRECT and
+    REBUILD; Inf and NaN of C are copied. WIDE: sums are in float64.
     """
     tiles = tl.cdiv(n, BLOCK_N)
     tile, batch = split_program_id(tl.cdiv(m, BLOCK_M) * tiles)
@@ -33,7 +34,7 @@ def multiply(
     Y_ptr += batch * y_batch + col[None, :] * y_col
     mode = tl.load(mode_ptr + batch) if MODE else CORRECT
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype)
-    if mode == CORRECT:
+    if (mode == CORRECT) | (mode == REBUILD):
         for begin in range(0, k, BLOCK_K):
             inner = (begin + tl.arange(0, BLOCK_K)).to(tl.int64)
             x = tl.load(X_ptr + inner[None, :] * x_col, mask=(row < m)[:, None] & (inner < k)[None, :], other=0.0)
@@ -42,7 +43,7 @@ def multiply(
                 x *= tl.load(weight_ptr + batch * k + inner, mask=inner < k, other=0.0)[None, :]
             acc = tl.dot(x.to(dtype), y.to(dtype), acc, input_precision="ieee", out_dtype=dtype)
         acc = tl.cast(alpha, dtype) * acc + tl.where(row[:, None] == col[None, :], tl.cast(gamma, dtype), 0.0)
-    if ADD:
+    if ADD and mode != REBUILD:
         c_ptrs = C_ptr + batch * c_batch + row[:, None] * c_row + col[None, :] * c_col
         acc += tl.cast(beta, dtype) * tl.load(c_ptrs, mask=inside, other=0.0).to(dtype)
     out = out_ptr + batch * o_batch + row[:, None] * o_row + col[None, :] * o_col

@@ -121,31 +121,31 @@ def _clip(
     outcome = tl.where(scale == scale, outcome, NOT_FINITE)
     largest = tl.where(usable, largest, 1.0)
     x = tl.where(usable, load_wide(sigma_ptr + i, real), 1.0) / largest
+    tau, kind, sigma_max = _constraint(hyper_ptr, layer)
+    cap = sigma_max / largest
+    # sigma is known to a few rounding errors of the largest one
+    SLACK: tl.constexpr = 8 * 2.0**-52 if own == tl.float64 else 4 * 2.0**-23
+    OUT: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
+    weight, rebuild, in_band, _, _ = band.clip_weights(sigma_ptr, x, real, n, tau, kind, cap, OUT, SLACK, R, BLOCK)
     ill_conditioned = 0
     if not MASKED:
-        # rounding errors of a large singular value are large for a small one
-        ill_conditioned = tl.where((own == tl.float32) & (3 * tl.min(tl.where(real, x, 1.0), 0) < 1), 1, 0)
+        # rounding errors of a large singular value are large for a small one, and for a low band
+        spread = 3 * tl.min(tl.where(real, x, 1.0), 0) < 1
+        ill_conditioned = tl.where((own == tl.float32) & (spread | (rebuild & ~in_band)), 1, 0)
         tl.store(active_mask_ptr, ill_conditioned)
     if ill_conditioned == 0:
         tl.store(info_ptr + layer, outcome)
     if (ill_conditioned == 0) & (outcome == OK):
-        tau, kind, sigma_max = _constraint(hyper_ptr, layer)
-        cap = sigma_max / largest
-        # sigma is known to a few rounding errors of the largest one
-        SLACK: tl.constexpr = 8 * 2.0**-52 if own == tl.float64 else 4 * 2.0**-23
-        OUT: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
-        shift, in_band, _, _ = band.band_shifts(sigma_ptr, x, real, n, tau, kind, cap, OUT, SLACK, R, BLOCK)
         if not in_band:
-            shift *= largest
             tl.debug_barrier()
-            tl.store(sigma_ptr + i, shift.to(own), mask=real)
+            tl.store(sigma_ptr + i, (weight * largest).to(own), mask=real)
             tl.debug_barrier()
             row, k = tl.arange(0, BLOCK), tl.arange(0, 16)
             for begin in range(0, n, BLOCK):
                 rows = begin + row
                 at = rows[:, None] * n + i[None, :]
                 inside = rows[:, None] < n
-                new = load_wide(S_ptr + at, inside & real[None, :])
+                new = tl.where(rebuild, 0.0, load_wide(S_ptr + at, inside & real[None, :]))
                 for start in range(0, n, 16):
                     inner = start + k
                     u = load_wide(U_ptr + rows[:, None] * n + inner[None, :], inside & (inner[None, :] < n))
@@ -204,19 +204,21 @@ def _clip_by_blocks(
         tau, kind, sigma_max = _constraint(hyper_ptr, layer)
         cap = sigma_max / largest
         OUT: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
-        shift, in_band, _, _ = band.band_shifts(sigma_ptr, x, real, n, tau, kind, cap, OUT, 8 * 2.0**-52, LARGE, BLOCK)
+        weight, rebuild, in_band, _, _ = band.clip_weights(
+            sigma_ptr, x, real, n, tau, kind, cap, OUT, 8 * 2.0**-52, LARGE, BLOCK
+        )
         barrier(counter_ptr, group_size)  # all have read sigma
         if not in_band:
             if member == 0:
-                tl.store(sigma_ptr + i, shift * largest, mask=real)
+                tl.store(sigma_ptr + i, weight * largest, mask=real)
             copy(V_ptr, 1, n, T_ptr, n, 1, n, n, 1.0, member, group_size, counter_ptr, TILE * BLOCK)
             for row in range(member, n, group_size):
                 moved = load_wide(U_ptr + row * n + i, real) * load_wide(sigma_ptr + i, real)
                 tl.store(other_ptr + row * n + i, moved, mask=real)
             barrier(counter_ptr, group_size)
             product(
-                other_ptr, T_ptr, S_ptr, S_ptr, n, n, n, 1, 1.0, 1.0, 0.0, member, group_size, counter_ptr,
-                False, tl.float64, TILE, 16,
+                other_ptr, T_ptr, S_ptr, S_ptr, n, n, n, 1, 1.0, tl.where(rebuild, 0.0, 1.0), 0.0, member, group_size,
+                counter_ptr, False, tl.float64, TILE, 16,
             )  # fmt: skip
     elif (outcome == OK) & (member == 0):
         tl.store(info_ptr, ALL_ZERO)
@@ -230,7 +232,7 @@ def clip(
     PAIR: tl.constexpr, SWEEPS_OF_BLOCKS: tl.constexpr, POLAR: tl.constexpr, SIGN: tl.constexpr, TILE: tl.constexpr,
     WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """S + U diag(shift) Vᵀ for every core S [n, n]; n <= R, or n <= LARGE if LARGE > 0.
+    """S + U diag(weight) Vᵀ, or U diag(weight) Vᵀ alone, for every core S [n, n]; n <= R, or n <= LARGE if LARGE > 0.
 
     work, a row per program: core, member, size of its group. MASKED: clip the cores of the active mask, in float64.
     Otherwise clip all, in the dtype of base, and put those into the mask for which float32 is not enough.
