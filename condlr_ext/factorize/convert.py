@@ -218,13 +218,13 @@ def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
 
 
 def condition_numbers(model: nn.Module) -> dict[str, float]:
-    """Return kappa(S) of every low-rank layer by name; Inf for a singular core.
+    """Return the condition number of the weight of every low-rank layer by name; Inf for a singular one.
 
     Args:
-        model: Any module.
+        model: Any module. U and V need not be orthonormal, as after averaging models.
 
     Raises:
-        NonFiniteError: NaN or Inf in a core.
+        NonFiniteError: NaN or Inf in a factor, with the layer's name.
     """
     numbers = {}
     for name, layer in low_rank_layers(model).items():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import functional, linalg, ops
 from ..errors import NonFiniteError, ShapeError
-from ..reference import ORTHONORMAL_INPUT, orthonormality_error
+from ..reference import ORTHONORMAL_INPUT, ORTHONORMAL_STEP, orthonormality_error
 from .rank import resolve_rank
 from .truncated import truncated_svd
 
@@ -144,20 +144,28 @@ class LowRankLayer(nn.Module):
         """Number of directions in use, <= rank (less only under a RankController). Waits for the device."""
         return active_rank(self.U, self.S, self.V)
 
+    @torch.no_grad()
     def condition_number(self) -> float:
-        """Return kappa(S) of the directions in use: that of the weight while U and V are orthonormal.
+        """Return the condition number of the weight in the directions in use, in float64.
+
+        It is kappa(S) while U and V are orthonormal; where they are not, as in an average of models, their triangular
+        factors count: kappa(R_U S R_Vᵀ).
 
         Returns:
-            kappa, Inf for a singular core.
+            The largest over the smallest of the singular values, Inf for a singular weight.
 
         Raises:
-            NonFiniteError: NaN or Inf in S.
+            NonFiniteError: NaN or Inf in U, S or V.
         """
         r = self.active_rank
-        try:
-            return linalg.cond(self.S.detach()[:r, :r].double()).item()
-        except NonFiniteError:
-            raise NonFiniteError(f"{type(self).__name__}.condition_number: S must be finite, got NaN or Inf") from None
+        core = self.S[:r, :r].double()
+        for name, X in (("U", self.U), ("S", self.S), ("V", self.V)):
+            if not torch.isfinite(X).all():
+                raise NonFiniteError(f"{type(self).__name__}.condition_number: {name} must be finite, got NaN or Inf")
+            if name != "S" and orthonormality_error(factor := X[:, :r].double()) > ORTHONORMAL_STEP:
+                R = torch.linalg.qr(factor, mode="r").R
+                core = R @ core if name == "U" else core @ R.mT
+        return linalg.cond(core).item()
 
     @classmethod
     def from_dense(cls, module: nn.Module, rank, *, row_space: Tensor | None = None) -> "LowRankLayer":

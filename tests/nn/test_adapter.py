@@ -60,7 +60,8 @@ def test_start_in_other_precisions(dtype):
     eps = torch.finfo(dtype).eps
     bound = eps * layer.weight.norm() * x.norm(dim=1).max() + 2 * eps * before.abs().max()
     assert (adapter(x) - before).abs().max() <= 2 * bound
-    assert adapter.delta.S.count_nonzero() == 4 and adapter.condition_number() == 1
+    assert adapter.delta.S.count_nonzero() == 4
+    assert adapter.condition_number() <= 1 + torch.finfo(dtype).eps  # of the weight as stored
     zero = nn.Linear(6, 5)
     nn.init.zeros_(zero.weight)
     assert LowRankAdapter(zero, 2).delta.S.count_nonzero() == 2

@@ -25,6 +25,32 @@ def test_fresh_layers_are_on_the_constraint_set_at_torchs_scale():
     assert variance.item() == pytest.approx(nn.Linear(200, 300, bias=False)(x).var().item(), rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_condition_number_is_that_of_the_weight(dtype):
+    """An average of two layers is on no constraint set; one with scaled columns has another weight than its core."""
+    for change in ("none", "average", "scaled", "dependent"):
+        torch.manual_seed(0)
+        layer, other = (LowRankLinear(30, 20, rank=5, dtype=dtype) for _ in range(2))
+        with torch.no_grad():
+            if change == "average":
+                for p, q in zip(layer.parameters(), other.parameters(), strict=True):
+                    p.add_(q).div_(2)
+            elif change == "scaled":
+                layer.V.mul_(torch.arange(1, 6))
+            elif change == "dependent":
+                layer.U[:, 1] = layer.U[:, 0]
+        U, S, V = (X.detach().double() for X in (layer.U, layer.S, layer.V))
+        sigma = torch.linalg.svdvals(U @ S @ V.mT)[:5]
+        if change == "dependent":
+            assert layer.condition_number() > 1e12
+        else:
+            assert layer.condition_number() == pytest.approx((sigma[0] / sigma[-1]).item(), rel=1e-5)
+        assert condlr_ext.condition_numbers(nn.Sequential(layer))["0"] == layer.condition_number()
+    layer.V.data[0] = math.nan
+    with pytest.raises(NonFiniteError, match="LowRankLinear.condition_number: V must be finite"):
+        layer.condition_number()
+
+
 def test_from_dense_is_the_best_approximation():
     dense = nn.Linear(30, 20).double()
     sigma = torch.linalg.svdvals(dense.weight)
