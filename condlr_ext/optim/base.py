@@ -1,6 +1,7 @@
 """Base class of the optimizers on the constraint set: layers, masters, calls of the step op, state_dict."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,12 @@ class ConstrainedOptimizer(Optimizer):
         self._layers = None  # linked once all groups are there
         super().__init__(model_or_groups, defaults)
         self._link()
+        if not self._layers:  # a stage of a pipeline may have none
+            warnings.warn(
+                f"{self._name}: there is no low-rank layer among the parameters, so no bound is kept: call factorize before"
+                " making the optimizer, and pass the model or named parameters",
+                stacklevel=3,
+            )
         self._start(self._layers)
 
     @property

@@ -10,7 +10,7 @@ from helpers.training import assert_constraint, batches, make_model, train
 from torch import nn
 
 from condlr_ext import LowRankLinear
-from condlr_ext.optim import CondLRSGD
+from condlr_ext.optim import CondLRAdamW, CondLRSGD
 
 
 def test_start_puts_the_factors_on_the_constraint_set_without_changing_the_function():
@@ -102,3 +102,11 @@ def test_a_layer_unfrozen_later_starts_on_the_constraint_set():
     optimizer.step()
     torch.testing.assert_close(layer.weight, weight)
     assert non_orthonormality(layer.U) < 1e-13
+
+
+@pytest.mark.parametrize("make", [CondLRSGD, CondLRAdamW])
+def test_a_model_without_low_rank_layers_is_not_silent(make):
+    """As when factorize comes after the optimizer."""
+    with pytest.warns(UserWarning, match=f"{make.__name__}: there is no low-rank layer among the parameters") as caught:
+        make(nn.Sequential(nn.Linear(4, 4)), lr=0.1, tau=0.1)
+    assert caught[0].filename == __file__
