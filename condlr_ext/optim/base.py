@@ -46,8 +46,8 @@ class ConstrainedOptimizer(Optimizer):
         self._link()
         if not self._layers:  # a stage of a pipeline may have none
             warnings.warn(
-                f"{self._name}: there is no low-rank layer among the parameters, so no bound is kept: call factorize before"
-                " making the optimizer, and pass the model or named parameters",
+                f"{self._name}: there is no low-rank layer among the parameters, so no bound is kept: call factorize"
+                " before making the optimizer, and pass the model or named parameters",
                 stacklevel=3,
             )
         self._start(self._layers)
