@@ -204,7 +204,7 @@ def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, 
     config = None
     if not isinstance(source, dict) and Path(source).is_dir():
         where = str(source)
-        state, config = read_peft(Path(source), "LORA", "condlr_ext.importers.polar")
+        state, config = read_peft(Path(source), "condlr_ext.importers.polar", ("adapter_name", "parameterize_S"))
     else:
         state, where = _read(source)
         if alpha is None:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,6 +32,16 @@ _NEUTRAL = {
     "modules_to_save": None,
     "use_dora": False,
 }
+# settings of which every value leaves the function that of W + scaling B A, as the tensors say it
+_HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
+    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+    "task_type", "use_rslora",
+}  # fmt: skip
+# starts of A and B that leave W as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract their start from W
+_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_LARGEST_CONFIG = 2**20  # bytes
 
 
 def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> None:
@@ -38,7 +49,7 @@ def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> Non
 
     B = U S and A = Vᵀ per layer and lora_alpha = scale * rank, so (lora_alpha / r) B A is delta W up to the rounding of
     U S. The files adapter_model.safetensors and adapter_config.json are each written atomically; the frozen weights are
-    not written.
+    not written, and trained parameters outside of the adapters, such as a new head, neither: a warning names them.
 
     Args:
         model: A model with adapters.
@@ -59,6 +70,14 @@ def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> Non
     if not found or "" in found:
         what = "the model has no adapter" if not found else "the model is itself an adapter, which has no name"
         raise ValueError(f"save_lora: {what}")
+    inside = {id(p) for adapter in found.values() for p in adapter.delta.parameters()}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if left_out:
+        warnings.warn(
+            f"save_lora: trained parameters outside of the adapters are not in the file: {', '.join(left_out)}; save"
+            " them with condlr_ext.save",
+            stacklevel=2,
+        )
     tensors = {}
     for name, adapter in found.items():
         A, B = _lora_factors(name, adapter)
@@ -90,7 +109,7 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
         ValueError: The model lacks a layer or has it in another shape.
     """
     folder = Path(folder)
-    tensors, config = read_peft(folder, "LORA", "condlr_ext.load_lora")
+    tensors, config = read_peft(folder, "condlr_ext.load_lora")
     pairs = split_keys(tensors, {"lora_A": (".weight",), "lora_B": (".weight",)}, str(folder))
     changes = {}
     for name, parts in pairs.items():
@@ -106,23 +125,41 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
     return set_adapters(model, changes, str(folder))
 
 
-def read_peft(folder: Path, kind: str, user: str) -> tuple[dict[str, Tensor], dict]:
-    """Return the tensors and the configuration of a PEFT folder.
+def read_peft(folder: Path, user: str, known: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors and the configuration of a PEFT folder with a LoRA.
+
+    A setting that is not known to be harmless must be off (None, False or empty).
+
+    Args:
+        folder: Folder with adapter_model.safetensors and adapter_config.json.
+        user: Function that reads, for error texts.
+        known: Further settings that the caller handles.
 
     Raises:
-        CheckpointError: Files are missing or damaged, peft_type is another, or settings add to the low-rank factors.
+        CheckpointError: Files are missing or damaged, peft_type is another, or a setting may change the function.
     """
+    path = folder / _CONFIG
     tensors, _ = read_safetensors(folder / _WEIGHTS, user)
     try:
-        config = json.loads((folder / _CONFIG).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {folder / _CONFIG}: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type", kind) != kind:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
+        config = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
         got = config.get("peft_type") if isinstance(config, dict) else "no settings"
-        raise CheckpointError(f"{folder / _CONFIG}: peft_type must be {kind}, got {got}")
-    for key, neutral in _NEUTRAL.items():
-        if config.get(key, neutral) not in (neutral, None):
-            raise CheckpointError(f"{folder / _CONFIG}: {key}={config[key]!r} is more than low-rank factors can say")
+        raise CheckpointError(f"{path}: peft_type must be LORA, got {got}")
+    for key, value in config.items():
+        if key in _HARMLESS or key in known:
+            continue
+        if key == "init_lora_weights":
+            if value not in _PLAIN_STARTS and value is not None:
+                raise CheckpointError(
+                    f"{path}: init_lora_weights={value!r} changes the base weight; convert it to a plain LoRA by PEFT's"
+                    " save_pretrained(path_initial_model_for_weight_conversion=...)"
+                )
+        elif value != _NEUTRAL.get(key) and value not in (None, False, {}, []):
+            raise CheckpointError(f"{path}: {key}={value!r} is more than low-rank factors can say")
     return tensors, config
 
 
@@ -166,17 +203,32 @@ def scaling(config: dict, name: str, rank: int, source: str) -> float:
 
     def setting(key: str, pattern: str):
         for expression, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({expression})$", name):  # PEFT's rule: the end of the name, or with ^ all of it
+            if matches(expression, name):
                 return value
         return config[key]
 
     try:
         r, alpha = setting("r", "rank_pattern"), float(setting("lora_alpha", "alpha_pattern"))
-    except (KeyError, TypeError, ValueError, re.error) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, re.error, RecursionError) as error:
         raise CheckpointError(f"{source}: its settings must have r and lora_alpha: {error!r}") from None
     if r != rank:
         raise CheckpointError(f"{source}: layer {name!r} has rank {r} in the settings and {rank} in the tensors")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def matches(expression: str, name: str) -> bool:
+    """Return whether PEFT's rule applies a pattern to a module: it matches the end of the name, or with ^ all of it.
+
+    Patterns come from files. Those that could take long are refused: a repeated group, or more than two repetitions.
+
+    Raises:
+        ValueError: The pattern or the name is refused.
+    """
+    atoms = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]", "x", expression, flags=re.DOTALL)  # escapes and classes
+    repeats = re.findall(r"[*+?{]", atoms.replace("(?:", "("))
+    if len(expression) > 300 or len(name) > 300 or len(repeats) > 2 or re.search(r"\)[*+?{]", atoms):
+        raise ValueError(f"the pattern {expression[:60]!r} is too long or repeats too much")
+    return re.match(rf"(.*\.)?({expression})$", name) is not None
 
 
 def _lora_factors(name: str, adapter: LowRankAdapter) -> tuple[Tensor, Tensor]:

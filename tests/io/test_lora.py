@@ -247,3 +247,68 @@ def test_checkpoints_of_adapted_models(tmp_path):
     assert torch.equal(other(x), model(x))
     with pytest.raises(CheckpointError, match="conv1.delta"):
         condlr_ext.load(plain, tmp_path / "m.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A plain LoRA of layer 0, and a function that writes other settings."""
+    save_file(
+        {
+            "base_model.model.0.lora_A.weight": torch.randn(2, 8),
+            "base_model.model.0.lora_B.weight": torch.randn(6, 2),
+        },
+        tmp_path / "adapter_model.safetensors",
+    )
+
+    def write(**settings):
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["0"]} | settings
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return write
+
+
+NEUTRAL = [
+    dict(init_lora_weights=True), dict(init_lora_weights="gaussian"), dict(init_lora_weights="eva"),
+    dict(lora_dropout=0.1), dict(loftq_config={}), dict(alora_invocation_tokens=None), dict(use_qalora=False),
+    dict(a_setting_of_the_future=None, another=False), dict(rank_pattern={r"^0": 2}), dict(rank_pattern={r"[0-9]+": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", NEUTRAL, ids=str)
+def test_neutral_settings_are_read(folder, settings):
+    assert list(load_lora(nn.Sequential(nn.Linear(8, 6)), folder(**settings))) == ["0"]
+
+
+REFUSED = [
+    *(dict(init_lora_weights=w) for w in ("pissa", "pissa_niter_16", "olora", "corda", "lora_ga", "loftq")),
+    dict(alora_invocation_tokens=[3]), dict(use_qalora=True), dict(use_bdlora={"a": 1}), dict(kasa_config={"beta": 1}),
+    dict(a_setting_of_the_future=True), dict(another=2), dict(trainable_token_indices=[1]), dict(lora_bias=True),
+    dict(rank_pattern={"(a+)+!": 2}), dict(rank_pattern=[1]), dict(alpha_pattern={"0": 10**400}), dict(r=0),
+    dict(rank_pattern={".*.*.*.*x": 2}), dict(lora_alpha="many"), dict(rank_pattern={"(": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", REFUSED, ids=lambda s: str(s)[:40])
+def test_other_settings_are_refused(folder, settings):
+    """What is not known to leave the function alone, and what would choose the time that reading takes."""
+    model = nn.Sequential(nn.Linear(8, 6))
+    with pytest.raises(CheckpointError):
+        load_lora(model, folder(**settings))
+    assert isinstance(model[0], nn.Linear)
+
+
+def test_deep_settings_are_refused(folder):
+    path = folder() / "adapter_config.json"
+    path.write_text("[" * 10**5 + "]" * 10**5)
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load_lora(nn.Sequential(nn.Linear(8, 6)), path.parent)
+
+
+def test_a_trained_head_is_not_dropped_in_silence(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    add_adapters(model, 2, include="0")
+    save_lora(model, tmp_path / "a")
+    model[1].requires_grad_(True)
+    with pytest.warns(UserWarning, match="not in the file: 1.weight, 1.bias; save them with condlr_ext.save"):
+        save_lora(model, tmp_path / "b")
