@@ -168,7 +168,7 @@ def _refuse_to_lose(runs: list[list[_Run]]) -> None:
                 changes = ", ".join(f"{name} {stored.get(name)!r}, now {settings.get(name)!r}" for name in other)
                 changes = changes.replace("fingerprint", "data with the checksum")
                 raise ValueError(
-                    f"train: {run.file('.json')} is of other settings ({changes}); choose another folder (out) or"
+                    f"train: {run.file('.json')} has other settings ({changes}); choose another folder (out) or"
                     " replace (overwrite)"
                 )
 
