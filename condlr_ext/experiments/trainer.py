@@ -82,7 +82,7 @@ class Trainer:
         self.monitor = Monitor(self.model)
 
     def _rebuilt(self, epoch: int, ranks: dict[str, int]) -> nn.Module:
-        """Return a network with the layers of that time, whose values do not matter."""
+        """Return a network with the layers of that epoch and arbitrary values."""
         model = copy.deepcopy(self._initial)
         with torch.random.fork_rng(devices=[]):
             self.method.rebuild(model, ranks, epoch, self.config.epochs)
@@ -117,7 +117,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- training
 
     def run(self) -> Iterator[dict]:
-        """Train to the end; yield a line for the log after every epoch: what was last of each history."""
+        """Train to the end; yield a line for the log after every epoch: the last value of each history."""
         while self.epoch < self.config.epochs:
             self.run_epoch()
             if self.status == "diverged":
