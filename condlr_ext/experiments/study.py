@@ -102,8 +102,8 @@ class _Run:
 
     Attributes:
         config: Of this run and seed alone.
-        identity: What its record says of it.
-        settings: What decides its numbers, beside the data.
+        identity: Entries of its record that name it.
+        settings: Settings that determine its numbers, beside the data.
     """
 
     def __init__(self, config: TrainConfig, method: Method, seed: int):

@@ -34,7 +34,7 @@ class Trainer:
         config: The settings, of one run and seed; of more the first ones count.
         split: The data, on the CPU.
         initial: The dense network as built; it is left alone.
-        state: What `save` wrote for the same arguments, as io.checkpoint.read returns it, to go on from there.
+        state: Checkpoint to continue from, written by `save` for the same arguments and read by io.checkpoint.read.
 
     Attributes:
         model: The network in training.
