@@ -108,9 +108,9 @@ def dispatch(options: argparse.Namespace, start: float) -> int:
 
 
 def measure(options: argparse.Namespace, start: float) -> int:
-    """Measure the selected rows and print their tables, in a new process the operations after a lost device.
+    """Measure the selected rows and print their tables; after a lost device a new process measures the rest.
 
-    What a CUDA run has to build comes before condlr_ext is imported.
+    A CUDA run builds before it imports condlr_ext.
     """
     from . import prepare
 
@@ -172,7 +172,7 @@ def continued(options: argparse.Namespace, operations: list[str], file: Path, st
 
 
 def repeated(options: argparse.Namespace, **changes) -> list[str]:
-    """Return the arguments that measure the same, but for the changes."""
+    """Return the arguments of the same measurement with some changes."""
     values = vars(options) | changes
     given = list(values["operations"])
     for name in REPEATED:

@@ -156,27 +156,27 @@ def abscissa(shapes: list[dict]) -> str | None:
 def _ratios(rows: list[list[dict]]) -> list[tuple[str, dict, list[float | None]]]:
     """Return (label, style, ratios) of the best other and of dense."""
     series = []
-    for label, find, colour_, marker in (
+    for label, find, tint, marker in (
         ("best other / ours", best_other, COLORS[0], "o"),
         ("dense / ours", best_dense, COLORS[1], "s"),
     ):
         values = [ratio(find(row), ours(row)) for row in rows]
         if any(values):
-            series.append((label, {"color": colour_, "marker": marker}, values))
+            series.append((label, {"color": tint, "marker": marker}, values))
     return series
 
 
 def _over(field: str, title: str, rows: list[list[dict]]) -> Callable:
     def paint(axes) -> None:
-        places = [row[0]["shape"][field] for row in rows]
+        positions = [row[0]["shape"][field] for row in rows]
         for label, style, values in _ratios(rows):
-            dots = [(x, y) for x, y in zip(places, values, strict=True) if y]
+            dots = [(x, y) for x, y in zip(positions, values, strict=True) if y]
             axes.plot(*zip(*dots, strict=True), linestyle="", markersize=4, alpha=0.5, **style)
             medians = [(p, statistics.median(y for x, y in dots if x == p)) for p in sorted({x for x, _ in dots})]
             axes.plot(*zip(*medians, strict=True), color=style["color"], linewidth=1.5, label=label)
         axes.axhline(1, color="#888888", linewidth=1, linestyle="--")
         axes.set(xscale="log", yscale="log", xlabel=field)
-        ticks = _apart(sorted(set(places)))
+        ticks = _apart(sorted(set(positions)))
         axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         _plain(axes.yaxis)

@@ -99,7 +99,7 @@ class Results:
 
 
 def key(record: dict) -> tuple:
-    """Return the values that records have in common which are compared with each other."""
+    """Return the values that two records must share to be compared."""
     return tuple(record[name] for name in ("op", "row", "dtype", "mode", "cache", "threads"))
 
 

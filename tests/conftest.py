@@ -55,7 +55,7 @@ def backend(request):
 
 @pytest.fixture
 def float32_convolutions():
-    """By default cuDNN's convolutions round to tf32 where torch's products do not."""
+    """Turn off tf32 in cuDNN's convolutions, on by default; torch's products do not use it."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield

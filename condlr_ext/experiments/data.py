@@ -138,7 +138,7 @@ _CIFAR = {
 
 
 def _mnist(name: str, folder: Path) -> Split:
-    for place in _places(name, folder):
+    for place in _folders(name, folder):
         parts = []
         for part in ("train", "t10k"):
             pair = [_plain_or_gz(place / f"{part}-{what}-ubyte") for what in ("images-idx3", "labels-idx1")]
@@ -156,7 +156,7 @@ def _plain_or_gz(path: Path) -> Path | None:
 def _cifar(name: str, folder: Path) -> Split:
     classes, *layouts = _CIFAR[name]
     for (_, *parts), read in zip(layouts, (formats.cifar_binary, formats.cifar_python), strict=True):
-        for place in _places(name, folder):
+        for place in _folders(name, folder):
             if all((place / file).is_file() for part in parts for file in part):
                 pairs = ([read(place / file, classes) for file in part] for part in parts)
                 (x, y), (x_test, y_test) = (map(np.concatenate, zip(*pair, strict=True)) for pair in pairs)
@@ -165,7 +165,7 @@ def _cifar(name: str, folder: Path) -> Split:
 
 
 def _svhn(name: str, folder: Path) -> Split:
-    for place in _places(name, folder):
+    for place in _folders(name, folder):
         if all((place / f"{part}_32x32.mat").is_file() for part in ("train", "test")):
             (x, y), (x_test, y_test) = (formats.svhn(place / f"{part}_32x32.mat") for part in ("train", "test"))
             return _whole(name, x, y, x_test, y_test, 10)
@@ -183,7 +183,7 @@ def _whole(name: str, x, y, x_test, y_test, classes: int, augment: bool = False)
 FOLDERS = dict.fromkeys(_IDX, _mnist) | dict.fromkeys(_CIFAR, _cifar) | {"svhn": _svhn}
 
 
-def _places(name: str, folder: Path) -> list[Path]:
+def _folders(name: str, folder: Path) -> list[Path]:
     """Return the folders to look in: the folder itself, and where torchvision and the archives put the files."""
     if name in _IDX:
         return [folder, folder / "raw", folder / _IDX[name] / "raw"]

@@ -52,7 +52,7 @@ class Monitor:
             self._errors = [torch.stack(self._errors).max()]
 
     def state(self) -> dict:
-        """Return what `load` takes to go on from here; the monitor has been flushed."""
+        """Return the state for `load`; the monitor must have been flushed."""
         error = self.orthonormality
         return {"kappa": self.kappa, "dense_kappa": self.dense_kappa, "orthonormality": error}
 
@@ -81,7 +81,7 @@ class Monitor:
         return *self.kappa.values(), *self.dense_kappa.values()
 
     def summary(self) -> dict:
-        """Return what a record of results has of the layers.
+        """Return the entries about the layers in a record of results.
 
         Returns:
             dict: ranks, spectra {layer: singular values, None if not finite}, kappa and dense_kappa, max_kappa (the

@@ -94,7 +94,7 @@ def _cell(name: str, value):
 
 
 def settings(results: dict) -> dict:
-    """Return what the runs have in common: the settings, the layers with a rank, the data and the versions."""
+    """Return the entries common to all runs: settings, layers with a rank, data and versions."""
     common = {k: v for k, v in results["config"].items() if k not in _NOT_SETTINGS and v is not None}
     common["layers"] = max((list(record["ranks"]) for record in results["runs"]), key=len)
     common |= {"dense_parameters": results["runs"][0]["dense_parameters"]}

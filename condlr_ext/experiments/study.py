@@ -102,8 +102,8 @@ class _Run:
 
     Attributes:
         config: Of this run and seed alone.
-        identity: What its record says of it.
-        settings: What decides its numbers, beside the data.
+        identity: Entries of its record that name it.
+        settings: Settings that determine its numbers, beside the data.
     """
 
     def __init__(self, config: TrainConfig, method: Method, seed: int):
@@ -168,7 +168,7 @@ def _refuse_to_lose(runs: list[list[_Run]]) -> None:
                 changes = ", ".join(f"{name} {stored.get(name)!r}, now {settings.get(name)!r}" for name in other)
                 changes = changes.replace("fingerprint", "data with the checksum")
                 raise ValueError(
-                    f"train: {run.file('.json')} is of other settings ({changes}); choose another folder (out) or"
+                    f"train: {run.file('.json')} has other settings ({changes}); choose another folder (out) or"
                     " replace (overwrite)"
                 )
 

@@ -34,7 +34,7 @@ class Trainer:
         config: The settings, of one run and seed; of more the first ones count.
         split: The data, on the CPU.
         initial: The dense network as built; it is left alone.
-        state: What `save` wrote for the same arguments, as io.checkpoint.read returns it, to go on from there.
+        state: Checkpoint to continue from, written by `save` for the same arguments and read by io.checkpoint.read.
 
     Attributes:
         model: The network in training.
@@ -82,7 +82,7 @@ class Trainer:
         self.monitor = Monitor(self.model)
 
     def _rebuilt(self, epoch: int, ranks: dict[str, int]) -> nn.Module:
-        """Return a network with the layers of that time, whose values do not matter."""
+        """Return a network with the layers of that epoch and arbitrary values."""
         model = copy.deepcopy(self._initial)
         with torch.random.fork_rng(devices=[]):
             self.method.rebuild(model, ranks, epoch, self.config.epochs)
@@ -117,7 +117,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- training
 
     def run(self) -> Iterator[dict]:
-        """Train to the end; yield a line for the log after every epoch: what was last of each history."""
+        """Train to the end; yield a line for the log after every epoch: the last value of each history."""
         while self.epoch < self.config.epochs:
             self.run_epoch()
             if self.status == "diverged":

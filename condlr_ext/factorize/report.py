@@ -22,7 +22,7 @@ class LayerReport:
         tied_to: The layer whose factors it shares, and which counts the parameters; else None.
         dense_flops: FLOPs of the dense layer in one forward on the example input; None without one.
         flops: FLOPs of the factorized form, also where the merged form is faster and runs; None without an example.
-        route: What the layer runs on the example input, "factorized" or "merged"; None without a call on an example.
+        route: Route of the layer on the example input, "factorized" or "merged"; None without a call on an example.
         gain: The cost model's estimate of the dense layer's time over its own; None without a call on an example.
         dense_seconds: Time of the dense layer and those tied to it, for measure="time"; else None.
         seconds: Time of the low-rank layers, interpolated between the ranks that were timed; else None.

@@ -1,4 +1,4 @@
-"""Which weights of a model to factorize, and why the others cannot be."""
+"""Selection of the weights to factorize, with the reason why others cannot be."""
 
 from dataclasses import dataclass, field
 

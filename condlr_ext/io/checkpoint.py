@@ -38,10 +38,10 @@ class Checkpoint:
         source: The file, for error texts.
     """
 
-    model: dict[str, Any]
+    model: dict[str, Any] = field(repr=False)
     rank: dict[str, int]
     tau: dict[str, float] = field(default_factory=dict)
-    optimizer: dict | None = None
+    optimizer: dict | None = field(default=None, repr=False)
     optimizer_class: str | None = None
     extra: Any = None
     version: str = "unknown"
@@ -370,7 +370,7 @@ def _check_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{source} holds no optimizer state")
     if checkpoint.optimizer_class != type(optimizer).__name__:
         raise CheckpointError(
-            f"{source} holds the state of a {checkpoint.optimizer_class}, the optimizer is a {type(optimizer).__name__}"
+            f"{source} holds the state of {checkpoint.optimizer_class}, the optimizer is {type(optimizer).__name__}"
         )
     mine = optimizer.param_groups
     sizes, saved_sizes = ([len(group["params"]) for group in groups] for groups in (mine, saved["param_groups"]))

@@ -116,13 +116,13 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
 
     def _check(self, batched: bool, query: Tensor, key: Tensor, value: Tensor) -> None:
         shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-        wanted = self.embed_dim, self.kdim, self.vdim
+        expected = self.embed_dim, self.kdim, self.vdim
         dims = {x.dim() for x in (query, key, value)}
-        if dims not in ({2}, {3}) or tuple(x.shape[-1] for x in (query, key, value)) != wanted:
+        if dims not in ({2}, {3}) or tuple(x.shape[-1] for x in (query, key, value)) != expected:
             order = "[B, T" if self.batch_first else "[T, B"
             raise ShapeError(
                 f"LowRankMultiheadAttention: query, key, value must be {order}, width] or [T, width] with widths"
-                f" {', '.join(map(str, wanted))}, got {shapes}"
+                f" {', '.join(map(str, expected))}, got {shapes}"
             )
         batch = 0 if self.batch_first else 1
         if key.shape[:-1] != value.shape[:-1] or (batched and query.shape[batch] != key.shape[batch]):
@@ -168,8 +168,8 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
             if given is None:
                 continue
             if tuple(given.shape) not in shapes:
-                wanted = " or ".join(str(list(shape)) for shape in shapes)
-                raise ShapeError(f"LowRankMultiheadAttention: {name} must be {wanted}, got {list(given.shape)}")
+                expected = " or ".join(str(list(shape)) for shape in shapes)
+                raise ShapeError(f"LowRankMultiheadAttention: {name} must be {expected}, got {list(given.shape)}")
             if given.dtype == torch.bool:
                 given = torch.zeros_like(given, dtype=q.dtype).masked_fill_(given, -math.inf)
             elif not given.is_floating_point():

@@ -109,9 +109,9 @@ class CondLRAdamW(ConstrainedOptimizer):
     """AdamW on W = U S Vᵀ with UᵀU = VᵀV = I and kappa(S) <= 1 + tau after every step.
 
     The moments live in ambient space, like those of torch.optim.AdamW. The factors take the tangent part of Adam's
-    direction and return by QR, the core takes AdamW's step and is clipped; the formulas begin this module. There is no
-    preconditioner (SSᵀ)⁻¹ as in CondLRSGD: it takes the scale of S out of ∂L/∂U = ∂L/∂W V Sᵀ, and Adam's direction does
-    not depend on the scale of the gradient.
+    direction and return by QR; the core takes AdamW's step and is clipped. The module's docstring has the update rule.
+    There is no preconditioner (SSᵀ)⁻¹ as in CondLRSGD: that removes the scale of S from ∂L/∂U = ∂L/∂W V Sᵀ, and Adam's
+    direction does not depend on the scale of the gradient.
 
     At construction, and in add_param_group, factors that are not orthonormal to 1e-4 are replaced by their Q with R
     absorbed in S, and a core outside the bound is clipped, so the bound holds from the start.

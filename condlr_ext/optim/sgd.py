@@ -29,8 +29,8 @@ class CondLRSGD(ConstrainedOptimizer):
     """Stochastic gradient descent on W = U S Vᵀ with UᵀU = VᵀV = I and kappa(S) <= 1 + tau after every step.
 
     Momentum lives in ambient space as in torch.optim.SGD. The factors take the tangent part of its direction,
-    preconditioned, and return by QR; the core takes SGD's step and is clipped; the formulas begin this module. One call
-    steps all layers of a device.
+    preconditioned, and return by QR; the core takes SGD's step and is clipped. The module's docstring has the update
+    rule. One call steps all layers of a device.
 
     At construction, and in add_param_group, factors that are not orthonormal to 1e-4 are replaced by their Q with R
     absorbed in S, and a core outside the bound is clipped, so the bound holds from the start.

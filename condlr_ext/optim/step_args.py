@@ -18,9 +18,9 @@ class Slot:
     """U, S, V or bias of a layer, as one entry of the op's lists.
 
     Attributes:
-        index: Where the parameter is among all parameters of the optimizer; None if it has no gradient.
+        index: Index among all parameters of the optimizer; None if the parameter has no gradient.
         param: The parameter; None for a missing bias.
-        target: What the op steps: `storage`, or a contiguous copy of its active slice; empty for a missing bias.
+        target: Tensor that the op steps: `storage`, or a contiguous copy of its active slice; empty for a missing bias.
         position: (group, index in group) of the parameter; that of S for a missing bias.
         storage: The parameter or its float32 master.
         active_slice: The part of storage that is in use (see nn.layer.active_rank); None if all of it is.
@@ -38,7 +38,7 @@ class StepCall:
     """One call of the step op: the layers of one device that have a gradient, their table of options, their buffers.
 
     Args:
-        device: Where the layers are.
+        device: Device of the layers.
         owner: Name of the optimizer, for error texts.
         options: The group options that are columns of the op's table.
         precondition: Whether U and V take (S Sᵀ)⁻¹ and (Sᵀ S)⁻¹ times their tangent direction.
@@ -122,7 +122,7 @@ class StepCall:
         return self._empty[dtype]
 
     def active_part(self, slot: Slot, tensor: Tensor) -> Tensor:
-        """Return what the op takes of a tensor of the slot's state."""
+        """Return the active part of a tensor of the slot's state."""
         return self._contiguous(tensor, slot.active_slice if tensor.shape == slot.storage.shape else None)
 
     def _contiguous(self, storage: Tensor, active_slice: tuple | None) -> Tensor:
@@ -225,7 +225,7 @@ class StepCall:
         return grad if grad.dtype is dtype and grad.is_contiguous() else grad.to(dtype).contiguous()
 
     def directions(self, groups: list[dict], grads: list[Tensor | None]) -> list[Tensor]:
-        """Return what the op takes for gradients, one tensor per slot."""
+        """Return the tensors that the op takes for gradients, one per slot."""
         return [self.gradient(slot, grads) for slot in self.slots]
 
     def run(

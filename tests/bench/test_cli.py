@@ -146,7 +146,7 @@ def test_a_file_is_not_overwritten_by_default(tmp_path):
 
 
 def test_the_tuned_allocator_elsewhere(tmp_path):
-    """In a process of its own, whose arguments survive the restart."""
+    """Run in another process; its arguments survive the restart."""
     file = tmp_path / "tuned.jsonl"
     arguments = [*SMOKE[1:], "--only", "4 x 8x8", "--allocator", "tuned", "--json", str(file)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

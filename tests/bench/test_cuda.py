@@ -126,7 +126,7 @@ def test_the_device_works_before_it_is_timed(monkeypatch):
 
 @pytest.fixture
 def capture(monkeypatch):
-    """What happens in a capture; in its list of modes, how waiting for the device is taken."""
+    """Record what happens in a capture, and in `modes` how it treats waits for the device."""
     modes, happened = ["default"], []
 
     @contextlib.contextmanager

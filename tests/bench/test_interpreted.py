@@ -59,7 +59,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_every_operation(tmp_path):
-    """By every provider, but for whole networks' steps, which would take minutes of the interpreter."""
+    """Every provider runs it; steps of whole networks, minutes in the interpreter, are left out."""
     arguments = "--size smoke --device cuda --dtypes fp32 --seconds 300 --compile none --no-prepare --json run.jsonl"
     output = run(WHOLE, tmp_path, *arguments.split())
     results = Results.read(tmp_path / "run.jsonl")

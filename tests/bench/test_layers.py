@@ -24,7 +24,7 @@ COMPILED = {"compiled", "compiled folded", "compiled dense"}
 
 
 class Cuda:
-    """What a registry asks of a device."""
+    """The part of a device that a registry uses."""
 
     kind = "cuda"
 

@@ -45,7 +45,7 @@ KINDS = {name: getattr(linear_algebra, name) for name in ("SVD", "QR", "POLAR", 
 
 
 def judged(problem, function):
-    """What is found of a function of A in place of a provider."""
+    """Return the verdict on a function of A in place of a provider."""
     return runner.judge(Host(), *made(problem, function))
 
 
@@ -86,7 +86,7 @@ def test_wrong_linear_algebra_gets_no_time(name, changes, why):
 
 
 def test_kappa_beyond_the_bound_is_wrong():
-    """In one matrix that is clipped well but for it."""
+    """One matrix exceeds the bound and is otherwise clipped well."""
     problem = linear_algebra.MatrixProblem(linear_algebra.CLIP, Batch(3, 6, 6), "fp32", Host())
     U, sigma, Vh = torch.linalg.svd(problem._exact[1])
     sigma[0] = 1.1 * (1 + 3e-5) * sigma[-1]

@@ -312,7 +312,7 @@ def test_a_restored_start_is_no_new_model_to_the_optimizer():
 
 
 def test_small_layers_of_one_shape_are_stepped_as_a_batch(monkeypatch):
-    """To where they get one by one."""
+    """They end where steps one by one end."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(3)), nn.Linear(20, 16))
     condlr_ext.factorize(model, rank=4)

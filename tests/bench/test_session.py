@@ -180,7 +180,7 @@ def test_after_a_lost_device_the_run_goes_on_in_a_new_process(as_gpu, monkeypatc
 
 
 def test_a_whole_run_on_a_gpu(as_gpu, monkeypatch, tmp_path, capsys):
-    """On the stand-in: the tests are red, a result of ours is wrong, and the report has both."""
+    """On the stand-in the tests are red, a result of ours is wrong, and the report has both."""
 
     def wrong(A):
         return tuple(t * 1.01 for t in torch.linalg.qr(A))

@@ -58,7 +58,7 @@ def off_orthonormal(X):
 
 
 def tolerance(dtype, *sizes):
-    """What rounding may cost, relative to the norm of the matrix.
+    """Return the error that rounding may cause, relative to the norm of the matrix.
 
     float64: a backward stable method, a few units per entry that add up like a random walk. float32 is
     computed in float64 and stored: three factors, each entry half a unit off, move their product by 3 such
@@ -365,7 +365,7 @@ CORES = {
 @pytest.mark.parametrize("kind", CORES)
 @pytest.mark.parametrize("m,n", [(7, 7), (65, 65), (100, 100), (128, 128), (200, 200), (150, 70), (70, 150)])
 def test_clip_of_large_cores(m, n, kind, dtype):
-    """In the arithmetic of the dtype where kappa allows it, else in double: the bound holds on both sides."""
+    """The bound holds in the arithmetic of the dtype, where kappa allows it, and in double."""
     k = min(m, n)
     A = with_spectrum(CORES[kind](k), m, n, dtype)
     U, sigma, Vt = np.linalg.svd(f64(A), full_matrices=False)

@@ -101,7 +101,7 @@ def check(line: str) -> None:
 
 
 def test_every_method_is_in_the_table_of_the_command_line():
-    """With its options, apart from those that all methods take."""
+    """The table lists its options, apart from those that all methods take."""
     page = (ROOT / "docs" / "guide" / "command-line.md").read_text()
     rows = re.findall(r"^\| (`[^|]*) \|[^|]*\|([^|]*)\|$", page, re.MULTILINE)
     shown = {
@@ -131,7 +131,7 @@ def test_blocks_name_their_language_and_fit_the_page():
 
 
 def test_few_blocks_are_left_out():
-    """Those that need what is not here; the list is to be looked at when it grows."""
+    """They need packages or devices that are missing here; look at the list when it grows."""
     skipped = [(page.name, block.skipped) for page in PAGES for block in blocks(page) if block.skipped]
     assert skipped == [
         ("workflows.md", "needs lightning"),

@@ -206,7 +206,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     assert again["runs"] == first["runs"] and len(first["runs"]) == 4
     files = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(
-        ValueError, match=r"dense-seed0.json is of other settings \(lr 0.2, now 0.1\); choose another folder"
+        ValueError, match=r"dense-seed0.json has other settings \(lr 0.2, now 0.1\); choose another folder"
     ):
         train(TrainConfig(**settings | {"lr": 0.1}))
     assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -223,7 +223,7 @@ def test_other_data_under_the_same_name_is_seen(tmp_path, monkeypatch):
     train(TrainConfig(**settings))
     assert train(TrainConfig(**settings))["runs"][0]["robustness"]["n"] == 18
     write_npz(tmp_path / "images.npz", n=100)
-    with pytest.raises(ValueError, match=r"of other settings \(data with the checksum '\w{8}', now '\w{8}'\)"):
+    with pytest.raises(ValueError, match=r"has other settings \(data with the checksum '\w{8}', now '\w{8}'\)"):
         train(TrainConfig(**settings))
     checkpoint = tmp_path / "out" / "dense-seed0.safetensors"
     with pytest.raises(

@@ -114,7 +114,7 @@ def test_time_is_measured():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_time_is_spent_evenly(training, monkeypatch):
-    """With a clock that follows the FLOPs, twice as much for training, and is noisy where ranks are low."""
+    """The clock follows the FLOPs, doubles them for training, and is noisy where ranks are low."""
 
     def seconds(self, target, call, rank=None):
         m, n = target.shape

@@ -18,7 +18,7 @@ EACH = pytest.mark.parametrize("name", MODELS)
 
 
 def built(name):
-    """In float64 and eval mode, with an input."""
+    """Return the model in float64 and eval mode, and an input."""
     x = example_input(name)
     return MODELS[name]().double().eval(), x.double() if x.is_floating_point() else x
 

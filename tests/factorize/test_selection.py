@@ -61,7 +61,7 @@ def test_weights_tied_to_something_else_are_left_alone():
         "out": "its weight is tied to that of embed"
     }
     assert model["out"].weight is model["embed"].weight
-    # of two tied layers only one is wanted
+    # of two tied layers only one is chosen
     model = tied()
     report = factorize(model, rank=2, exclude="2")
     assert report.skipped == {"0": "its weight is tied to that of 2"} and model[0].weight is model[2].weight

@@ -99,7 +99,7 @@ def test_plain_torch_files_load_with_weights_only(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", OURS)
 def test_a_wrapped_model_goes_on_unwrapped_and_back(kind, tmp_path):
-    """As from many processes to one: the state names parameters as the model does."""
+    """The state names parameters as the model does, so it moves from many processes to one."""
     path = tmp_path / "model.safetensors"
     for first, second in ((_compiled, _plain), (_plain, _compiled), (nn.DataParallel, _compiled)):
         model, other = first(small_mlp()), second(small_mlp())

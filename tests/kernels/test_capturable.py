@@ -63,7 +63,7 @@ def test_same_steps_as_without(dtype):
 
 @interpreter
 def test_adamw_takes_the_same_steps():
-    """In float64: where a gradient is rounding alone, Adam divides it by itself."""
+    """Compared in float64, because Adam divides a gradient that is only rounding by itself."""
     finals = []
     for capturable in (False, True):
         model = network(torch.float64)
@@ -201,7 +201,7 @@ def test_needs_the_triton_step():
 
 
 def test_the_steady_step_does_not_wait():
-    """What runs at every step of CondLRSGD has no call that reads a value from the device."""
+    """No code that runs at every step of CondLRSGD reads a value from the device."""
     waiting = {"item", "tolist", "cpu", "numpy", "nonzero", "equal", "synchronize", "isfinite"}
     for function in (
         CondLRSGD.step, CondLRSGD._step_layers, CondLRSGD._step_device, CondLRSGD._counts, CondLRSGD._step_others,

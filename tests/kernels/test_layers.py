@@ -68,7 +68,7 @@ def test_linear_agrees_with_the_reference(rows, n, m, r, dtype):
 
 @pytest.mark.parametrize("kernel", ["chain", "sums"])
 def test_every_configuration_computes_the_same(kernel, monkeypatch):
-    """Of every architecture, for one size that no tile divides; grids stay small."""
+    """Configurations of every architecture, for one size that no tile divides; grids stay small."""
     X, U, S, V, b, G = tensors(70, 45, 37, 11, torch.float32)
     exact = [t.double() for t in (X, U, S, V, b, G)]
     Y, P = reference.low_rank_linear(*exact[:5])
@@ -215,7 +215,7 @@ def test_conv_agrees_with_the_reference(d, kernel, stride, padding, dilation, si
 @pytest.mark.parametrize("d", [1, 2])
 @pytest.mark.parametrize("kernel,stride,padding", [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1)])
 def test_conv_answers_in_the_memory_format_of_torch(d, kernel, stride, padding):
-    """As the fakes say, on which compiled code relies. In float32, whose convolutions keep channels_last on CPUs too."""
+    """Compiled code relies on the fakes, which say so. Tested in float32, which keeps channels_last on CPUs too."""
     geometry = [kernel] * d, [stride] * d, [padding] * d, [1] * d, 1
     image = torch.randn(2, *[5] * d, 4).movedim(-1, 1)
     _, U, S, V, b, _ = tensors(1, 4 * kernel**d, 7, 3, torch.float32)
@@ -351,7 +351,7 @@ def test_auto_leaves_cpu_tensors_to_the_cpu():
 
 
 def test_the_fastest_configuration_is_kept(monkeypatch):
-    """With a clock of our own: tried once for each kind of size, never where it must not be."""
+    """By a fake clock: each kind of size is tried once, and none where trying is forbidden."""
     monkeypatch.setattr(tuning, "INTERPRETED", False)
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda launch, **_: launch())

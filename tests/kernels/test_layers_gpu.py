@@ -172,7 +172,7 @@ def near(got, expected, tolerance=1e-5):
 
 
 def test_layers_use_the_kernels():
-    """By name they serve; "auto" gives the same, by whatever path it takes."""
+    """Backend "triton" uses them; "auto" gives the same by any path."""
     net, x = model()
     with condlr_ext.backend("reference"):
         expected = gradients(net, x)

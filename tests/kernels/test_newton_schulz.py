@@ -170,7 +170,7 @@ def test_a_violated_bound_is_repaired(monkeypatch):
     checks, check, multiply = [], bound.check, spectral.product
 
     def spoilt(X, Y, out, **options):
-        """In float32, singular values move nine tenths of the way."""
+        """Move singular values nine tenths of the way, in float32."""
         if X.dtype == torch.float32 and "weight" in options:
             options["weight"] = options["weight"] * 0.9
         return multiply(X, Y, out, **options)

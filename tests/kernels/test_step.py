@@ -343,8 +343,8 @@ def test_clip_of_all_spectra(tau, band, dtype):
     """All cores of a network at once, in place, against the reference's; the bound is hard."""
     kinds = [kind for kind in SPECTRA if kind != "zero"]
     ranks = [1, 17, 5, 9, 2, 7]
-    room = torch.cat([with_spectrum(SPECTRA[kind](r), r, r).flatten() for kind, r in zip(kinds, ranks, strict=True)])
-    together = room.to(dtype)
+    storage = torch.cat([with_spectrum(SPECTRA[kind](r), r, r).flatten() for kind, r in zip(kinds, ranks, strict=True)])
+    together = storage.to(dtype)
     cores = [c.view(r, r) for c, r in zip(together.split([r * r for r in ranks]), ranks, strict=True)]
     before = copies(cores)
     info = torch.full((6,), -1, dtype=torch.int32)
@@ -365,8 +365,8 @@ def test_clip_of_all_spectra(tau, band, dtype):
 
 def test_clip_of_cores_above_rank_64():
     """Those of one rank go together, each with the constraint of its layer."""
-    room = torch.zeros(3 * 66 * 66 + 2 * 40)
-    cores = [room.as_strided((r, r), (r, 1), at) for r, at in ((66, 0), (5, 4356), (66, 4436), (65, 8792))]
+    storage = torch.zeros(3 * 66 * 66 + 2 * 40)
+    cores = [storage.as_strided((r, r), (r, 1), at) for r, at in ((66, 0), (5, 4356), (66, 4436), (65, 8792))]
     for core in cores:
         core.copy_(with_spectrum(torch.linspace(1, 1.4, len(core), dtype=torch.float64), *core.shape))
     before = copies(cores, torch.float64)

@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float64]
 
 @pytest.fixture(autouse=True)
 def by_the_kernels():
-    """What the kernels cannot serve raises BackendError."""
+    """Use the kernels alone: BackendError where they cannot serve."""
     with condlr_ext.backend("triton"):
         yield
 
@@ -63,7 +63,7 @@ def on_the_constraint_set(params, tau=0.1):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ten_steps(dtype):
-    """With momentum that starts, weight decay and other gradients at every step, against float64 by LAPACK."""
+    """Momentum starts, weight decays, gradients change at every step; compared with float64 by LAPACK."""
     params, _, buffers = tensors(dtype)
     exact, exact_buffers = copies(params, "cpu", torch.float64), copies(buffers, "cpu", torch.float64)
     skipped = counter(len(SHAPES))
@@ -106,7 +106,7 @@ def test_options(options):
 
 
 def test_repeated_steps_give_the_same_bits():
-    """Whatever memory held before, and wherever gradients lie."""
+    """Neither old contents of memory nor the address of gradients matters."""
     torch.use_deterministic_algorithms(False)
     start, _, start_buffers = tensors(torch.float32)
     all_grads = [[torch.randn_like(p) for p in start] for _ in range(5)]
@@ -243,7 +243,7 @@ def test_a_replayed_iteration_is_the_eager_one():
 
 
 def test_replays_do_not_mind_steps_beside_them():
-    """With gradients that lie elsewhere, and without some of them."""
+    """The steps beside them have gradients at other addresses, or lack some."""
     net = network(torch.nn.Linear(80, 10))
     ours, eager = Training(net), Training(copy.deepcopy(net))
     x, y = batch()

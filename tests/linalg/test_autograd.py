@@ -73,8 +73,8 @@ def test_any_subset_of_the_gradients(backend, kind, route):
     else:
         X, fn = torch.randn(3, 2, 3, 4, dtype=F64), partial(functional.low_rank_conv2d, kernel_size=2, stride=(1, 2))
 
-    def gradients(wanted):
-        args = [t.clone().requires_grad_(w) for t, w in zip((X, U, S, V, b), wanted, strict=True)]
+    def gradients(needed):
+        args = [t.clone().requires_grad_(w) for t, w in zip((X, U, S, V, b), needed, strict=True)]
         leaves = [t for t in args if t.requires_grad]
         loss = fn(*args, route=route).pow(3).sum()
         first = torch.autograd.grad(loss, leaves, create_graph=True)
@@ -84,12 +84,12 @@ def test_any_subset_of_the_gradients(backend, kind, route):
         return first, second
 
     every, _ = gradients([True] * 5)
-    for wanted in itertools.product([False, True], repeat=5):
-        if any(wanted):
-            first, second = gradients(wanted)
-            torch.testing.assert_close(first, tuple(g for g, w in zip(every, wanted, strict=True) if w))
+    for needed in itertools.product([False, True], repeat=5):
+        if any(needed):
+            first, second = gradients(needed)
+            torch.testing.assert_close(first, tuple(g for g, w in zip(every, needed, strict=True) if w))
             with torch.autograd.forward_ad.dual_level():  # plain products, through torch's own derivatives
-                expected = gradients(wanted)[1]
+                expected = gradients(needed)[1]
             torch.testing.assert_close(second, expected)
 
 
@@ -221,7 +221,7 @@ def test_clip_gradient_at_tau_zero_is_that_of_the_polar_direction(backend, dtype
 
 
 def test_clip_gradient_of_its_own_result_is_the_identity(backend):
-    """What a clip returns has sigma on the edges to rounding, and is in band."""
+    """A clipped matrix has sigma on the edges to rounding, and counts as in band."""
     A = linalg.clip_spectrum(torch.randn(6, 6, dtype=F64), 0.3, "optimal").requires_grad_()
     G = torch.randn(6, 6, dtype=F64)
     (linalg.clip_spectrum(A, 0.3, "optimal") * G).sum().backward()

@@ -163,7 +163,7 @@ def test_clip_sigma_max(backend, band):
 @pytest.mark.parametrize("band", reference.BANDS)
 @pytest.mark.parametrize("tau", [100.0, 1e4, 1e6, 1e17, 1e200])
 def test_the_bound_is_hard_for_large_tau_too(backend, tau, band):
-    """Storing the clipped matrix rounds every entry: the lower edge makes room for it."""
+    """Storing the clipped matrix rounds every entry: the lower edge leaves a margin for it."""
     for _ in range(5):
         A = with_spectrum(torch.logspace(0, -7, 12, dtype=torch.float64), 12, 12).float()
         A[:, 3] = 0

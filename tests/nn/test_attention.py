@@ -88,7 +88,7 @@ def test_multihead_attention_is_its_dense_twin(options, training, need_weights):
 
 
 def test_attention_is_served_as_named():
-    """Only what is wanted is low-rank; the rest stays the parameter it was; twice is possible."""
+    """Only the chosen projections become low-rank, the rest keeps its parameters; a second call works."""
     model = Encoder(depth=1)
     attention = model.encoder.layers[0].self_attn
     weight, x = attention.in_proj_weight, torch.randn(2, 3, 32, dtype=torch.float64)
@@ -171,10 +171,10 @@ def test_attention_runs_by_the_routes_of_its_layers(route):
                 found.add(node)
                 nodes += [n for n, _ in node.next_functions]
         names = [node.name() for node in found]
-        wanted, other = "LowRankLinearFunctionBackward", "MergedLinearFunctionBackward"
+        expected, other = "LowRankLinearFunctionBackward", "MergedLinearFunctionBackward"
         if route == "merged":
-            wanted, other = other, wanted
-        assert names.count(wanted) == calls and other not in names and "AddmmBackward0" not in names
+            expected, other = other, expected
+        assert names.count(expected) == calls and other not in names and "AddmmBackward0" not in names
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_dynamic_batch_stays_open(route):
 
 
 def test_sizes_that_are_open_do_not_decide():
-    """In compiled code the routes are those for many rows, whatever the batch was when it was compiled."""
+    """Compiled code takes the routes for many rows, whatever batch it was compiled with."""
     layers = [LowRankLinear(64, 64, rank=60), LowRankLinear(64, 64, rank=8), LowRankConv2d(3, 32, 3, rank=20)]
     few = [torch.randn(2, 64), torch.randn(2, 64), torch.randn(2, 3, 6, 6)]
     many = [x[:1].expand(reference.MANY, *x.shape[1:]) for x in few]
@@ -129,6 +129,6 @@ def test_autocast_compiles():
         results.append((y.detach(), [p.grad.clone() for p in model.parameters()]))
     (y, grads), (y_compiled, grads_compiled) = results
     assert y_compiled.dtype == y.dtype == dtype and grads_compiled[0].dtype == torch.float32
-    # both are rounded to dtype at the same places but for those that the compiler fuses
+    # both are rounded to dtype at the same points, except where the compiler fuses
     for ours, eager in zip((y_compiled, *grads_compiled), (y, *grads), strict=True):
         assert (ours - eager).norm() <= 4 * torch.finfo(dtype).eps * eager.norm()

@@ -84,7 +84,7 @@ print(condlr_ext.ops.COMPILED.ops_path)
 @pytest.mark.skipif(os.environ.get("CONDLR_EXT_BUILD") == "none", reason="built without compiled parts")
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
 def test_which_implementation_serves(where, tmp_path):
-    """In a process started in the repository root and in one started elsewhere."""
+    """Asked in a process started in the repository root and in one started elsewhere."""
     cwd = ROOT if where == "root" else tmp_path
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CONDLR_EXT_BACKEND")}
     code = _SERVED.format(tests=str(Path(__file__).parents[1]))

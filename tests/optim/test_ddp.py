@@ -74,7 +74,7 @@ def train(way: str, rank: int) -> dict:
 
 
 def refusals() -> dict[str, str]:
-    """What the optimizers say to sharded models."""
+    """Return the errors of the optimizers for sharded models."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -125,7 +125,7 @@ def test_both_processes_hold_the_same_bits(results, way):
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in ("bfloat16", "adamw")])
 def test_as_one_process_on_the_joined_batch(results, way):
-    """To rounding: the mean over two halves is that of the batch in another order."""
+    """They agree to rounding: the mean over two halves is that of the batch in another order."""
     stored = results[0][0][way]
     model = network()
     model.load_state_dict(stored["start"])

@@ -62,7 +62,7 @@ def test_planted_rank_is_found_with_adam():
 
 
 def test_rank_goes_where_it_is_worth_most():
-    """A layer that needs rank 6 has 2, one that needs 1 has 6: the budget holds, the ranks change places."""
+    """A layer that needs rank 6 has 2, one that needs 1 has 6: the budget holds, the two swap ranks."""
     torch.manual_seed(1)
     x = torch.randn(600, 24)
     basis = [torch.linalg.qr(torch.randn(24, 6))[0] for _ in range(3)]

@@ -1,4 +1,4 @@
-"""What is compiled and loaded, `condlr info`, and that the package works and says so once without compiled files."""
+"""Compiled files and their loading, `condlr info`, and the package without compiled files, which says so once."""
 
 import json
 import os

@@ -131,7 +131,7 @@ def test_penalties_compile_without_graph_breaks(model):
 
 @pytest.mark.parametrize("sigma", [(3.0, 2.0, 1.5), (2.0, 2.0, 2.0), (0.0, 0.0, 0.0)], ids=str)
 def test_reserved_directions_are_neutral(sigma):
-    """As RankController has them: zero columns of U and V, zero rows and columns of S."""
+    """RankController reserves them as zero columns of U and V, zero rows and columns of S."""
     small = condlr_ext.LowRankLinear(9, 8, rank=3, dtype=F64)
     with torch.no_grad():
         small.S.copy_(with_spectrum(sigma))

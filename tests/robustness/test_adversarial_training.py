@@ -110,7 +110,7 @@ def test_train_epoch_refuses_a_step_that_is_not_finite_and_returns_the_mean_per_
 
 @pytest.mark.parametrize("name", ["pgd", "low_rank_pgd"])
 def test_adversarial_training_of_a_low_rank_network_raises_its_robustness(digits, name):
-    """In the norm that it was trained in."""
+    """Measured in the norm that it was trained in."""
     norm, eps = {"pgd": ("linf", 0.1), "low_rank_pgd": ("l2", 0.6)}[name]
     x, y, x_test, y_test = digits
     worst = {}
