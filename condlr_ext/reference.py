@@ -15,6 +15,7 @@ BANDS = ("rms", "mean", "optimal")
 LOW_PRECISION = (torch.float16, torch.bfloat16)  # dtypes of parameters that are computed in float32
 # bounds of orthonormality_error
 ORTHONORMAL_INPUT = 1e-4  # given factors above it are replaced by their Q, or refused
+NOT_ORTHONORMAL = 2**32  # what a layer that is left unchanged because U or V is not orthonormal adds to its count
 ORTHONORMAL_STEP = 2e-6  # what a step keeps to in float32; better factors are taken as they are
 MANY = 1024  # what a size that a trace keeps open counts as in decisions
 
@@ -364,6 +365,12 @@ def clip_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = 
     return band_edges(sigma, tau, band, sigma_max)
 
 
+def meets_bound(sigma: Tensor, tau: float, sigma_max: float | None) -> bool:
+    """Return whether singular values [k], descending, keep kappa <= 1 + tau and the cap, to the rounding of a clip."""
+    cap = math.inf if sigma_max is None else sigma_max
+    return bool(cond_from_sigma(sigma) <= (1 + tau) * (1 + 5e-6) and sigma[0] <= cap * (1 + 2e-6))
+
+
 def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf) -> Tensor:
     """Return A with its singular values clipped to the band, as the correction A + Σ_{i out} (f_i - σ_i) u_i v_iᵀ.
 
@@ -421,7 +428,8 @@ def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> Non
         hyper: [L, 4, len(HYPER)] float64, a row per layer and role. fresh = 1 starts the momentum buffer. precondition
             is read in the rows of U and V; tau, band (index in BANDS) and sigma_max in the row of S.
         skipped: [L] int64, counts for each layer the steps that left it unchanged because of a non-finite gradient or
-            result, an all-zero new core, or an all-zero core where precondition is 1.
+            result, an all-zero new core, or an all-zero core where precondition is 1. A U or V with a gradient that is
+            not orthonormal to ORTHONORMAL_INPUT leaves the layer unchanged too, and counts NOT_ORTHONORMAL.
     """
     results = []
     for layer, rows in enumerate(hyper.tolist()):
@@ -429,8 +437,8 @@ def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> Non
         options = [dict(zip(HYPER, row, strict=True)) for row in rows]
         results.append(layer_step(params[at], grads[at], momentum_buffers[at], options))
     for layer, new in enumerate(results):  # an error above has changed nothing
-        if new is None:
-            skipped[layer] += 1
+        if not isinstance(new, list):
+            skipped[layer] += new
             continue
         at = slice(4 * layer, 4 * layer + 4)
         for target, value in zip((*params[at], *momentum_buffers[at]), new, strict=True):
@@ -448,11 +456,13 @@ def layer_step(params, grads, buffers, hyper):
         hyper: Four dicts of HYPER.
 
     Returns:
-        U, S, V, bias and their four buffers, None where unchanged; a single None if the layer must be skipped.
+        U, S, V, bias and their four buffers, None where unchanged; what to count if the layer must be left unchanged.
     """
-    if not all(torch.isfinite(g).all() for g in grads):
-        return None
     U, S, V, bias = params
+    if not all(torch.isfinite(t).all() for t in (U, V, *grads)):
+        return 1
+    if any(grads[i].numel() and orthonormality_error(X) > ORTHONORMAL_INPUT for i, X in ((0, U), (2, V))):
+        return NOT_ORTHONORMAL
     new, new_buffers, direction = [None] * 4, [None] * 4, [None] * 4
     for i, role in enumerate(ROLES):
         if grads[i].numel():
@@ -462,23 +472,28 @@ def layer_step(params, grads, buffers, hyper):
     for i, X, core in ((0, U, S), (2, V, S.mT)):
         if direction[i] is None:
             continue
+        moves = hyper[i]["lr"] and direction[i].any()
+        if not moves and orthonormality_error(X) <= (ORTHONORMAL_STEP if X.dtype == torch.float32 else 1e-12):
+            continue  # a step that moves nothing is the identity
         D = tangent_projection(X, direction[i])
         if hyper[i]["precondition"]:
             inverse = gram_inverse(core, tau, band, sigma_max)
             if inverse is None:
-                return None
+                return 1
             D = D @ inverse
         new[i] = qr(X - hyper[i]["lr"] * D)[0]
     if direction[1] is not None:
         trial = S - hyper[1]["lr"] * direction[1]
         if not torch.isfinite(trial).all() or not trial.any():
-            return None
-        new[1] = clip_spectrum(trial, tau, band, sigma_max)
+            return 1
+        # the bands "rms" and "mean" shrink a core a little, also one that did not move
+        if not torch.equal(trial, S) or not meets_bound(svd(S.double())[1], tau, sigma_max):
+            new[1] = clip_spectrum(trial, tau, band, sigma_max)
     if direction[3] is not None:
         new[3] = bias - hyper[3]["lr"] * direction[3]
     new += new_buffers
     if not all(torch.isfinite(t).all() for t in new if t is not None):
-        return None
+        return 1
     return new
 
 

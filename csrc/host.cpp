@@ -182,7 +182,7 @@ py::tuple step_layer_as(const std::vector<py::array>& params, const std::vector<
   Workspace workspace;
   for (int64_t task = 0; task < network.tasks(); ++task) network.prepare(task, workspace);
   for (int64_t task = 0; task < network.tasks(); ++task) network.apply(task, workspace);
-  return py::make_tuple(param, buffer, network.failed(0));
+  return py::make_tuple(param, buffer, network.outcome(0) != kReady);
 }
 
 py::tuple step_layer(const std::vector<py::array>& params, const std::vector<py::array>& grads,

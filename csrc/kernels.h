@@ -10,8 +10,8 @@
 
 namespace condlr {
 
-// Matrices are row-major and contiguous. The linear algebra returns an Info; the first part of a step returns
-// false where the layer must be skipped (non-finite gradient or result, all-zero core, no convergence).
+// Matrices are row-major and contiguous. The linear algebra returns an Info, the first part of a step an
+// StepOutcome.
 template <class T>
 struct Kernels {
   int (*svd)(const T* A, int64_t m, int64_t n, T* U, T* sigma, T* V, Workspace&);
@@ -21,7 +21,7 @@ struct Kernels {
                        Workspace&);
   // false: not finite or not converged, lambda and V mean nothing
   bool (*eigh)(const T* A, int64_t n, int64_t head, int64_t tail, T* lambda, T* V, Workspace&);
-  bool (*prepare)(Update&, Workspace&);
+  StepOutcome (*prepare)(Update&, Workspace&);
   void (*apply)(const Update&, Workspace&);
   void (*linear_forward)(const Linear<T>&, const T* X, const T* bias, T* Y, T* P, Workspace&);
   void (*linear_backward)(const Linear<T>&, const T* G, const T* X, const T* P, const LinearGradients<T>&,

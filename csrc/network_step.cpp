@@ -24,7 +24,7 @@ double cost_of(const Layer& layer, Role role) {
 }  // namespace
 
 NetworkStep::NetworkStep(std::vector<Layer> layers, const KernelSet& kernels)
-    : layers_(std::move(layers)), kernels_(kernels), failed_(new std::atomic<bool>[layers_.size()]()) {
+    : layers_(std::move(layers)), kernels_(kernels), outcomes_(new std::atomic<int>[layers_.size()]()) {
   tasks_.reserve(kRoles * layers_.size());
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = layers_[l];
@@ -42,14 +42,19 @@ NetworkStep::NetworkStep(std::vector<Layer> layers, const KernelSet& kernels)
 void NetworkStep::prepare(int64_t index, Workspace& workspace) {
   Task& task = tasks_[static_cast<std::size_t>(index)];
   const bool is_double = layers_[task.layer].is_double;
-  const bool ok = is_double ? kernels_.f64.prepare(task.update, workspace)
-                            : kernels_.f32.prepare(task.update, workspace);
-  if (!ok) failed_[task.layer] = true;
+  const StepOutcome outcome = is_double ? kernels_.f64.prepare(task.update, workspace)
+                                    : kernels_.f32.prepare(task.update, workspace);
+  if (outcome == kSkip) {
+    outcomes_[task.layer] = kSkip;
+  } else if (outcome == kNotOrthonormal) {
+    int ready = kReady;
+    outcomes_[task.layer].compare_exchange_strong(ready, kNotOrthonormal);
+  }
 }
 
 void NetworkStep::apply(int64_t index, Workspace& workspace) const {
   const Task& task = tasks_[static_cast<std::size_t>(index)];
-  if (failed_[task.layer]) return;
+  if (outcomes_[task.layer] != kReady) return;
   if (layers_[task.layer].is_double) {
     kernels_.f64.apply(task.update, workspace);
   } else {

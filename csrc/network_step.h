@@ -1,5 +1,5 @@
-// One step of many layers: tasks that may fail and write nothing, then tasks that write the layers that did
-// not fail.
+// One step of many layers: tasks that may fail and write nothing, then tasks that write the layers of which
+// none did.
 #pragma once
 
 #include <atomic>
@@ -31,7 +31,9 @@ class NetworkStep {
   void prepare(int64_t task, Workspace& workspace);
   // Writes a task's result, unless its layer failed; call it after all tasks have been prepared.
   void apply(int64_t task, Workspace& workspace) const;
-  bool failed(int64_t layer) const { return failed_[static_cast<std::size_t>(layer)]; }
+  StepOutcome outcome(int64_t layer) const {
+    return static_cast<StepOutcome>(outcomes_[static_cast<std::size_t>(layer)].load());
+  }
 
  private:
   struct Task {
@@ -43,7 +45,7 @@ class NetworkStep {
   std::vector<Layer> layers_;
   const KernelSet& kernels_;
   std::vector<Task> tasks_;
-  std::unique_ptr<std::atomic<bool>[]> failed_;  // by layer
+  std::unique_ptr<std::atomic<int>[]> outcomes_;  // by layer; kSkip if any of its tasks says so
 };
 
 }  // namespace condlr

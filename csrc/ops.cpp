@@ -230,6 +230,9 @@ Layer make_layer(const std::vector<Tensor>& params, const std::vector<Tensor>& g
   return layer;
 }
 
+// What a layer that is not orthonormal adds to its counter: reference.NOT_ORTHONORMAL.
+constexpr int64_t kNotOrthonormalCount = int64_t{1} << 32;
+
 void step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
           const std::vector<Tensor>& buffers, const Tensor& hyper, const Tensor& skipped) {
   STD_TORCH_CHECK(hyper.is_cpu() && hyper.scalar_type() == ScalarType::Double && hyper.is_contiguous() &&
@@ -258,7 +261,10 @@ void step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
   for_each_task("step", network.tasks(), workspaces,
                 [&](int64_t task, Workspace& workspace) { network.apply(task, workspace); });
   int64_t* counter = skipped.mutable_data_ptr<int64_t>();
-  for (int64_t l = 0; l < layers; ++l) counter[l] += network.failed(l) ? 1 : 0;
+  for (int64_t l = 0; l < layers; ++l) {
+    const StepOutcome outcome = network.outcome(l);
+    counter[l] += outcome == kReady ? 0 : outcome == kSkip ? 1 : kNotOrthonormalCount;
+  }
 }
 
 }  // namespace

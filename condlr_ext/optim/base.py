@@ -267,7 +267,12 @@ class ConstrainedOptimizer(Optimizer):
         waits = call.starts_buffers or self.check_finite
         all_layers = len(call.layers) == len(counts) and not waits
         skipped = counts if all_layers else call.skipped.zero_()
-        call.run(self.param_groups, grads, skipped, self._check_options)
+        if frozen := call.run(self.param_groups, grads, skipped, self._check_options):
+            names = ", ".join(repr(self._layers[i].name) for i in frozen)
+            raise ValueError(
+                f"{self._name}.step: U and V of {names} must be orthonormal where one of U, S, V is frozen: something"
+                " has written to them since the last step; these layers were left unchanged"
+            )
         if self.capturable and _capturing():
             self._captured.append((call, call.table, call.live, counts))
         if all_layers:
@@ -413,10 +418,8 @@ def start_on_constraint_set(U: Tensor, S: Tensor, V: Tensor, tau: float, band: s
                 Q, R = linalg.qr(X)
                 X.copy_(Q)
                 S.copy_(S @ R.mT if transpose else R @ S)
-    sigma = linalg.svd(S.double()).sigma
-    outside = reference.cond_from_sigma(sigma) > (1 + tau) * (1 + 1e-5)
-    above = sigma[0] > (math.inf if sigma_max is None else sigma_max * (1 + 1e-5))
-    if outside or above:  # a core inside, as one that is resumed, keeps its bits
+    # a core inside, as one that is resumed, keeps its bits
+    if not reference.meets_bound(linalg.svd(S.double()).sigma, tau, sigma_max):
         S.copy_(linalg.clip_spectrum(S, tau, band, sigma_max))
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import linalg, ops
 from ..errors import BackendError
-from ..reference import BANDS, HYPER, ROLES
+from ..reference import BANDS, HYPER, NOT_ORTHONORMAL, ROLES
 
 
 @dataclass(frozen=True)
@@ -230,14 +230,17 @@ class StepCall:
 
     def run(
         self, groups: list[dict], grads: list[Tensor | None], skipped: Tensor, check: Callable[[dict], None]
-    ) -> None:
-        """Step the layers.
+    ) -> list[int]:
+        """Step the layers. Where something has written to U or V since the last step, they are made orthonormal first.
 
         Args:
             groups: The optimizer's parameter groups.
             grads: Gradients of all parameters of the optimizer, in order.
             skipped: Counts the layers that were left unchanged, int64, one for each layer of the call.
             check: Raises for bad options of a group; called when options have changed.
+
+        Returns:
+            Layers of the optimizer that were left unchanged because that would change a frozen factor.
 
         Raises:
             BackendError: capturable, and the Triton step cannot serve these layers.
@@ -251,6 +254,9 @@ class StepCall:
             if self.capturable and (reasons := ops.step.step.unsupported_reasons("triton", *args)):
                 raise BackendError(f"{self.owner}: capturable=True needs the Triton step: {'; '.join(reasons)}")
         ops.step.step.run(self._backend, *args)
+        frozen = []
+        if self.device.type == "cpu" and skipped.numpy().max() >= NOT_ORTHONORMAL:
+            frozen = self._step_again(*args)
         for storage, active_slice, copy in self._copies:
             storage[active_slice].copy_(copy)
         # compiled kernels write through raw pointers, of which autograd must be told
@@ -258,3 +264,59 @@ class StepCall:
         for p, master in self.masters:
             p.copy_(master)
         self._core_versions = [S._version for S in self._cores]
+        return frozen
+
+    def _step_again(
+        self, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], table: Tensor, skipped: Tensor
+    ) -> list[int]:
+        """Step the layers that `skipped` marks as not orthonormal, after absorbing the triangles of U and V in S.
+
+        Return those that cannot be changed because a factor is frozen. The weight does not change by this; gradients
+        and buffers become those of the new factors.
+        """
+        frozen = []
+        for layer in (skipped >= NOT_ORTHONORMAL).nonzero().flatten().tolist():
+            skipped[layer] -= NOT_ORTHONORMAL
+            at = slice(len(ROLES) * layer, len(ROLES) * (layer + 1))
+            U, S, V, _ = params[at]
+            if not all(g.numel() for g in grads[at][:3]):
+                skipped[layer] += 1
+                frozen.append(self.layers[layer])
+                continue
+            R_U, R_V = absorb_triangles(U, S, V)
+            of_new_factors = [in_new_basis(g, R_U, R_V) for g in (grads[at], buffers[at])]
+            for buffer, new in zip(buffers[at], of_new_factors[1], strict=True):
+                buffer.copy_(new)
+            count = torch.zeros(1, dtype=skipped.dtype)
+            one = table[layer : layer + 1]
+            ops.step.step.run(self._backend, params[at], of_new_factors[0], buffers[at], one, count)
+            skipped[layer] += min(int(count), 1)
+        return frozen
+
+
+def absorb_triangles(U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace U and V by their Q and S by R_U S R_Vᵀ, in place: the weight stays. Return R_U and R_V in float64."""
+    (Q_U, R_U), (Q_V, R_V) = (linalg.qr(X.double()) for X in (U, V))
+    S.copy_(R_U @ S.double() @ R_V.mT)
+    U.copy_(Q_U)
+    V.copy_(Q_V)
+    return R_U, R_V
+
+
+def in_new_basis(grads: list[Tensor], R_U: Tensor, R_V: Tensor) -> list[Tensor]:
+    """Return gradients with respect to U, S, V, bias as those with respect to Q_U, R_U S R_Vᵀ, Q_V, bias.
+
+    With W = U S Vᵀ: dQ_U = dU R_Uᵀ, dQ_V = dV R_Vᵀ and dS' = R_U⁻ᵀ dS R_V⁻¹, 0 where a triangle is singular. Empty
+    tensors stay empty.
+    """
+    dU, dS, dV, bias = grads
+    new = [dU, dS, dV]
+    if dU.numel():
+        new[0] = dU.double() @ R_U.mT
+    if dS.numel():
+        left, right = (torch.linalg.inv_ex(R).inverse for R in (R_U, R_V))
+        regular = max(R_U.norm() * left.norm(), R_V.norm() * right.norm()) < 1e8  # NaN fails
+        new[1] = left.mT @ dS.double() @ right if regular else torch.zeros_like(dS)
+    if dV.numel():
+        new[2] = dV.double() @ R_V.mT
+    return [*(x.to(g.dtype) for x, g in zip(new, grads[:3], strict=True)), bias]

@@ -209,11 +209,19 @@ bool short_step(T* gram, int64_t stride, int64_t r, const T* F, T* E, Workspace&
   return true;
 }
 
-enum class Found { kNothing, kStep, kTrial };
+enum class Found { kNothing, kStill, kStep, kTrial, kNotOrthonormal };
+
+// Entries of Xᵀ X - I above this mean that X was written from outside: reference.ORTHONORMAL_INPUT.
+constexpr double kOrthonormalInput = 1e-4;
+
+// Up to here X is orthonormal to the rounding of steps, so that one that moves nothing leaves it as it is.
+template <class T>
+constexpr double kOrthonormalStep = sizeof(T) == 4 ? 2e-6 : 1e-12;
 
 // The transform Eᵀ of one factor, with F = lr (core coreᵀ)⁻¹ or, without a preconditioner, lr I. Returns
-// kStep with E as in short_step; kTrial with E1 = I + Nᵀ, E2 = -F, which makes the trial point; kNothing if
-// the gradient is not finite or the preconditioner needs a zero core.
+// kStep with E as in short_step; kTrial with E1 = I + Nᵀ, E2 = -F, which makes the trial point; kStill if
+// nothing moves; kNotOrthonormal if X is not; kNothing if the gradient is not finite or the preconditioner
+// needs a zero core.
 template <class T>
 Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64_t r, View<T> core,
                      const Hyper& constraint, const Hyper& own, const Panels<T>& panels,
@@ -224,13 +232,24 @@ Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64
   T* F = scratch.take<T>(r * r);
   T* E = scratch.take<T>(2 * r * r);
   const Rows<T> rows(m, r, scratch);
+  bool moves = false;
   const bool finite = rows.each(X, direction, nullptr, [&](int64_t begin, int64_t count) {
     if (!all_finite(rows.flat, count * r)) return false;
+    for (int64_t i = 0; !moves && i < count * r; ++i) moves = rows.flat[i] != 0;
     product<T>(2 * r, 2 * r, count, 1, {rows.data, 1, rows.stride}, rows.data, rows.stride, begin > 0, gram,
                stride, 0);
     return true;
   });
   if (!finite) return Found::kNothing;
+  T off = 0;
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      const T e = __builtin_fabs(gram[i * stride + j] - (i == j ? 1 : 0));
+      off = e > off || e != e ? e : off;
+    }
+  }
+  if (!(off <= T(kOrthonormalInput))) return off > 0 ? Found::kNotOrthonormal : Found::kNothing;
+  if ((!moves || own.lr == 0) && off <= T(kOrthonormalStep<T>)) return Found::kStill;
   if (own.precondition != 0) {
     if (!gram_inverse(core, r, constraint, F, workspace)) return Found::kNothing;
   } else {
@@ -286,7 +305,7 @@ Panels<T> transform_of(const Update& u) {
 // X [m, r] is U (core = S) or V (core = Sᵀ): X <- qf(X - lr (I - X Xᵀ) d (core coreᵀ)⁻¹), without the inverse
 // if precondition is 0.
 template <class T>
-bool prepare_factor(Update& u, Workspace& workspace) {
+StepOutcome prepare_factor(Update& u, Workspace& workspace) {
   const int64_t m = u.rows, r = u.rank;
   const T* X = static_cast<const T*>(u.param);
   const View<T> S = row_major(static_cast<const T*>(u.S), r);
@@ -295,20 +314,37 @@ bool prepare_factor(Update& u, Workspace& workspace) {
   const Found found =
       find_transform(X, direction, m, r, u.role == kU ? S : S.transpose(), u.hyper[kS],
                      u.hyper[u.role], transform_of<T>(u), workspace);
-  if (found != Found::kTrial) return found == Found::kStep;
+  if (found == Found::kNotOrthonormal) return kNotOrthonormal;
+  if (found == Found::kNothing) return kSkip;
+  if (found == Found::kStep) return kReady;
   T* result = keep<T>(m * r, workspace);
   u.result = result;
+  if (found == Found::kStill) {
+    std::memcpy(result, X, sizeof(T) * static_cast<std::size_t>(m * r));
+    return kReady;
+  }
   Scratch scratch(workspace);
   T* trial = scratch.take<T>(m * r);
   transform_rows(X, direction, m, r, transform_of<T>(u), static_cast<T*>(nullptr), trial, workspace);
-  if (!all_finite(trial, m * r)) return false;
+  if (!all_finite(trial, m * r)) return kSkip;
   orthonormalize(trial, m, r, result, workspace);
-  return all_finite(result, m * r);
+  return all_finite(result, m * r) ? kReady : kSkip;
+}
+
+// Whether a core meets the bound and the cap to rounding, as reference.meets_bound.
+template <class T>
+bool meets_bound(const T* S, int64_t r, const Hyper& h, Workspace& workspace) {
+  Scratch scratch(workspace);
+  Svd svd = take_svd(r, r, scratch);
+  if (!svd_columns(S, r, r, svd, workspace)) return false;
+  const double largest = svd.sigma[0], smallest = svd.sigma[r - 1];
+  return smallest > 0 && largest <= (1 + h.tau) * (1 + 5e-6) * smallest &&
+         largest * svd.scaling.up <= h.sigma_max * (1 + 2e-6);
 }
 
 // S <- clip_spectrum(S - lr d), b <- b - lr d
 template <class T>
-bool prepare_entries(Update& u, Workspace& workspace) {
+StepOutcome prepare_entries(Update& u, Workspace& workspace) {
   const int64_t r = u.rank, size = u.role == kS ? r * r : u.rows;
   const T* param = static_cast<const T*>(u.param);
   const Hyper& h = u.hyper[u.role];
@@ -316,21 +352,22 @@ bool prepare_entries(Update& u, Workspace& workspace) {
   u.result = result;
   direction_of<T>(u).run(0, size, result, nullptr);
   const T lr = static_cast<T>(h.lr);
-  int bad = 0;
+  int bad = 0, moved = 0;
   for (int64_t i = 0; i < size; ++i) {
     bad |= !(result[i] - result[i] == 0);
     result[i] = param[i] - lr * result[i];
+    moved |= result[i] != param[i];
   }
-  if (bad != 0) return false;
-  if (u.role == kS && clip_spectrum(result, r, r, h.tau, static_cast<int>(h.band), h.sigma_max, result,
-                                    workspace) != kOk)
-    return false;
-  return all_finite(result, size);
+  if (bad != 0) return kSkip;
+  // the bands "rms" and "mean" shrink a core a little, but a step that moves nothing is the identity
+  if (u.role != kS || (moved == 0 && meets_bound(result, r, h, workspace)))
+    return all_finite(result, size) ? kReady : kSkip;
+  const int info = clip_spectrum(result, r, r, h.tau, static_cast<int>(h.band), h.sigma_max, result, workspace);
+  return info == kOk && all_finite(result, size) ? kReady : kSkip;
 }
 
-// Returns false if the layer must not change: a gradient or result is not finite, or a core is all zero.
 template <class T>
-bool prepare(Update& u, Workspace& workspace) {
+StepOutcome prepare(Update& u, Workspace& workspace) {
   u.result = u.transform = nullptr;
   return u.role == kU || u.role == kV ? prepare_factor<T>(u, workspace) : prepare_entries<T>(u, workspace);
 }

@@ -14,6 +14,10 @@ struct Hyper {
 };
 constexpr int64_t kHyperColumns = sizeof(Hyper) / sizeof(double);
 
+// What became of the first part of an update: the layer changes; it must not, because a gradient or result is
+// not finite, or a core is all zero or does not converge; or because its U or V is not orthonormal.
+enum StepOutcome : int { kReady = 0, kSkip = 1, kNotOrthonormal = 2 };
+
 // Arrays of float or double, row-major. U, V: param [rows, rank]; S: [rank, rank]; bias: [rows].
 struct Update {
   Role role;

@@ -153,12 +153,37 @@ def test_huge_steps_stay_orthonormal(backend, size):
 
 
 def test_drift_is_corrected(backend):
-    """Factors that are orthonormal to 1e-2 only come out orthonormal to rounding."""
+    """Factors that are orthonormal to 1e-5 only come out orthonormal to rounding."""
     params, grads, buffers = network(torch.float32, SHAPES[:3])
     for X in params[0::4] + params[2::4]:
-        X += 1e-2 * torch.randn_like(X) / len(X) ** 0.5
+        X += 1e-5 * torch.randn_like(X) / len(X) ** 0.5
     run(params, [0 * g for g in grads], [0 * b for b in buffers], hyper_table(3))
     assert max(non_orthonormality(X) for X in params[0::4] + params[2::4]) <= 2e-6
+
+
+@pytest.mark.parametrize("role", [0, 2])
+def test_a_factor_that_is_not_orthonormal_is_left_alone_and_marked(backend, role):
+    params, grads, buffers = network(torch.float32, SHAPES[:3])
+    params[4 + role] *= 1.001
+    before = [p.clone() for p in params]
+    skipped = run(params, grads, buffers, hyper_table(3))
+    assert skipped.tolist() == [0, reference.NOT_ORTHONORMAL, 0]
+    assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [False] * 4 + [True] * 4 + [False] * 4
+    grads[5][0, 0] = math.inf
+    assert run(params, grads, buffers, hyper_table(3)).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("band", range(3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_step_that_moves_nothing_is_the_identity(backend, band, dtype):
+    params, grads, buffers = network(dtype, SHAPES[:4])
+    run(params, grads, buffers, hyper_table(4, band=band))
+    for lr, scale in ((0.0, 1.0), (0.05, 0.0)):
+        before = [p.clone() for p in params]
+        run(params, [scale * g for g in grads], [0 * b for b in buffers], hyper_table(4, band=band, lr=lr))
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    run(params, grads, buffers, hyper_table(4, band=band, lr=0.0, tau=0.01))  # another bound does something
+    assert max(kappa(S) for S in params[1::4]) <= 1.01 * (1 + 5e-6)
 
 
 def test_missing_gradients_leave_their_role_alone(backend):
