@@ -25,7 +25,7 @@ _NEEDED = {
     "int_type": "an integer", "float_type": "a number", "finite_number": "finite", "bool_type": "true or false",
     "string_type": "a text", "path_type": "a path", "tuple_type": "a list", "literal_error": "{expected}",
     "too_short": "a list of at least {min_length}", "greater_than": "> {gt:g}", "greater_than_equal": ">= {ge:g}",
-    "less_than": "< {lt:g}", "less_than_equal": "<= {le:g}",
+    "less_than": "< {lt:.10g}", "less_than_equal": "<= {le:g}",
 }  # fmt: skip
 
 
