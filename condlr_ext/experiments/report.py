@@ -44,13 +44,20 @@ def read(path: Path) -> tuple[dict, list[dict]]:
 
     Returns:
         The settings, and the rows as flat() gives them, but for rounding.
+
+    Raises:
+        ValueError: A file is damaged.
     """
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
     with open(path, encoding="utf-8", newline="") as file:
-        rows = [
-            {name: cell if name in _TEXT else float(cell) if cell else None for name, cell in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        try:
+            titles, *lines = csv.reader(file)
+            rows = [
+                {name: cell if name in _TEXT else float(cell) if cell else None for name, cell in pairs}
+                for pairs in (zip(titles, line, strict=True) for line in lines)
+            ]
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} holds no results: {error}") from None
     return toml.loads(path.with_suffix(".toml").read_text(encoding="utf-8")), rows
 
 
