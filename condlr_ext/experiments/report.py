@@ -254,7 +254,7 @@ def _results(fig, results: dict) -> None:
     for axes, title in zip(accuracy, ("FGSM", "Worst of the attacks, per sample"), strict=True):
         axes.set(xlabel="ℓ∞ budget (inputs in [0, 1])", ylabel="test accuracy (%)", ylim=(0, 101), title=title)
     kappa_axes.set(xlabel="step", ylabel="κ − 1 (log scale)", yscale="log", ylim=(5e-9, 1e3))  # cuts diverging runs off
-    kappa_axes.set_title("Condition number of each layer (grey: the bound)")
+    kappa_axes.set_title("Condition number of each layer (gray: the bound)")
     for tau in sorted({run["tau"] for run in results["runs"] if run["tau"]}):
         kappa_axes.axhline(tau, color="0.5", lw=0.8, ls=(0, (6, 3)))
         kappa_axes.annotate(

@@ -49,7 +49,7 @@ def test_drift_of_the_machine():
 
 
 def test_drift_where_a_row_has_no_baseline():
-    """That of the other rows; the reference path and context are no baselines."""
+    """The drift is that of the other rows; the reference path and context are no baselines."""
 
     def alone(ours, others):
         roles = {"ours": ("ours", ours), "reference": ("same", others), "related": ("context", others)}

@@ -126,7 +126,7 @@ def test_the_device_works_before_it_is_timed(monkeypatch):
 
 @pytest.fixture
 def capture(monkeypatch):
-    """What happens in a capture; in its list of modes, how waiting for the device is taken."""
+    """Stand-in for a capture, with the list of modes in which waiting for the device was set."""
     modes, happened = ["default"], []
 
     @contextlib.contextmanager

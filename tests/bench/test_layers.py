@@ -24,7 +24,7 @@ COMPILED = {"compiled", "compiled folded", "compiled dense"}
 
 
 class Cuda:
-    """What a registry asks of a device."""
+    """A device as a registry needs it."""
 
     kind = "cuda"
 

@@ -45,7 +45,7 @@ KINDS = {name: getattr(linear_algebra, name) for name in ("SVD", "QR", "POLAR", 
 
 
 def judged(problem, function):
-    """What is found of a function of A in place of a provider."""
+    """Return the verdict on a function of A in place of a provider."""
     return runner.judge(Host(), *made(problem, function))
 
 

@@ -58,7 +58,7 @@ def off_orthonormal(X):
 
 
 def tolerance(dtype, *sizes):
-    """What rounding may cost, relative to the norm of the matrix.
+    """Return the error that rounding may cause, relative to the norm of the matrix.
 
     float64: a backward stable method, a few units per entry that add up like a random walk. float32 is
     computed in float64 and stored: three factors, each entry half a unit off, move their product by 3 such

@@ -99,7 +99,7 @@ def test_everything_else_is_refused(data):
 
 
 def test_integer_flags_change_nothing():
-    """What numpy.dtype.__setstate__ would take from a file."""
+    """numpy.dtype.__setstate__ would take the flags from a file."""
     found = pickled_arrays.loads(batch(array(dtype(b"i8", 0x3F))))[b"data"]
     assert found.dtype == np.int64 and not found.dtype.hasobject
 

@@ -1,4 +1,4 @@
-"""What the tests on a CUDA device share."""
+"""Helpers of the tests on a CUDA device."""
 
 import torch
 

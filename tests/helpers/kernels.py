@@ -1,4 +1,4 @@
-"""What the tests of the Triton kernels in the interpreter share."""
+"""Helpers of the tests of the Triton kernels in the interpreter."""
 
 import ast
 import inspect

@@ -45,7 +45,7 @@ def kappa(S: Tensor) -> float:
 
 
 def backward_error(dtype: torch.dtype, *sizes: int) -> float:
-    """What a backward stable method may be off by relative to the norm: rounding adds up like a random walk, 10 eps √n.
+    """Return the relative error of a backward stable method: rounding adds up like a random walk, 10 eps √n.
 
     LAPACK shows about a third of it on these matrices.
     """

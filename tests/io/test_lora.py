@@ -20,7 +20,7 @@ from condlr_ext.optim import CondLRSGD
 
 
 class Lora(nn.Module):
-    """What PEFT's LoRA computes, from its paper: base(x) + scaling B(A(x))."""
+    """LoRA as PEFT computes it, from its paper: base(x) + scaling B(A(x))."""
 
     def __init__(self, base, A, B, scaling):
         super().__init__()

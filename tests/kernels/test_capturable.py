@@ -216,7 +216,7 @@ def test_needs_the_triton_step():
 
 
 def test_the_steady_step_does_not_wait():
-    """What runs at every step of CondLRSGD has no call that reads a value from the device."""
+    """The code of every step of CondLRSGD has no call that reads a value from the device."""
     waiting = {"item", "tolist", "cpu", "numpy", "nonzero", "equal", "synchronize", "isfinite"}
     for function in (
         CondLRSGD.step, CondLRSGD._step_layers, CondLRSGD._step_device, CondLRSGD._counts, CondLRSGD._step_others,

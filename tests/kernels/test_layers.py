@@ -68,7 +68,7 @@ def test_linear_agrees_with_the_reference(rows, n, m, r, dtype):
 
 @pytest.mark.parametrize("kernel", ["chain", "sums"])
 def test_every_configuration_computes_the_same(kernel, monkeypatch):
-    """Of every architecture, for one size that no tile divides; grids stay small."""
+    """Configurations of every architecture run, for one size that no tile divides; grids stay small."""
     X, U, S, V, b, G = tensors(70, 45, 37, 11, torch.float32)
     exact = [t.double() for t in (X, U, S, V, b, G)]
     Y, P = reference.low_rank_linear(*exact[:5])

@@ -24,7 +24,7 @@ SCALES = torch.tensor([scale for _, scale in KINDS], dtype=torch.float64)[:, Non
 
 @pytest.fixture(autouse=True)
 def by_the_kernels():
-    """What the kernels cannot serve raises BackendError."""
+    """Calls that the kernels cannot serve raise BackendError."""
     with condlr_ext.backend("triton"):
         yield
 

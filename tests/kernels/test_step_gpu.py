@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float64]
 
 @pytest.fixture(autouse=True)
 def by_the_kernels():
-    """What the kernels cannot serve raises BackendError."""
+    """Calls that the kernels cannot serve raise BackendError."""
     with condlr_ext.backend("triton"):
         yield
 

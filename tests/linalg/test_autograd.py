@@ -221,7 +221,7 @@ def test_clip_gradient_at_tau_zero_is_that_of_the_polar_direction(backend, dtype
 
 
 def test_clip_gradient_of_its_own_result_is_the_identity(backend):
-    """What a clip returns has sigma on the edges to rounding, and is in band."""
+    """The result of a clip has sigma on the edges to rounding, and is in band."""
     A = linalg.clip_spectrum(torch.randn(6, 6, dtype=F64), 0.3, "optimal").requires_grad_()
     G = torch.randn(6, 6, dtype=F64)
     (linalg.clip_spectrum(A, 0.3, "optimal") * G).sum().backward()

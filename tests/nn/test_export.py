@@ -22,7 +22,7 @@ def low_rank(name: str):
 
 
 def namespaces(program) -> set[str]:
-    """Of all ops in the graph, subgraphs included."""
+    """Return the namespaces of all ops in the graph, subgraphs included."""
     graphs = [m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     targets = [n.target for g in graphs for n in g.graph.nodes if n.op == "call_function"]
     return {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)}

@@ -1,4 +1,4 @@
-"""What all layers share: initialization, conversion, dtypes, meta device, copies, errors."""
+"""Common to all layers: initialization, conversion, dtypes, meta device, copies, errors."""
 
 import copy
 import math

@@ -61,7 +61,7 @@ def test_outputs_of_linear_layers_may_be_changed_in_place(backend, shape, route)
 
 
 def test_a_large_head_with_an_activation_in_place():
-    """Of sizes that products serve, not the one compiled call."""
+    """The sizes are those that products serve, not the one compiled call."""
     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Linear(512, 10))
     condlr_ext.factorize(model, budget=0.3)
     model(torch.randn(128, 512)).sum().backward()

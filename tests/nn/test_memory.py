@@ -20,7 +20,7 @@ def vgg16() -> nn.Sequential:
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """What the forward keeps for the backward, beside parameters and buffers."""
+    """Return the bytes that the forward keeps for the backward, beside parameters and buffers."""
     known = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     storages = {}
 

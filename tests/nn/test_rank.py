@@ -12,7 +12,7 @@ from condlr_ext.errors import RankError
 
 
 def test_rank_by_energy():
-    """Of a weight with known spectrum: 8, 4, 2, 1, 0, 0 hold 64, 80, 84, 85 of 85."""
+    """Ranks of a weight with known spectrum: 8, 4, 2, 1, 0, 0 hold 64, 80, 84, 85 of 85."""
     Q, P = (torch.linalg.qr(torch.randn(n, 6, dtype=torch.float64))[0] for n in (9, 7))
     W = Q * torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0, 0.0], dtype=torch.float64) @ P.mT
     for weight, model, cls in (

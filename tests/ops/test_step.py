@@ -144,7 +144,7 @@ def test_bound_and_orthogonality_hold_at_every_step(backend, tau, band, dtype):
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
 def test_huge_steps_stay_orthonormal(backend, size):
-    """Where one Cholesky-QR pass would not do: the Gram matrix has a condition number of size²."""
+    """One Cholesky-QR pass would not do here: the Gram matrix has a condition number of size²."""
     params, grads, buffers = network(torch.float32, SHAPES[:4])
     hyper = hyper_table(4, lr=size)
     assert not run(params, grads, buffers, hyper).any()

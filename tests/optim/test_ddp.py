@@ -74,7 +74,7 @@ def train(way: str, rank: int) -> dict:
 
 
 def refusals() -> dict[str, str]:
-    """What the optimizers say to sharded models."""
+    """Errors of the optimizers for sharded models."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 

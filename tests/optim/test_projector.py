@@ -368,7 +368,7 @@ def test_a_layer_that_is_no_longer_finite_is_named_and_spreads_nothing(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_parameters_are_projected_in_float32(dtype):
-    """What is stored is the rounding of a point on the constraint set: each entry is off by eps / 2 of itself."""
+    """The stored values are the rounding of a point on the constraint set: each entry is off by eps / 2 of itself."""
     model = make_model(dtype=dtype)
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     Projector(model, 0.1, tangent=True).attach(optimizer)

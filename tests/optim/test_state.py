@@ -137,7 +137,7 @@ def test_masters_and_momentum_are_restored_in_float32():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("cls", [CondLRSGD, CondLRAdamW])
 def test_low_precision_resumes_bit_for_bit_in_any_order(cls, dtype):
-    """What an optimizer made on the rounded model changes of it must not be taken for an edit by the user."""
+    """The changes of an optimizer made on the rounded model must not be taken for an edit by the user."""
     options = {"momentum": 0.5} if cls is CondLRSGD else {"eps": 1e-4}
     data = list(batches(6, dtype))
     model = make_model(dtype=dtype)

@@ -1,4 +1,4 @@
-"""What training scripts do with a model: torch.func, copies, files, averages, checkpointing, meta device, sharing."""
+"""Uses of a model in training scripts: torch.func, copies, files, averages, checkpointing, meta device, sharing."""
 
 import copy
 import io
@@ -169,7 +169,7 @@ def test_activation_checkpointing(name, use_reentrant):
 
 
 def test_checkpointed_block_keeps_less():
-    """Of a block only its input is kept for backward, apart from parameters."""
+    """Only the input of a block is kept for backward, apart from parameters."""
     block = Residual(16, 16)
     condlr_ext.factorize(block, rank=0.5)
     own = {p.data_ptr() for p in (*block.parameters(), *block.buffers())}

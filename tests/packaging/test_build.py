@@ -1,4 +1,4 @@
-"""What is compiled and loaded, `condlr info`, and that the package works and says so once without compiled files."""
+"""The compiled files, `condlr info`, and that the package works and says so once without compiled files."""
 
 import json
 import os

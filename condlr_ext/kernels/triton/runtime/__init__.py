@@ -1,1 +1,1 @@
-"""What the launches of all wings share: tables on the device, and programs that work in groups."""
+"""Shared parts of all launches: tables on the device, and programs that work in groups."""

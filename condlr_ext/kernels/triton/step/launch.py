@@ -61,7 +61,7 @@ class _Allocator:
 
 @dataclass
 class _Tables:
-    """What a plan uploads: rows of the tables, jobs of `products`, and the work lists of the kernels."""
+    """The uploads of a plan: rows of the tables, jobs of `products`, and the work lists of the kernels."""
 
     section: int  # length of each of the sections params, grads, buffers of the pointer table
     factors: list[FactorRow]
