@@ -13,6 +13,7 @@ from .. import _table
 from .._extras import require
 from .._files import write_whole
 from ..robustness import KNOWN_ATTACKS
+from .methods import METHODS
 
 # Okabe and Ito's palette (yellow darkened): told apart with any color vision, and by marker without color
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C00")
@@ -151,7 +152,7 @@ def table(rows: list[dict], settings: dict) -> tuple[list[str], list[list[str]]]
     titles += ["saturated\n%", "max κ", "‖UᵀU−I‖\nmax", "s per\nepoch"]
     lines = []
     for group in grouped(rows).values():
-        bounded = group[0]["run"].startswith("condlr:")
+        bounded = METHODS[group[0]["run"].partition(":")[0]].bounds_kappa
         shares = [[row.get(name) for row in group] for name in ("kept", "clean", *attacks.values(), "saturated")]
         line = [label(group), _ranks(group), *map(percent, shares)]
         line += [
