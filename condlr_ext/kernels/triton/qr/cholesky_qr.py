@@ -107,7 +107,7 @@ def products(
     pointer_table_ptr, jobs_ptr, work_ptr, hyper_ptr, A_ptr, B_ptr, out_ptr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tile (i, j) of Aᵀ (alpha B + beta H) over the rows of one split. work: job, i, j, split; out: [splits, p, q]."""
+    """Add up tile (i, j) of Aᵀ (alpha B + beta H) over one split. work: job, i, j, split; out: [splits, p, q]."""
     work = work_ptr + tl.program_id(0).to(tl.int64) * 4
     i, j, split = tl.load(work + 1), tl.load(work + 2), tl.load(work + 3).to(tl.int64)
     job = jobs_ptr + tl.load(work).to(tl.int64) * _PRODUCT_COLUMNS
