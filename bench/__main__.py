@@ -1,6 +1,7 @@
 """The command line: `python -m bench`, from the root of a checkout."""
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,8 +9,8 @@ import time
 from pathlib import Path
 
 PROFILED = ("ours", "dense", "fast PyTorch")
-REPEATED = ("only", "size", "dtypes", "device", "threads", "cache", "seconds", "seconds_per_provider", "rounds",
-            "compile", "providers", "allocator")  # fmt: skip
+REPEATED = ("backend", "only", "size", "dtypes", "device", "threads", "cache", "seconds", "seconds_per_provider",
+            "rounds", "compile", "providers", "allocator")  # fmt: skip
 TUNED = ("configurations", "routes")
 
 
@@ -44,6 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("operations", nargs="*", metavar="OPERATION", help="what to measure; default: all that --list does not mark")
+    add("--backend", help="of ours, by default: auto, reference, cpu or triton")
     add("--only", default="", metavar="PATTERN", help="rows with this in their name (* and ? match), see --list")
     add("--size", choices=("smoke", "default", "full"), default="default", help="how many shapes; smoke: seconds")
     add("--dtypes", nargs="+", default=(), metavar="NAME", help="fp32, tf32, bf16, fp16, fp64; default by operation")
@@ -141,7 +143,8 @@ def measure(options: argparse.Namespace, start: float) -> int:
     )  # fmt: skip
     code = 0
     try:
-        left = session.Session(device, how, write, stop, quick=smoke).run(rows, thread_numbers(options, device))
+        with backend(options):
+            left = session.Session(device, how, write, stop, quick=smoke).run(rows, thread_numbers(options, device))
         if left:
             code = continued(options, left, write.file, stop)
     except KeyboardInterrupt:
@@ -201,6 +204,12 @@ def on_cuda(options: argparse.Namespace) -> bool:
     if options.threads:
         raise ValueError("--threads is for the CPU")
     return True
+
+
+def backend(options: argparse.Namespace) -> contextlib.AbstractContextManager:
+    import condlr_ext
+
+    return condlr_ext.backend(options.backend) if options.backend else contextlib.nullcontext()
 
 
 def open_device(options: argparse.Namespace):
@@ -320,7 +329,8 @@ def profile(options: argparse.Namespace) -> None:
         torch.set_num_threads(threads)
         for row in rows:
             torch.manual_seed(0)
-            found = breakdown(row, tuple(options.providers) or PROFILED, device)
+            with backend(options):
+                found = breakdown(row, tuple(options.providers) or PROFILED, device)
             print(f"\n{row}, {threads} thread{'s' * (threads != 1)}\n{found}", flush=True)
 
 

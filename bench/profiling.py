@@ -1,4 +1,4 @@
-"""Break down the time of a row by operator."""
+"""Breakdown of a row's time by operator."""
 
 import time
 from collections.abc import Iterable

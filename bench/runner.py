@@ -1,4 +1,4 @@
-"""Measure rows: every provider is made, checked, and only then timed, in turn with the others."""
+"""Measurement of rows: every provider is made, checked, and only then timed, in turn with the others."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ SHORT = 5e-4  # seconds below which launches may take most of the time
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure a row.
+    """Options of a measurement.
 
     Attributes:
         seconds: For each provider in each mode.

@@ -1,4 +1,4 @@
-"""Enter measured routes of layers into the table by which the package chooses a route on GPUs."""
+"""Entry of measured routes of layers into the table by which the package chooses a route on GPUs."""
 
 import json
 import re

@@ -38,7 +38,7 @@ def orthonormal_factors(L: Tensor, C: Tensor, R: Tensor) -> tuple[Tensor, Tensor
 
 
 def _absorb(L: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Q, R C with Q R = L, or L, C where L is orthonormal already."""
+    """Return Q, R C with Q R = L, or L, C where L is orthonormal already."""
     if L.shape[1] <= L.shape[0] and orthonormality_error(L) <= ORTHONORMAL_STEP:
         return L.contiguous(), C
     Q, T = linalg.qr(L)

@@ -47,7 +47,7 @@ def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..
             raise TypeError(f"{function}: {what} entries must be names, types or predicates, got {p!r}")
 
     def matches(name: str, module: nn.Module, parent: tuple[str, nn.Module] | None = None) -> bool:
-        """Match; names and types are also compared with `parent`, the attention that holds the layer."""
+        """Return whether the layer matches or, by name or type, the attention `parent` that holds it."""
         identities = [(name, module)] + ([parent] if parent else [])
         for p in patterns:
             if isinstance(p, str):
@@ -125,7 +125,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode, its parameters take no gradient, and gradients to inputs are recorded.
+    """Put the model in eval mode without gradients of its parameters, and record those of its inputs, inside a block.
 
     Afterwards every submodule's mode and every parameter's requires_grad are what they were.
     """

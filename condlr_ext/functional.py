@@ -182,19 +182,19 @@ def check_route(name: str, route: str) -> str:
 
 
 def _use_aten() -> bool:
-    """Whether to call torch's own products: under transforms, FLOP counting, tracing and export."""
+    """Return whether to call torch's own products: under transforms, FLOP counting, tracing and export."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed() or _counted()
 
 
 def _counted() -> bool:
-    """Whether torch's FlopCounterMode is active, which counts only torch's own products."""
+    """Return whether torch's FlopCounterMode is active, which counts only torch's own products."""
     if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
     return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in _get_current_dispatch_mode_stack())
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is active; only plain products have all derivatives and batching rules.
+    """Return whether torch.func or forward-mode AD is active; only plain products have all their rules.
 
     Raises:
         BackendError: The backend "triton" was chosen by name.
@@ -232,7 +232,7 @@ def as_ints(name: str, what: str, value, d: int, least: int) -> list[int]:
 
 
 def _fast_path_ok(input, U, S, V, bias) -> bool:
-    """Whether _check_and_cast would change and refuse nothing; cheap enough for every call."""
+    """Return whether _check_and_cast would change and refuse nothing; cheap enough for every call."""
     try:
         (m, r), (n, columns), dtype, device = U.shape, V.shape, U.dtype, U.device
         return (

@@ -195,7 +195,7 @@ def _sum_of_channels(grad: Tensor) -> Tensor:
 
 
 def is_pointwise(kernel_size, stride, padding) -> bool:
-    """Whether a convolution is a product over its channels alone."""
+    """Return whether a convolution is a product over its channels alone."""
     return all(k == s == 1 for k, s in zip(kernel_size, stride, strict=True)) and not any(padding)
 
 
@@ -237,7 +237,7 @@ def svd(A: Tensor):
 
 
 def _is_svd(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> bool:
-    """Whether residual and orthogonality are those of a backward stable method (NaN fails)."""
+    """Return whether residual and orthogonality are those of a backward stable method (NaN fails)."""
     if A.numel() == 0:
         return True
     bound = 10 * max(A.shape[-2:]) * torch.finfo(A.dtype).eps

@@ -68,7 +68,7 @@ def train(model, optimizer, epochs=EPOCHS):
 
 
 def kappa(layer) -> float:
-    """sigma_1 / sigma_r of the layer's weight, r its rank."""
+    """Return sigma_1 / sigma_r of the layer's weight, r its rank."""
     sigma = torch.linalg.svdvals(layer.weight.detach())
     return (sigma[0] / sigma[sigma > 1e-5 * sigma[0]][-1]).item()
 

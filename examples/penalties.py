@@ -1,4 +1,4 @@
-"""What each penalty does to the spectra, and TSCNC's pipeline: TRADES with both penalties, mask search, fine-tuning.
+"""Effects of the penalties on spectra, and TSCNC's pipeline: TRADES with both penalties, mask search, fine-tuning.
 
 Real digits (scikit-learn), a small MLP, a few epochs: the numbers show the mechanism, not a benchmark.
 """

@@ -14,7 +14,7 @@ train, test = order[:1400], order[1400:]
 
 
 def muon(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon takes only matrices, such as U, S and V."""
+    """Return Muon for U, S and V; it takes only matrices."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     return [torch.optim.Muon(matrices, lr=0.003), torch.optim.AdamW(vectors, lr=3e-3)]

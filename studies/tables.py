@@ -17,6 +17,7 @@ from condlr_ext.experiments import report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "studies" / "results"
+_MARK = re.compile(r"(<!-- (study|sizes|gaps) ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _SIZE = re.compile(r" (budget|rank|keep) [\d./]+")
 
 
@@ -29,20 +30,23 @@ def rewrite(text: str) -> str:
     """Return text with every marked table filled anew.
 
     Raises:
-        ValueError: There is no such study, run or column.
+        ValueError: A mark is faulty, or there is no such study, run or column.
     """
-    for kind, fill in (("study", study), ("sizes", sizes), ("gaps", gaps)):
-        pattern = re.compile(rf"(<!-- {kind} ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-        text = pattern.sub(lambda found, fill=fill: found[1] + _filled(fill, found[2], found[3]) + found[4], text)
+    text, count = _MARK.subn(lambda found: found[1] + _filled(*found.group(2, 3, 4)) + found[5], text)
+    if count != len(re.findall(r"<!-- (?:study|sizes|gaps)\b", text)):
+        raise ValueError("needed: <!-- study NAME -->, a table, <!-- end -->; likewise sizes and gaps")
     return text
 
 
-def _filled(fill, name: str, table: str) -> str:
-    titles, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines())
+def _filled(kind: str, name: str, table: str) -> str:
+    lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in table.splitlines()]
+    if len(lines) < 3 or "<!--" in table:
+        raise ValueError(f"{kind} {name}: no table, or no <!-- end --> after it")
+    titles, _, *rows = lines
     try:
-        return _table.markdown(titles, fill(name, titles, rows))
+        return _table.markdown(titles, {"study": study, "sizes": sizes, "gaps": gaps}[kind](name, titles, rows))
     except KeyError as error:
-        raise ValueError(f"study {name}: no run or column {error}") from None
+        raise ValueError(f"{kind} {name}: no run or column {error}") from None
 
 
 def study(name: str, titles: list[str], rows: list[list[str]]) -> list[list[str]]:
@@ -63,6 +67,8 @@ def sizes(name: str, titles: list[str], rows: list[list[str]]) -> list[list[str]
         failed = report.label(group).removeprefix(label)
         key = _SIZE.sub("", label), size.replace("keep", "budget")
         cells[key] = report.percent([row[column] for row in group]) + failed
+    for unknown in {row[0] for row in rows} - {run for run, _ in cells} | set(titles[1:]) - {size for _, size in cells}:
+        raise KeyError(unknown)
     return [[row[0], *(cells.get((row[0], title), report.NOT_APPLICABLE) for title in titles[1:])] for row in rows]
 
 

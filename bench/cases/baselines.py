@@ -139,7 +139,7 @@ def clamp_by_svd(A: Tensor, tau: float) -> Tensor:
 
 
 def clamp_by_eigh(A: Tensor, tau: float) -> Tensor:
-    """Do the same by the eigenvectors of AᵀA: faster, and as accurate for A far from singular, as after a step."""
+    """Clamp likewise by the eigenvectors of AᵀA: faster, and as accurate for A far from singular, as after a step."""
     squares, V = torch.linalg.eigh(A.mT @ A)
     sigma = squares.sqrt()
     return A @ (V * (clamped(sigma, tau) / sigma).unsqueeze(-2)) @ V.mT

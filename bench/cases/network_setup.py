@@ -210,7 +210,7 @@ class Training:
             return self._net.loss(self._forward(self.x), self.y)
 
     def ready(self) -> None:
-        """Do everything before the backward of the next batch."""
+        """Run everything before the backward of the next batch."""
         self.next()
         self.zero_grad()
         self.loss = self.forward()

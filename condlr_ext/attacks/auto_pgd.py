@@ -30,7 +30,7 @@ def apgd(
     targets: int = 9,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Auto-PGD: ascent with momentum from a step of 2 eps, halved at fixed checkpoints where it stops helping.
+    """Attack by APGD: ascent with momentum from a step of 2 eps, halved at fixed checkpoints where it stops helping.
 
     z = P(x_k + eta d(grad)), x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1})), P the projection onto the ball
     and then the box. At each checkpoint the samples that rose in fewer than 75 % of the steps since the last one, or

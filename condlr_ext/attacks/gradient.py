@@ -12,7 +12,7 @@ from .search import Search, input_gradient, repeat_for_budgets, sample_start, un
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps, *, norm: str = "linf", loss: str = "ce") -> Tensor:
-    """Fast gradient (sign) method: clip(x + eps direction(grad_x loss), 0, 1).
+    """Attack by the fast gradient (sign) method: clip(x + eps direction(grad_x loss), 0, 1).
 
     Args:
         model: Classifier returning logits [B, C]; attacked in eval mode, its state is restored.
@@ -70,7 +70,7 @@ def pgd(
     loss: str = "ce",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected gradient ascent, x' <- clip(project(x' + step_size direction(grad_x loss)), 0, 1), best point kept.
+    """Attack by projected gradient ascent, x' <- clip(project(x' + step_size direction(grad_x loss)), 0, 1).
 
     Of all points visited, the clean input included, each sample keeps a misclassified one if there is any,
     and among those (else among all) the one of highest loss. All budgets go through the model in one batch.

@@ -36,7 +36,7 @@ def low_rank_pgd(
     exact: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Ascent in the factors of clip(x + eps D / |D|, 0, 1), D = U Vᵀ of the given rank in every channel, best kept.
+    """Attack by ascent in the factors of clip(x + eps D / |D|, 0, 1), D = U Vᵀ of the given rank in every channel.
 
     The last two dimensions of x are the matrix, those between them and the batch are channels with factors of their
     own. Each step adds step_size times the normalized gradient to U [B, C, H, rank] and to V [B, C, W, rank]; as both

@@ -70,7 +70,7 @@ class Search:
 
     @torch.no_grad()
     def update(self, point: Tensor, *state: Tensor) -> None:
-        """Do what loss_and_gradient does, without the gradient."""
+        """Update as loss_and_gradient does, without the gradient."""
         self._keep_stronger(*self._forward(point), state)
 
     def _forward(self, point: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,12 @@ def cifar_python(path: Path, classes: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         content = pickled_arrays.loads(raw)
         x = content[b"data"]
-        y = _labels(np.asarray(content[b"labels" if classes == 10 else b"fine_labels"]), classes, path)
+        y = content[b"labels" if classes == 10 else b"fine_labels"]
+        if isinstance(y, list) and all(type(label) is int for label in y):  # NumPy would unfold lists without end
+            y = np.asarray(y)
+        if not isinstance(y, np.ndarray):
+            raise ValueError(f"labels must be a list of integers, got {type(y).__name__}")
+        y = _labels(y, classes, path)
     except (KeyError, ValueError) as error:
         raise ValueError(f"data: {path} is no CIFAR-{classes} batch: {error}") from None
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.shape != (len(y), CIFAR_PIXELS) or not len(y):

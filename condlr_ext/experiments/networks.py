@@ -35,7 +35,7 @@ def _network(body: Sequence[nn.Module], features: int, classes: int) -> nn.Seque
 
 
 def mlp(shape: Sequence[int], classes: int, hidden: int = 256) -> nn.Sequential:
-    """n - 256 - 256 - classes with ReLU."""
+    """Return n - 256 - 256 - classes with ReLU."""
     return nn.Sequential(
         OrderedDict(
             flatten=nn.Flatten(),
@@ -49,7 +49,7 @@ def mlp(shape: Sequence[int], classes: int, hidden: int = 256) -> nn.Sequential:
 
 
 def cnn(shape: Sequence[int], classes: int) -> nn.Sequential:
-    """Convolutions 3 x 3 of 20 and 50 channels, each pooled, a layer of 200 (8 x 8 images); LeakyReLU."""
+    """Return convolutions 3 x 3 of 20 and 50 channels, each pooled, a layer of 200 (8 x 8 images); LeakyReLU."""
     channels, height, width = shape
     features = 50 * (height // 4) * (width // 4)
     body = [nn.Conv2d(channels, 20, 3, padding=1), nn.LeakyReLU(), nn.MaxPool2d(2)]
@@ -59,7 +59,7 @@ def cnn(shape: Sequence[int], classes: int) -> nn.Sequential:
 
 
 def lenet5(shape: Sequence[int], classes: int) -> nn.Sequential:
-    """430 500 weights for images [1, 28, 28] and 10 classes."""
+    """Return a network of 430 500 weights for images [1, 28, 28] and 10 classes."""
     channels, height, width = shape
     features = 50 * ((height // 2 - 6) // 2) * ((width // 2 - 6) // 2)
     body = [nn.Conv2d(channels, 20, 5), nn.LeakyReLU(), nn.MaxPool2d(2)]
@@ -69,7 +69,7 @@ def lenet5(shape: Sequence[int], classes: int) -> nn.Sequential:
 
 
 def vgg16(shape: Sequence[int], classes: int) -> nn.Sequential:
-    """15 239 872 weights for images [3, 32, 32] and 10 classes."""
+    """Return a network of 15 239 872 weights for images [3, 32, 32] and 10 classes."""
     channels, height, width = shape
     body = []
     for out, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
@@ -101,7 +101,7 @@ class WideBlock(nn.Module):
 
 
 def wrn16_4(shape: Sequence[int], classes: int) -> nn.Sequential:
-    """2 745 264 weights for images [3, 32, 32] and 10 classes; any image size."""
+    """Return a network of 2 745 264 weights for images [3, 32, 32] and 10 classes; any image size."""
     body, channels = [nn.Conv2d(shape[0], 16, 3, padding=1, bias=False)], 16
     for width, stride in ((64, 1), (128, 2), (256, 2)):
         body += [WideBlock(channels, width, stride), WideBlock(width, width, 1)]
@@ -157,7 +157,7 @@ class ViT(nn.Module):
 
 
 def vit(shape: Sequence[int], classes: int) -> nn.Module:
-    """A small ViT: width 128, 6 blocks, 4 heads; image sides are multiples of 8."""
+    """Return a small ViT: width 128, 6 blocks, 4 heads; image sides are multiples of 8."""
     return ViT(shape, classes, dim=128, depth=6, heads=4)
 
 

@@ -23,6 +23,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _PUT, _GET = {"PUT", "BINPUT", "LONG_BINPUT"}, {"GET", "BINGET", "LONG_BINGET"}
+_LARGEST = 2**31  # of a dimension; NumPy takes up to 64 of them
 _MARK = object()
 
 
@@ -184,8 +185,10 @@ def _finished(value):
         return value
     _, shape, dtype, fortran, raw = value.state
     kind = np.dtype(_expect(dtype, _Dtype).order + dtype.code)
-    if type(raw) is not bytes or not all(type(n) is int and n >= 0 for n in _expect(shape, tuple)):
+    if type(raw) is not bytes or not all(type(n) is int and 0 <= n < _LARGEST for n in _expect(shape, tuple)[:65]):
         raise ValueError("damaged: an array needs a shape and bytes")
+    if len(shape) > 64:
+        raise ValueError(f"damaged: an array of {len(shape)} dimensions")
     if math.prod(shape) * kind.itemsize != len(raw):
         raise ValueError(f"damaged: an array {list(shape)} of {kind} needs other than {len(raw)} bytes")
     return np.frombuffer(raw, kind).reshape(shape, order="F" if fortran else "C")

@@ -13,6 +13,7 @@ from .. import _table
 from .._extras import require
 from .._files import write_whole
 from ..robustness import KNOWN_ATTACKS
+from .methods import METHODS
 
 # Okabe and Ito's palette (yellow darkened): told apart with any color vision, and by marker without color
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C00")
@@ -44,13 +45,20 @@ def read(path: Path) -> tuple[dict, list[dict]]:
 
     Returns:
         The settings, and the rows as flat() gives them, but for rounding.
+
+    Raises:
+        ValueError: A file is damaged.
     """
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
     with open(path, encoding="utf-8", newline="") as file:
-        rows = [
-            {name: cell if name in _TEXT else float(cell) if cell else None for name, cell in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        try:
+            titles, *lines = csv.reader(file)
+            rows = [
+                {name: cell if name in _TEXT else float(cell) if cell else None for name, cell in pairs}
+                for pairs in (zip(titles, line, strict=True) for line in lines)
+            ]
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} holds no results: {error}") from None
     return toml.loads(path.with_suffix(".toml").read_text(encoding="utf-8")), rows
 
 
@@ -144,7 +152,7 @@ def table(rows: list[dict], settings: dict) -> tuple[list[str], list[list[str]]]
     titles += ["saturated\n%", "max κ", "‖UᵀU−I‖\nmax", "s per\nepoch"]
     lines = []
     for group in grouped(rows).values():
-        bounded = group[0]["run"].startswith("condlr:")
+        bounded = METHODS[group[0]["run"].partition(":")[0]].bounds_kappa
         shares = [[row.get(name) for row in group] for name in ("kept", "clean", *attacks.values(), "saturated")]
         line = [label(group), _ranks(group), *map(percent, shares)]
         line += [
@@ -247,7 +255,7 @@ def _results(fig, results: dict) -> None:
     for axes, title in zip(accuracy, ("FGSM", "Worst of the attacks, per sample"), strict=True):
         axes.set(xlabel="ℓ∞ budget (inputs in [0, 1])", ylabel="test accuracy (%)", ylim=(0, 101), title=title)
     kappa_axes.set(xlabel="step", ylabel="κ − 1 (log scale)", yscale="log", ylim=(5e-9, 1e3))  # cuts diverging runs off
-    kappa_axes.set_title("Condition number of each layer (grey: the bound)")
+    kappa_axes.set_title("Condition number of each layer (gray: the bound)")
     for tau in sorted({run["tau"] for run in results["runs"] if run["tau"]}):
         kappa_axes.axhline(tau, color="0.5", lw=0.8, ls=(0, (6, 3)))
         kappa_axes.annotate(

@@ -73,12 +73,12 @@ def low_rank_class(module: nn.Module) -> type[LowRankLayer] | None:
 
 
 def is_compiled(name: str) -> bool:
-    """Whether torch.compile wraps the module of this name; the wrapper would keep calling the old one."""
+    """Return whether torch.compile wraps the module of this name; the wrapper would keep calling the old one."""
     return name.rpartition(".")[2] == "_orig_mod"
 
 
 def forwards_as_its_base(layer: LowRankLayer) -> bool:
-    """Whether a layer has the forward of this package's class, be it of a subclass or parametrized."""
+    """Return whether a layer has the forward of this package's class, be it of a subclass or parametrized."""
     known = next((cls for cls in type(layer).__mro__ if cls in _KNOWN), None)
     return known is not None and type(layer).forward is known.forward and "forward" not in vars(layer)
 

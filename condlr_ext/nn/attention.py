@@ -208,7 +208,7 @@ def factorize_projection(attention: nn.MultiheadAttention, child: str, layer: Lo
 
 
 def to_dense_projections(attention: LowRankMultiheadAttention, dense: dict[nn.Module, nn.Module]) -> None:
-    """Turn it back into nn.MultiheadAttention, in place; `dense` maps its low-rank layers to their dense twins."""
+    """Turn the module back into nn.MultiheadAttention, in place; `dense` maps low-rank layers to their dense twins."""
     for name, child in _PROJECTIONS.items():
         layer = attention._modules.pop(child, None)
         if layer is not None:

@@ -21,7 +21,7 @@ def low_rank_layers(model: nn.Module) -> dict[str, "LowRankLayer"]:
 
 
 def is_factor(p: Tensor) -> bool:
-    """Whether p is the U, S or V of a live layer."""
+    """Return whether p is the U, S or V of a live layer."""
     return any(p is factor for layer in _LAYERS for factor in layer._factors())
 
 

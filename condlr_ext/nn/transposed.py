@@ -25,7 +25,7 @@ class LowRankTransposedLinear(LowRankLinear):
 
     @staticmethod
     def serves(module: nn.Module) -> bool:
-        """Whether the module is an HF Conv1D."""
+        """Return whether the module is an HF Conv1D."""
         weight, bias, nf = (getattr(module, name, None) for name in ("weight", "bias", "nf"))
         return (
             type(module).__name__ == "Conv1D"

@@ -69,6 +69,7 @@ class StepCall:
         self._stored_buffers: list[Tensor | None] = []  # by slot: the same as the state holds it
         self._cores: list[Tensor] = []  # the parameters S
         self._table_options: list[list] | None = None  # the options that the table was made from
+        self._option_tensors: list[Tensor] = []  # those among them, kept so that no other tensor gets their id
         self._asked_backend = ops.current_backend()
         self._backend: str | None = None  # the one that serves, chosen in the first run
         self._used: list[tuple] = []  # (index, parameter, dtype, state tensors) of slots with a gradient
@@ -182,6 +183,7 @@ class StepCall:
                 table = table.to(self.device)
                 self.live = self._live_columns(groups, table)
             self._table_options, self.table = options, table
+            self._option_tensors = [v for group in groups for k in self.options if isinstance(v := group[k], Tensor)]
         for column, mask, value in self.live:
             column.copy_(torch.where(mask, value.to(column.dtype), column))
         return self.table

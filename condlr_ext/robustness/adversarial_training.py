@@ -18,7 +18,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # (model, x, y) -> scalar
 
 
 def adversarial_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> Tensor:
-    """Mean cross-entropy at attacked inputs, CE(f(attack(x)), y).
+    """Return the mean cross-entropy at attacked inputs, CE(f(attack(x)), y).
 
     Args:
         model: Classifier returning logits [B, C], in the mode it trains in.
@@ -40,7 +40,7 @@ def adversarial_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> 
 
 
 def trades_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, beta: float = 6.0) -> Tensor:
-    """TRADES: CE(f(x), y) + beta KL(softmax f(x) ‖ softmax f(x_adv)), means over the batch.
+    """Return the TRADES loss, CE(f(x), y) + beta KL(softmax f(x) ‖ softmax f(x_adv)), means over the batch.
 
     Args:
         model: Classifier returning logits [B, C], in the mode it trains in; called on clean and attacked inputs
@@ -77,7 +77,7 @@ def kl_pgd(
     step_size: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """TRADES' attack: l-infinity ascent on KL(softmax f(x) ‖ softmax f(x')), the last iterate.
+    """Attack as TRADES does: l-infinity ascent on KL(softmax f(x) ‖ softmax f(x')), the last iterate.
 
     Args:
         model: Classifier returning logits [B, C]; attacked in eval mode, its state is restored.

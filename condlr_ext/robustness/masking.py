@@ -1,4 +1,4 @@
-"""Detect gradient masking: accuracy that comes from gradients an attack cannot use, not from robustness.
+"""Detection of gradient masking: accuracy that comes from gradients an attack cannot use, not from robustness.
 
 Sources: Athalye, Carlini, Wagner (arXiv 1802.00420), section 3.1; Carlini et al. (arXiv 1902.06705), section 5; Croce
 and Hein (arXiv 2003.01690), section 4.

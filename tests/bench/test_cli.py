@@ -181,6 +181,7 @@ def test_revisions(tmp_path, monkeypatch, capsys):
         (["clip", "--only", "nothing"], "no row matches 'nothing'"),
         (["clip", "--dtypes", "bf16"], "these operations have fp32, fp64, not bf16"),
         (["clip", "--dtypes", "fp8"], "no arithmetic 'fp8'; there are fp32"),
+        (["clip", "--backend", "nothing", "--size", "smoke", "--json", os.devnull], "backend"),
         (["--threads", "0"], "--threads must be >= 1, got 0"),
         (["--seconds", "0"], "--seconds must be > 0, got 0"),
         (["--seconds-per-provider", "-1"], "--seconds-per-provider must be > 0, got -1"),

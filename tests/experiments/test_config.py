@@ -69,6 +69,7 @@ def test_toml(tmp_path):
     "text, message",
     [
         ("epochs = ", "is no TOML file"),
+        pytest.param("seeds = " + "[" * 100000, "is no TOML file", id="deep"),
         ("epoch = 3", "a study takes data, folder, .*, got epoch"),
         ("epochs = 0", "epochs must be >= 1, got 0"),
         ("runs = [{tau = 0.1}]", "a table needs method"),

@@ -159,6 +159,17 @@ def test_labels_must_be_integers(tmp_path, labels):
         data.load("cifar10", 0, folder=tmp_path)
 
 
+def test_labels_that_unfold_to_billions(tmp_path):
+    write_cifar(tmp_path, 10, False)
+    labels = [0, 1]
+    for _ in range(40):
+        labels = [labels, labels]
+    path = next(tmp_path.rglob("data_batch_2"))
+    path.write_bytes(pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": labels}, protocol=2))
+    with pytest.raises(ValueError, match="data_batch_2 .* labels must be a list of integers, got list"):
+        data.load("cifar10", 0, folder=tmp_path)
+
+
 def test_one_class_is_no_training_part(tmp_path):
     write_mnist(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(40, np.uint8)))

@@ -72,6 +72,13 @@ HOSTILE = {
     "ndarray called": batch(name("numpy", "ndarray") + b"(" + integer(10) + b"tR"),
     "huge shape": batch(array(dtype(b"u1", 0), shape=(2**31 - 1, 2**31 - 1))),
     "negative shape": batch(array(dtype(b"u1", 0), shape=(-32,))),
+    "large numbers for sizes": batch(
+        array(dtype(b"u1", 0), shape=()).replace(
+            b"(t" + name("numpy", "dtype"),
+            b"(" + (b"\x8b" + struct.pack("<I", 50000) + b"\x7f" * 50000) * 20 + b"t" + name("numpy", "dtype"),
+        )
+    ),
+    "too many dimensions": batch(array(dtype(b"u1", 0), shape=(1,) * 100)),
     "frame bomb": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 40) + b"abc",
     "memo": b"\x80\x04h\x07.",
     "no mark": b"\x80\x04t.",

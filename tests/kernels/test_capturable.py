@@ -4,6 +4,7 @@ import ast
 import copy
 import inspect
 import textwrap
+import weakref
 
 import pytest
 import torch
@@ -99,6 +100,20 @@ def test_options_on_the_device_are_read_at_every_step():
             assert len(set(tables[2:])) == 1  # that of the first step starts the momentum
     torch.testing.assert_close(*finals, rtol=0, atol=1e-7)  # lr is kept in float32
     assert max(condlr_ext.condition_numbers(model).values()) <= 1.1 * (1 + 1e-9)
+
+
+@interpreter
+def test_a_replaced_option_is_kept_until_the_next_step():
+    """Options are told apart by id; a third tensor could get that of one which is gone."""
+    model = network()
+    optimizer = CondLRSGD(model, torch.tensor(0.1), tau=0.2, capturable=True)
+    train(optimizer, model, 1)
+    replaced = weakref.ref(optimizer.param_groups[0]["lr"])
+    optimizer.defaults.clear()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.2)
+    assert replaced() is not None
+    train(optimizer, model, 1)
+    assert replaced() is None
 
 
 @interpreter

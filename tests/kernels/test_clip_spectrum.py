@@ -42,7 +42,7 @@ def test_clip_spectrum(k, kind, tau, band):
     assert (out - exact).norm() <= 1e-6 * exact.norm()
 
 
-def test_ill_conditioned_cores_is_in_float64():
+def test_ill_conditioned_cores_are_clipped_in_float64():
     A = with_spectrum(torch.logspace(0, -3, 24, dtype=torch.float64), 24, 24).float()
     exact = reference.clip_spectrum(A.double(), 0.1)
     out, _ = spectral.clip_spectrum(A, 0.1, 0, INF)

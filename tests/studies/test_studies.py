@@ -42,6 +42,22 @@ def test_a_table_of_what_is_not_there_is_an_error(study, row, title):
         tables.rewrite(f"<!-- study {study} -->\n| run | {title} |\n| --- | --- |\n| {row} |\n<!-- end -->")
 
 
+@pytest.mark.parametrize("old, new", [
+    ("<!-- end -->", ""),
+    ("<!-- end -->", "<!-- sizes digits-mlp -->"),
+    ("<!-- sizes digits-mlp -->", "<!-- sizes digits-mlp-->"),
+    ("| --- | ---: |\n| dense lr 0.5 | 98.0 |\n", ""),
+    ("dense lr 0.5", "dense lr 9"),
+    ("budget 0.27", "budget 9"),
+])  # fmt: skip
+def test_faulty_marks(old, new):
+    text = "<!-- sizes digits-mlp -->\n| run | budget 0.27 |\n| --- | ---: |\n| dense lr 0.5 | 98.0 |\n<!-- end -->\n"
+    tables.rewrite(text)
+    assert old in text
+    with pytest.raises(ValueError, match=r"needed: <!-- study NAME|sizes digits-mlp: no (table|run or column)"):
+        tables.rewrite(text.replace(old, new))
+
+
 def test_gaps_and_means_are_those_of_the_rows():
     with open(tables.RESULTS / "digits-mlp.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

@@ -25,7 +25,7 @@ _NEEDED = {
     "int_type": "an integer", "float_type": "a number", "finite_number": "finite", "bool_type": "true or false",
     "string_type": "a text", "path_type": "a path", "tuple_type": "a list", "literal_error": "{expected}",
     "too_short": "a list of at least {min_length}", "greater_than": "> {gt:g}", "greater_than_equal": ">= {ge:g}",
-    "less_than": "< {lt:g}", "less_than_equal": "<= {le:g}",
+    "less_than": "< {lt:.10g}", "less_than_equal": "<= {le:g}",
 }  # fmt: skip
 
 
@@ -86,12 +86,14 @@ class Method(Settings):
         name: The method in texts.
         title: The method in tables and legends.
         whole_each_step: Whether the model is meaningful after every step, not only after `settle`.
+        bounds_kappa: Whether kappa is at a bound, which tables show to seven digits.
         lr: Instead of the TrainConfig's, like momentum and weight_decay.
     """
 
     where = "run"
     title: ClassVar[str]
     whole_each_step: ClassVar[bool] = True
+    bounds_kappa: ClassVar[bool] = False
 
     lr: float | None = pydantic.Field(None, gt=0, allow_inf_nan=False)
     momentum: float | None = pydantic.Field(None, ge=0, lt=1)

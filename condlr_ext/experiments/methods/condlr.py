@@ -22,6 +22,7 @@ class CondLR(LowRank):
 
     name = "condlr"
     title = "CondLR"
+    bounds_kappa = True
 
     tau: float = Field(ge=0)
     sigma_max: float | None = Field(None, gt=0)

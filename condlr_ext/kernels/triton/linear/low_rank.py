@@ -38,7 +38,7 @@ def chain(
     FIRST: tl.constexpr, LAST: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, CORE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """P = X V, Y = P Sᵀ Uᵀ + b for BLOCK_B rows. Not FIRST: P is given. Not LAST: Y = P Sᵀ.
+    """Compute P = X V, Y = P Sᵀ Uᵀ + b for BLOCK_B rows. Not FIRST: P is given. Not LAST: Y = P Sᵀ.
 
     RANK >= r is the width of a tile of P. CORE is the number of columns of P that meet the core at a time: with
     CORE = RANK they never leave the chip, fewer are read back from P in memory.
@@ -84,7 +84,7 @@ def sums(
     n_rows, m, n, r, u_tiles, v_tiles, rows_per_split, g_row, x_row, p_row, q_row,
     BIAS: tl.constexpr, RANK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """One tile of Gᵀ P (with Σ G), of Xᵀ Q or of Qᵀ P, over the rows of one split.
+    """Compute one tile of Gᵀ P (with Σ G), of Xᵀ Q or of Qᵀ P, over the rows of one split.
 
     Grid: tiles of the three products in this order, by splits. sums [splits, tiles * BLOCK_I, r], db [splits, m].
     """

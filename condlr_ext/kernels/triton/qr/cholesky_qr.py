@@ -107,7 +107,7 @@ def products(
     pointer_table_ptr, jobs_ptr, work_ptr, hyper_ptr, A_ptr, B_ptr, out_ptr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tile (i, j) of Aᵀ (alpha B + beta H) over the rows of one split. work: job, i, j, split; out: [splits, p, q]."""
+    """Add up tile (i, j) of Aᵀ (alpha B + beta H) over one split. work: job, i, j, split; out: [splits, p, q]."""
     work = work_ptr + tl.program_id(0).to(tl.int64) * 4
     i, j, split = tl.load(work + 1), tl.load(work + 2), tl.load(work + 3).to(tl.int64)
     job = jobs_ptr + tl.load(work).to(tl.int64) * _PRODUCT_COLUMNS
@@ -219,7 +219,7 @@ def factorize(gram_ptr, splits, n, shift, least, L_ptr, PANEL: tl.constexpr):
 
 @triton.jit
 def substitute(X_ptr, x_row, Y_ptr, y_row, rows, n_rows, L_ptr, n, PANEL: tl.constexpr):
-    """Y = X L⁻ᵀ for some rows, L [n, n] as `factorize` stores it; Y may be X."""
+    """Compute Y = X L⁻ᵀ for some rows, L [n, n] as `factorize` stores it; Y may be X."""
     index = tl.arange(0, PANEL)
     inside = rows[:, None] < n_rows
     for begin in range(0, n, PANEL):
@@ -260,7 +260,7 @@ def solve(
     pointer_table_ptr, jobs_ptr, work_ptr, X_ptr, Y_ptr, L_ptr, state_ptr,
     IN_PLACE: tl.constexpr, ROWS: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
-    """Y = X L⁻ᵀ, or Y = Y L⁻ᵀ, for ROWS rows of one job. work: job, block of rows."""
+    """Compute Y = X L⁻ᵀ, or Y = Y L⁻ᵀ, for ROWS rows of one job. work: job, block of rows."""
     work = work_ptr + tl.program_id(0).to(tl.int64) * 2
     index = tl.load(work).to(tl.int64)
     job = jobs_ptr + index * _FACTOR_COLUMNS
@@ -279,7 +279,7 @@ def solve(
 
 @triton.jit
 def _reflect(beta, v_ptr, v_row, Y_ptr, y_row, first, n_rows, begin, end, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Y <- (I - beta v vᵀ) Y for columns begin to end, v = (1, tail) with its 1 in row `first`."""
+    """Set Y <- (I - beta v vᵀ) Y for columns begin to end, v = (1, tail) with its 1 in row `first`."""
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     for start in range(begin, end, COLS):
         cols = start + col
@@ -399,7 +399,7 @@ def rescue(
 
 @triton.jit
 def upper_factor(jobs_ptr, work_ptr, parts_ptr, state_ptr, R_ptr, TILE: tl.constexpr):
-    """R = the upper half of QᵀA, summed over its splits, with a diagonal >= 0; NaN where A is not finite.
+    """Set R = the upper half of QᵀA, summed over its splits, with a diagonal >= 0; NaN where A is not finite.
 
     work: job, i, j. parts: the output of `products`.
     """

@@ -85,7 +85,7 @@ def reset(counter_ptr, group_size):
 def copy(
     X_ptr, x_row, x_col, out_ptr, o_row, o_col, m, n, scale, member, group_size, counter_ptr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """out = X / scale for X [m, n], by a group."""
+    """Set out = X / scale for X [m, n], by a group."""
     for begin in range(member * BLOCK, m * n, group_size * BLOCK):
         at = begin + tl.arange(0, BLOCK)
         row, col = (at // n).to(tl.int64), (at % n).to(tl.int64)
@@ -99,7 +99,7 @@ def product(
     X_ptr, Y_ptr, C_ptr, out_ptr, m, n, k, count, alpha, beta, gamma, member, group_size, counter_ptr,
     TRANSPOSED: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """out [m, n] = alpha X Y + beta C + gamma I by a group, summed in dtype; all contiguous, out is neither X nor Y.
+    """Set out [m, n] = alpha X Y + beta C + gamma I by a group, summed in dtype; all contiguous, out not X or Y.
 
     TRANSPOSED: X [k, m] stands for Xᵀ. With a count of 2 the same for the matrices [n, n] that follow.
     """

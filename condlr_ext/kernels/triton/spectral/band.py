@@ -102,7 +102,7 @@ def weights(
     sigma_ptr, svd_info_ptr, constraint_ptr, row_ptr, weight_ptr, mode_ptr, active_mask_ptr, info_ptr, interval_ptr, n,
     stride, out_epsilon, MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """weight [n] = those of `clip_weights` for the singular values sigma [n], descending; one program per matrix.
+    """Set weight [n] = those of `clip_weights` for the singular values sigma [n], descending; one program per matrix.
 
     sigma in float32 serves well-conditioned matrices that need not be rebuilt. The others go into the active mask for a
     second round, with sigma in float64 and MASKED, which computes only those. The constraint of matrix i is row[i] of a

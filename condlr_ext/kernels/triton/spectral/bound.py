@@ -10,7 +10,7 @@ from .product import product
 
 @triton.jit
 def definite(G_ptr, interval_ptr, active_mask_ptr, n, R: tl.constexpr):
-    """active_mask = 1 where I + M or I - M is not positive definite, for M = p G + q I, G [n, n] float64.
+    """Set active_mask = 1 where I + M or I - M is not positive definite, for M = p G + q I, G [n, n] float64.
 
     Both are eliminated; all pivots must be positive. R >= n. One program per matrix.
     """

@@ -88,7 +88,7 @@ def _gram(X_ptr, rows, ld, cols, inside, BLOCK: tl.constexpr):
 
 @triton.jit
 def _multiply(X_ptr, rows, ld, cols, inside, first, second, J_ptr, BLOCK: tl.constexpr):
-    """X <- X Jᵀ on columns first + k, k < R / 2, and second + k from there on; J [R, R] contiguous."""
+    """Set X <- X Jᵀ on columns first + k, k < R / 2, and second + k from there on; J [R, R] contiguous."""
     dtype = X_ptr.dtype.element_ty
     R: tl.constexpr = cols.shape[0]
     CHUNK: tl.constexpr = 16
@@ -308,7 +308,7 @@ def finish(W_ptr, m, V_ptr, n, sigma_ptr, scale, R: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def polish(X_ptr, rows, n, J_ptr, R: tl.constexpr, BLOCK: tl.constexpr):
-    """X <- X (3 I - XᵀX) / 2: makes nearly orthonormal columns orthonormal to rounding."""
+    """Set X <- X (3 I - XᵀX) / 2: makes nearly orthonormal columns orthonormal to rounding."""
     k = tl.arange(0, R)
     G = _gram(X_ptr, rows, n, k, k < n, BLOCK)
     J = tl.where(k[:, None] == k[None, :], 1.5, 0.0) - 0.5 * G
@@ -332,7 +332,7 @@ def svd(
     A_ptr, U_ptr, sigma_ptr, V_ptr, J_ptr, info_ptr, active_mask_ptr, m, n, rounds, a_batch, a_row, a_col,
     MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
-    """U [m, n], sigma [n], V [n, n] of a batch of matrices A with m >= n, n <= R; one program per matrix.
+    """Compute U [m, n], sigma [n], V [n, n] of a batch of matrices A with m >= n, n <= R; one program per matrix.
 
     rounds is n rounded up to a power of two, J [batch, R, R] workspace, R >= 16. MASKED: only those in the active mask.
     """
@@ -405,7 +405,7 @@ def svd_by_group(
     group_size, counter_ptr,
     PAIR: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
-    """U [m, n], sigma [n], V [n, n] of A with m >= n, 64 < n <= R, and info.
+    """Compute U [m, n], sigma [n], V [n, n] of A with m >= n, 64 < n <= R, and info.
 
     blocks is 2 n / PAIR rounded up to a power of two, workspace has workspace_size(m, n) elements, rotated SWEEPS.
     """
@@ -435,7 +435,7 @@ def svd_by_blocks(
     MASKED: tl.constexpr, PAIR: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     SWEEPS: tl.constexpr,
 ):  # fmt: skip
-    """`svd_by_group` of a batch of matrices, one group each. MASKED: only those in the active mask."""
+    """Run `svd_by_group` on a batch of matrices, one group each. MASKED: only those in the active mask."""
     member, batch = split_program_id(group_size)
     if _is_active(active_mask_ptr, batch, MASKED):
         svd_by_group(

@@ -136,7 +136,7 @@ def _svd(A: Tensor, dtype: torch.dtype | None = None, active_mask: Tensor | None
 
 
 def _single(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, active_mask: Tensor, masked: bool):
-    """One program per matrix."""
+    """Launch one program per matrix."""
     B, m, n = A.shape
     R = triton.next_power_of_2(max(n, 16))
     jacobi.svd[(B,)](
@@ -147,7 +147,7 @@ def _single(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, active
 
 
 def _blocks(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, active_mask: Tensor, masked: bool):
-    """A group of programs per matrix, which rotate pairs of blocks of columns."""
+    """Launch a group of programs per matrix, which rotate pairs of blocks of columns."""
     B, m, n = A.shape
     blocks = triton.next_power_of_2(triton.cdiv(2 * n, jacobi.PAIR))
     group_size, grid = cooperative.batch_groups(A.device, B, blocks // 2)

@@ -153,7 +153,7 @@ def is_within(
 
 @triton.jit
 def _outside(H_ptr, n, edge, c, sign, Y_ptr, X_ptr, member, group_size, BLOCK: tl.constexpr):
-    """Y = X = sign (H - edge I) / c, made symmetric."""
+    """Set Y = X = sign (H - edge I) / c, made symmetric."""
     for begin in range(member * BLOCK, n * n, group_size * BLOCK):
         at = begin + tl.arange(0, BLOCK)
         inside = at < n * n
@@ -167,7 +167,7 @@ def _outside(H_ptr, n, edge, c, sign, Y_ptr, X_ptr, member, group_size, BLOCK: t
 
 @triton.jit
 def _correction(parts_ptr, n, below, above, D_ptr, member, group_size, counter_ptr, BLOCK: tl.constexpr):
-    """D [n, n] = clip(H) - H, made symmetric, from the positive parts [2, n, n] of the results of `_outside`."""
+    """Set D [n, n] = clip(H) - H, made symmetric, from the positive parts [2, n, n] of the results of `_outside`."""
     low, high = (0.5 * below).to(tl.float32), (-0.5 * above).to(tl.float32)
     for begin in range(member * BLOCK, n * n, group_size * BLOCK):
         at = begin + tl.arange(0, BLOCK)
@@ -259,7 +259,7 @@ def polar(
     a_batch, a_row, a_col, o_batch, o_row, o_col,
     LEAST: tl.constexpr, TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = the polar factor of A [m, n], m >= n; the active mask is CORRECT if that failed, else KEEP."""
+    """Set out = the polar factor of A [m, n], m >= n; the active mask is CORRECT if that failed, else KEEP."""
     member, batch = split_program_id(group_size)
     own_ptr = workspace_ptr + batch * (3 * m * n + n * n)
     X_ptr = own_ptr + m * n
@@ -284,7 +284,7 @@ def clip(
     group_size, a_batch, a_row, a_col, o_batch, o_row, o_col, POLAR: tl.constexpr, SIGN: tl.constexpr,
     TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`clip_by_group` of a batch with constraints as in `band.shifts`; active_mask = 1 where that failed, or 0."""
+    """Run `clip_by_group` on a batch with constraints as in `band.shifts`; active_mask = 1 where that failed, or 0."""
     member, batch = split_program_id(group_size)
     counter_ptr += 2 * batch
     constraint_ptr += tl.load(row_ptr + batch).to(tl.int64) * stride

@@ -19,7 +19,7 @@ def multiply(
     ADD: tl.constexpr, WEIGHTED: tl.constexpr, MODE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [m, n] = alpha X diag(weight) Y + beta C + gamma I, one tile per program; grid: batch * tiles.
+    """Set out [m, n] = alpha X diag(weight) Y + beta C + gamma I, one tile per program; grid: batch * tiles.
 
     ADD: C is given. WEIGHTED: weight [batch, k] is given. MODE: mode [batch] chooses between KEEP, REPLACE, CORRECT and
     REBUILD; Inf and NaN of C are copied. WIDE: sums are in float64.
@@ -64,7 +64,7 @@ def product(
     gamma=0.0,
     wide=False,
 ) -> Tensor:
-    """out = alpha X diag(weight) Y + beta C + gamma I for X [batch, m, k], Y [batch, k, n], of any strides.
+    """Compute out = alpha X diag(weight) Y + beta C + gamma I for X [batch, m, k], Y [batch, k, n], of any strides.
 
     weight [batch, k] contiguous, mode [batch] int32, wide: see `multiply`.
     """

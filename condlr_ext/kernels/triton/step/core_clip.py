@@ -84,7 +84,7 @@ class CoreClip:
 
 @triton.jit
 def _constraint(hyper_ptr, layer):
-    """tau, band and sigma_max of a layer."""
+    """Return tau, band and sigma_max of a layer."""
     row = hyper_ptr + (layer * col.ROLE_COUNT + col.S_ROLE) * col.HYPER_COLUMNS
     return tl.load(row + col.TAU), tl.load(row + col.BAND), tl.load(row + col.SIGMA_MAX)
 
@@ -232,7 +232,7 @@ def clip(
     PAIR: tl.constexpr, SWEEPS_OF_BLOCKS: tl.constexpr, POLAR: tl.constexpr, SIGN: tl.constexpr, TILE: tl.constexpr,
     WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """S + U diag(weight) Vᵀ, or U diag(weight) Vᵀ alone, for every core S [n, n]; n <= R, or n <= LARGE if LARGE > 0.
+    """Set every core S [n, n] to S + U diag(weight) Vᵀ or U diag(weight) Vᵀ; n <= R, or n <= LARGE if LARGE > 0.
 
     work, a row per program: core, member, size of its group. MASKED: clip the cores of the active mask, in float64.
     Otherwise clip all, in the dtype of base, and put those into the mask for which float32 is not enough.

@@ -45,13 +45,13 @@ def _hyper(hyper_ptr, row, COLUMN: tl.constexpr):
 
 @triton.jit
 def _tensor(base_ptr, pointers_ptr, entry_ptr):
-    """The start of the tensor whose entry of the pointer table is stored at entry_ptr."""
+    """Return the start of the tensor whose entry of the pointer table is stored at entry_ptr."""
     return base_ptr + tl.load(pointers_ptr + tl.load(entry_ptr))
 
 
 @triton.jit
 def _new_entries(p, g, b_ptrs, mask, hyper_ptr, row):
-    """p - lr d and the new buffer, both float64; with weight decay."""
+    """Return p - lr d and the new buffer, both float64; with weight decay."""
     sign, keep, gain, ahead, follow = momentum(hyper_ptr, row)
     g = sign * g + _hyper(hyper_ptr, row, col.WEIGHT_DECAY) * p
     SIZE: tl.constexpr = mask.shape[0]
@@ -175,7 +175,7 @@ def trial(
     pointers_ptr, factors_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr,
     ROWS: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
-    """Y = X - lr (d - X O) L⁻ᵀ L⁻¹ for ROWS rows of one factor, L = I without a preconditioner.
+    """Compute Y = X - lr (d - X O) L⁻ᵀ L⁻¹ for ROWS rows of one factor, L = I without a preconditioner.
 
     work: factor, block of rows.
     """
@@ -254,7 +254,7 @@ def decide(factors_ptr, work_ptr, wide_ptr, state_ptr, limit, PANEL: tl.constexp
 
 @triton.jit
 def _must_skip(layer, state_ptr, bias_state_ptr, info_ptr):
-    """Whether some part of the layer failed, so that none of it may change."""
+    """Return whether some part of the layer failed, so that none of it may change."""
     U, V = tl.load(state_ptr + 2 * layer), tl.load(state_ptr + 2 * layer + 1)
     factors = (U == NOT_FINITE) | (U == ALL_ZERO) | (V == NOT_FINITE) | (V == ALL_ZERO)
     others = (tl.load(bias_state_ptr + layer) != OK) | (tl.load(info_ptr + layer) != OK)
@@ -314,7 +314,7 @@ def _move_entries(p_ptr, g_ptr, b_ptr, length, hyper_ptr, row, clipped_ptr, CLIP
 
 @triton.jit
 def _rescue(factor, pointers_ptr, base_ptr, wide_ptr, Y_ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """X = qf(Y) by Householder reflections, in one program."""
+    """Compute X = qf(Y) by Householder reflections, in one program."""
     X = _tensor(base_ptr, pointers_ptr, factor + col.FACTOR_X)
     Y = _tensor(Y_ptr, pointers_ptr, factor + col.FACTOR_TRIAL)
     n_rows, n = tl.load(factor + col.FACTOR_ROWS), tl.load(factor + col.FACTOR_RANK)
