@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-interpreter test-plain test-aot-defaults test-slow test-aot docs lint wheel compat clean
+.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-slow test-aot docs lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
@@ -23,6 +23,9 @@ test-plain:
 
 test-aot-defaults:
 	$(BIN)/python -m pytest -m aot tests/kernels/test_aot.py
+
+# everything
+test-all: test test-slow test-aot
 
 # every example, and the larger matrices in the interpreter
 test-slow: $(VENV)/.installed

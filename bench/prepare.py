@@ -4,6 +4,7 @@ Imports nothing of condlr_ext, so that a process loads what it has just built.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -106,7 +107,9 @@ def execute(command: list[str], seconds: float, grace: float = 0) -> tuple[int |
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    # what a shell starts in the background ignores interrupts, and so would its children
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=heed, **pipes)
     try:
         output, _ = process.communicate(timeout=max(0, seconds))
         return process.returncode, output
