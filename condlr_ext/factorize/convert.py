@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._modules import matcher, replace_modules
+from .._modules import matcher, not_plain, parameter_count, refuse_wrapped, replace_modules
 from ..errors import NonFiniteError
 from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention, low_rank_layers
 from ..nn.attention import factorize_projection, to_dense_projections
@@ -12,8 +12,8 @@ from ..nn.rank import resolve_rank
 from .budget import allocate_ranks, parameter_cost
 from .costs import Clock, LayerCall, dense_flops, flops_cost, low_rank_flops, predict, record_calls
 from .principal import leading_directions, second_moments
-from .report import FactorizeReport, LayerReport
-from .selection import COMPILED, Target, forwards_as_its_base, is_compiled, low_rank_class, select
+from .report import FactorizeReport, LayerReport, reasons
+from .selection import COMPILED, LEFT_OUT, Target, forwards_as_its_base, is_compiled, low_rank_class, select
 
 _MEASURES = ("parameters", "flops", "time")
 _HOOKS = (
@@ -44,8 +44,9 @@ def factorize(
 
     Serves nn.Linear, nn.Conv1d/2d/3d, the projections of nn.MultiheadAttention (`in_proj`, or `q_proj`, `k_proj` and
     `v_proj`; and `out_proj`) and HF's Conv1D. Layers that share a weight share its factors, biases stay the same
-    parameters, hooks move along. The report names what cannot be factorized and why: subclasses, parametrized or
-    low-rank layers, weights that are also used elsewhere (by an embedding, say). An error leaves the model unchanged.
+    parameters, hooks move along. The report names every other matrix parameter of the model and why it stays: subclasses,
+    parametrized layers, weights that are also used elsewhere (by an embedding, say), modules that are not supported
+    (nn.LSTM, say), PEFT's layers, sharded and quantized tensors. An error leaves the model unchanged.
 
     Args:
         model: Changed in place.
@@ -79,8 +80,9 @@ def factorize(
         A report; printing it shows a table.
 
     Raises:
-        ValueError: Both budget and rank, nothing to factorize, an unknown name, budget <= 0, unknown init or measure,
-            example_input missing, or the model fails on it.
+        ValueError: Both budget and rank, nothing to factorize, a layer that is low-rank already, an unknown name,
+            budget <= 0, unknown init or measure, example_input missing, the model fails on it, or the model is wrapped
+            (DistributedDataParallel): factorize first.
         RankError: A rank does not fit.
         NonFiniteError: NaN or Inf in a weight.
 
@@ -89,6 +91,7 @@ def factorize(
         >>> print(report)  # doctest: +SKIP
     """
     _check_options(model, budget, rank, measure, example_input, init)
+    total = parameter_count(model)
     targets, skipped = select(model, include, exclude, names=rank if isinstance(rank, dict) else None)
     calls = record_calls(model, targets, example_input) if example_input is not None else {}
     costs = {}
@@ -99,7 +102,7 @@ def factorize(
     if not targets:
         raise ValueError(
             f"factorize: no layer to factorize with include={include!r}, exclude={exclude!r}, rank={rank!r}"
-            + "".join(f"; {name}: {reason}" for name, reason in skipped.items())
+            + "".join(f"; {line}" for line in reasons({k: v for k, v in skipped.items() if v != LEFT_OUT}))
         )
     ranks = allocate_ranks(costs, budget) if rank is None else _given_ranks(targets, rank)
     moments = second_moments(model, targets, example_input) if init == "pca" else {}
@@ -119,7 +122,7 @@ def factorize(
             layers.append(_layer_report(model, t, built[t.name], tied_to, calls.get(t.name), seconds))
     if not dry_run:
         _install(model, [t for target in targets for t in (target, *target.twins)], built)
-    return FactorizeReport(layers, skipped, budget, measure, dry_run)
+    return FactorizeReport(layers, skipped, budget, measure, dry_run, total)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -186,6 +189,8 @@ def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
         if not forwards_as_its_base(layer):
             reason = f"the forward of this {type(layer).__name__} may do more than U S Vᵀ x + b"
         for factor in "USV":
+            if not_plain(getattr(layer, factor)):
+                reason = f"its {factor} {not_plain(getattr(layer, factor))}"
             if factor not in layer._parameters and not parametrize.is_parametrized(layer, factor):
                 reason = f"its {factor} is no parameter but computed (pruned, or by a hook); make it permanent first"
         if reason:
@@ -248,6 +253,7 @@ def _check_options(model, budget, rank, measure, example_input, init) -> None:
         raise ValueError(f"factorize: measure={measure!r} is for a budget, got rank={rank!r}")
     if measure != "parameters" and example_input is None:
         raise ValueError(f"factorize: measure={measure!r} needs example_input, got None")
+    refuse_wrapped("factorize", model)
     cls = low_rank_class(model)
     if cls is not None:
         kind = type(model).__name__

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg, ops
+from .._modules import not_plain
 from ..errors import NonFiniteError, ShapeError
 from ..reference import ORTHONORMAL_INPUT, ORTHONORMAL_STEP, orthonormality_error
+from .formed import formed
 from .rank import resolve_rank
 from .truncated import truncated_svd
 
@@ -125,8 +127,8 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W = U S Vᵀ in torch's shape, differentiable, computed at each access: writing into it changes nothing."""
-        return self._from_matrix(self.U @ self.S @ self.V.mT)
+        """W = U S Vᵀ in torch's shape, differentiable, computed at each access: its methods that write raise."""
+        return formed(self._from_matrix(self.U @ self.S @ self.V.mT))
 
     def _from_matrix(self, W: Tensor) -> Tensor:
         return W.reshape(self.weight_shape)
@@ -138,6 +140,14 @@ class LowRankLayer(nn.Module):
                 " from_dense for the layer of a dense weight"
             )
         super().__setattr__(name, value)
+
+    def register_parameter(self, name, param) -> None:
+        if name == "weight_orig":  # as torch.nn.utils.prune calls it
+            raise ValueError(
+                f"{type(self).__name__}.weight is formed from U, S and V and cannot be pruned or parametrized; make the"
+                " layer dense first (condlr_ext.to_dense)"
+            )
+        super().register_parameter(name, param)
 
     @property
     def active_rank(self) -> int:
@@ -156,7 +166,11 @@ class LowRankLayer(nn.Module):
 
         Raises:
             NonFiniteError: NaN or Inf in U, S or V.
+            ValueError: U, S or V is sharded or quantized.
         """
+        for name, X in (("U", self.U), ("S", self.S), ("V", self.V)):
+            if reason := not_plain(X):
+                raise ValueError(f"{type(self).__name__}.condition_number: {name} {reason}")
         r = self.active_rank
         core = self.S[:r, :r].double()
         for name, X in (("U", self.U), ("S", self.S), ("V", self.V)):
