@@ -25,7 +25,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
+def unwrapped_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
     """Return the optimizer inside accelerate's and Lightning's wrappers, which step it and nothing else."""
     while inner := _inner_optimizer(optimizer):
         optimizer = inner
@@ -59,8 +59,8 @@ def refuse_wrapped(function: str, model: nn.Module) -> None:
         for kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
             if kind in kinds:
                 raise ValueError(
-                    f"{function}: model must not be wrapped yet, got {name or 'it'} in {kind}, which keeps the"
-                    f" parameters that it was made with; call {function} first"
+                    f"{function}: model must not be wrapped yet, got {name or 'a model'} in {kind}, which keeps to the"
+                    f" parameters that it was made with; call {function} before"
                 )
 
 

@@ -11,6 +11,7 @@ from ..nn.attention import factorize_projection, to_dense_projections
 from ..nn.rank import resolve_rank
 from .budget import allocate_ranks, parameter_cost
 from .costs import Clock, LayerCall, dense_flops, flops_cost, low_rank_flops, predict, record_calls
+from .example import run_in_eval
 from .principal import leading_directions, second_moments
 from .report import FactorizeReport, LayerReport, reasons
 from .selection import COMPILED, LEFT_OUT, Target, forwards_as_its_base, is_compiled, low_rank_class, select
@@ -146,24 +147,29 @@ def to_dense(model: nn.Module) -> nn.Module:
     return _plain(model, {layer: layer.to_dense() for layer in layers})
 
 
-def fold(model: nn.Module, *, dense=()) -> nn.Module:
+def fold(model: nn.Module, *, example_input=None, dense=()) -> nn.Module:
     """Replace every low-rank layer by plain torch modules for inference, in place: the same function to rounding.
 
     A layer becomes an nn.Sequential of two layers with weights Vᵀ and U S, or its dense module where that has no more
-    weights. The projections of nn.MultiheadAttention and the layers of nn.TransformerEncoderLayer become dense, for
-    their weights are read from outside. A LowRankAdapter stays, see merge_adapters. Ties, biases and hooks are kept as
-    by to_dense. If the modules are trained further, kappa is no longer bounded.
+    weights. The pair keeps the attributes of the layer's geometry (`in_features`, `stride` and the like), but it has
+    no `weight` and no `bias`: layers of which the model reads these must become dense. The projections of
+    nn.MultiheadAttention and the layers of nn.TransformerEncoderLayer do, others are found by `example_input` or named
+    in `dense`. A LowRankAdapter stays, see merge_adapters. Ties, biases and hooks are kept as by to_dense. If the
+    modules are trained further, kappa is no longer bounded.
 
     Args:
         model: Changed in place.
-        dense: More layers to make dense, because the model reads their `weight` or `in_features` (as T5 and Swin do):
-            a name, a pattern, a type, a predicate or a list of these, as factorize's include.
+        example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments of the model, which
+            runs on it once in eval mode: layers of which it reads what the pair lacks (as T5, ViT and Swin do) become
+            dense.
+        dense: More layers to make dense: a name, a pattern, a type, a predicate or a list of these, as factorize's
+            include.
 
     Returns:
         The model, or the replacement of a model that is itself a low-rank layer.
 
     Raises:
-        ValueError: As to_dense, or a pattern of `dense` matches no module.
+        ValueError: As to_dense, a pattern of `dense` matches no module, or the model fails on example_input.
         TypeError: model is not a Module.
     """
     layers = _layers("fold", model)
@@ -172,8 +178,46 @@ def fold(model: nn.Module, *, dense=()) -> nn.Module:
     for module in model.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             read.update(module.children())
-    tied = {_factors(layer) for layer in layers if layer in read}  # tied layers need weights of one shape
-    return _plain(model, {layer: layer.to_dense() if _factors(layer) in tied else layer.folded() for layer in layers})
+
+    def twins() -> dict[LowRankLayer, nn.Module]:
+        tied = {_factors(layer) for layer in layers if layer in read}  # tied layers need weights of one shape
+        return {layer: layer.to_dense() if _factors(layer) in tied else layer.folded() for layer in layers}
+
+    if example_input is not None:
+        read |= _read_on_example(model, twins(), example_input)
+    return _plain(model, twins())
+
+
+class _Probe(nn.Sequential):
+    """A folded layer that answers for what a pair lacks as the low-rank layer does, and notes that it was asked."""
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.__dict__["low_rank"], name)
+            self.__dict__["read"] = True
+            return value
+
+
+def _read_on_example(model: nn.Module, twins: dict[LowRankLayer, nn.Module], example_input) -> set[LowRankLayer]:
+    """Return the layers that the model reads attributes of, on the example, which their folded twins lack."""
+    probes = {}
+    for layer, twin in twins.items():
+        if type(twin) is nn.Sequential:
+            twin.__class__ = _Probe
+            twin.__dict__ |= {"low_rank": layer, "read": False}
+            _move_hooks(layer, twin)
+            probes[layer] = twin
+    if model in probes:
+        return set()  # it is called by the user, not by a model
+    replace_modules(model, probes)
+    try:
+        with torch.no_grad():
+            run_in_eval("fold", model, example_input)
+    finally:
+        replace_modules(model, {probe: layer for layer, probe in probes.items()})
+    return {layer for layer, probe in probes.items() if probe.read}
 
 
 def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:

@@ -54,6 +54,7 @@ class LowRankLayer(nn.Module):
     """
 
     weight_shape: tuple[int, ...]
+    _geometry: tuple[str, ...]  # attributes of the dense twin that a folded layer keeps
     _route = "auto"
 
     def __new__(cls, *args, **kwargs):
@@ -261,8 +262,8 @@ class LowRankLayer(nn.Module):
     def folded(self) -> nn.Module:
         """Return plain torch modules of the same function to rounding, for inference.
 
-        They are an nn.Sequential of two layers with weights Vᵀ and U S, or the dense module where that has no more
-        weights.
+        They are an nn.Sequential of two layers with weights Vᵀ and U S and with the attributes of this layer's geometry,
+        or the dense module where that has no more weights.
         """
         r = self.active_rank
         first, second = self._empty_pair(r)
@@ -278,7 +279,10 @@ class LowRankLayer(nn.Module):
                 module.weight = nn.Parameter(weight, requires_grad=any(p.requires_grad for p in factors))
         if self.bias is not None:
             second.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return nn.Sequential(first, second).train(self.training)
+        pair = nn.Sequential(first, second).train(self.training)
+        for name in self._geometry:  # models read these
+            setattr(pair, name, getattr(self, name))
+        return pair
 
     def _empty_dense(self) -> nn.Module:
         return self._dense(*self._dense_arguments(self), device="meta", dtype=self.U.dtype)
