@@ -45,9 +45,9 @@ def factorize(
 
     Serves nn.Linear, nn.Conv1d/2d/3d, the projections of nn.MultiheadAttention (`in_proj`, or `q_proj`, `k_proj` and
     `v_proj`; and `out_proj`) and HF's Conv1D. Layers that share a weight share its factors, biases stay the same
-    parameters, hooks move along. The report names every other matrix parameter of the model and why it stays: subclasses,
-    parametrized layers, weights that are also used elsewhere (by an embedding, say), modules that are not supported
-    (nn.LSTM, say), PEFT's layers, sharded and quantized tensors. An error leaves the model unchanged.
+    parameters, hooks move along. The report names every other matrix parameter of the model and why it stays:
+    subclasses, parametrized layers, weights that are also used elsewhere (by an embedding, say), modules that are not
+    supported (nn.LSTM, say), PEFT's layers, sharded and quantized tensors. An error leaves the model unchanged.
 
     Args:
         model: Changed in place.

@@ -109,8 +109,8 @@ def select(model: nn.Module, include, exclude, names=None) -> tuple[list[Target]
         candidates = {name: candidates[name] for name in candidates if name in names}
     elif low_rank:
         raise ValueError(
-            f"factorize: these layers are low-rank already: {', '.join(low_rank)}; call to_dense first for new ranks, or"
-            " leave them out, by exclude=condlr_ext.nn.LowRankLayer, say"
+            f"factorize: these layers are low-rank already: {', '.join(low_rank)}; call to_dense first for new ranks,"
+            " or leave them out, by exclude=condlr_ext.nn.LowRankLayer, say"
         )
     return _tie(model, candidates, skipped), skipped
 
@@ -164,7 +164,9 @@ def _unsupported(model: nn.Module, known: set[int]) -> dict[str, str]:
             if isinstance(p, UninitializedTensorMixin):
                 reasons[path] = _LAZY
             elif p is not None and p.dim() >= 2:
-                whole = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
+                whole = type(module).__module__.startswith("torch.nn.") and not isinstance(
+                    module, nn.MultiheadAttention
+                )
                 what = type(module).__name__ if whole else f"{type(module).__name__}.{key}"
                 reasons[path] = f"{what} is not supported"
     return reasons

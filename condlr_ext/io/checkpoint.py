@@ -249,7 +249,9 @@ class _Writer:
         if t.is_meta:
             raise ValueError(f"save: {name} is on the meta device and has no values")
         if reason := not_plain(t):
-            raise TypeError(f"save: {name} {reason}; gather it first, or use torch.distributed.checkpoint or torch.save")
+            raise TypeError(
+                f"save: {name} {reason}; gather it first, or use torch.distributed.checkpoint or torch.save"
+            )
         t = t.detach()
         if share and t.numel():
             place = (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype)

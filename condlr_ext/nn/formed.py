@@ -21,8 +21,8 @@ class FormedWeight(Tensor, metaclass=_LikeAnyTensor):
     """A weight that is formed from factors at each access. Methods that write into it or a view of it raise.
 
     In all else it is a plain tensor: results of functions are plain, and torch's fast paths take it. As data of an
-    nn.Parameter it becomes plain, too, for then it is stored. Functions that get it as `out` (so nn.init.eye_) or end in
-    an underscore (torch.clamp_) are not seen.
+    nn.Parameter it becomes plain, too, for then it is stored. Functions that get it as `out` (so nn.init.eye_) or end
+    in an underscore (torch.clamp_) are not seen.
     """
 
     # unlike a __torch_function__ of its own, this costs nothing and keeps torch's fused transformer kernels
@@ -30,11 +30,19 @@ class FormedWeight(Tensor, metaclass=_LikeAnyTensor):
 
     @property
     def data(self) -> Tensor:
-        return Tensor.data.__get__(self).as_subclass(FormedWeight)
+        return self.detach()
 
     @data.setter
     def data(self, value) -> None:
         raise _refusal("an assignment to its data")
+
+    @property
+    def T(self) -> Tensor:
+        return self.permute(*reversed(range(self.dim())))
+
+    @property
+    def mT(self) -> Tensor:
+        return self.transpose(-2, -1)
 
     def detach(self) -> Tensor:
         return Tensor.detach(self).as_subclass(FormedWeight)
@@ -84,7 +92,9 @@ def _view(name: str):
 
 
 def _protected(x: Tensor) -> Tensor:
-    return x.as_subclass(FormedWeight) if x._is_view() else x  # reshape and indices may copy
+    if torch.compiler.is_compiling() or not x._is_view():  # reshape and indices may copy
+        return x
+    return x.as_subclass(FormedWeight)
 
 
 for _name in dir(Tensor):
@@ -94,5 +104,3 @@ for _name in dir(Tensor):
         setattr(FormedWeight, _name, _refuse(_name))
 for _name in _VIEWS:
     setattr(FormedWeight, _name, _view(_name))
-for _name in ("T", "mT", "H", "mH"):
-    setattr(FormedWeight, _name, property(lambda W, _name=_name: _protected(getattr(Tensor, _name).__get__(W))))

@@ -262,8 +262,8 @@ class LowRankLayer(nn.Module):
     def folded(self) -> nn.Module:
         """Return plain torch modules of the same function to rounding, for inference.
 
-        They are an nn.Sequential of two layers with weights Vᵀ and U S and with the attributes of this layer's geometry,
-        or the dense module where that has no more weights.
+        They are an nn.Sequential of two layers with weights Vᵀ and U S and with the attributes of this layer's
+        geometry, or the dense module where that has no more weights.
         """
         r = self.active_rank
         first, second = self._empty_pair(r)

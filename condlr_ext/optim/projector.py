@@ -64,9 +64,9 @@ class Projector:
     def attach(self, optimizer: Optimizer) -> "Attachment":
         """Project after every step of the optimizer from now on.
 
-        The layers that the optimizer trains are put on the constraint set at once: attach before a forward that is to be
-        differentiated. accelerate's and Lightning's wrappers may be given too. Several optimizers may share the model.
-        Copies and pickles of an optimizer come without its hooks: attach again.
+        The layers that the optimizer trains are put on the constraint set at once: attach before a forward that is to
+        be differentiated. accelerate's and Lightning's wrappers may be given too. Several optimizers may share the
+        model. Copies and pickles of an optimizer come without its hooks: attach again.
 
         Returns:
             A handle; its remove() ends the projection.
