@@ -5,9 +5,13 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WRAPPING_PACKAGES = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -19,6 +23,53 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod
         else:
             return model
+
+
+def unwrapped_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
+    """Return the optimizer inside accelerate's and Lightning's wrappers, which step it and nothing else."""
+    while inner := _inner_optimizer(optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _inner_optimizer(optimizer) -> Optimizer | None:
+    packages = {cls.__module__.partition(".")[0] for cls in type(optimizer).__mro__}
+    inner = getattr(optimizer, "optimizer", None) if packages & _WRAPPING_PACKAGES else None
+    return inner if isinstance(inner, Optimizer) else None
+
+
+def not_plain(t: Tensor) -> str | None:
+    """Return why no arithmetic of this package can be done on a tensor, None if it can: it is sharded or quantized."""
+    if not is_traceable_wrapper_subclass(t):
+        return None
+    placements = getattr(t, "placements", None)  # recognizes a DTensor without importing it
+    detail = f" with placements {tuple(placements)}" if placements is not None else ""
+    return f"must be a plain tensor, got {type(t).__name__}{detail}"
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of entries of a model's parameters; those of unknown size count nothing."""
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedTensorMixin))
+
+
+def refuse_wrapped(function: str, model: nn.Module) -> None:
+    """Raise ValueError if the model is or holds a wrapper that knows its parameters and would miss new ones."""
+    for name, module in model.named_modules():
+        kinds = [cls.__name__ for cls in type(module).__mro__]
+        for kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            if kind in kinds:
+                raise ValueError(
+                    f"{function}: model must not be wrapped yet, got {name or 'a model'} in {kind}, which keeps to the"
+                    f" parameters that it was made with; call {function} before"
+                )
+
+
+def is_peft_layer(module: nn.Module) -> bool:
+    """Whether PEFT wraps a layer here: its parts are found, saved and merged by PEFT alone."""
+    return any(
+        cls.__name__ in ("BaseTunerLayer", "AuxiliaryTrainingWrapper") and cls.__module__.startswith("peft.")
+        for cls in type(module).__mro__
+    )
 
 
 def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..., bool]:

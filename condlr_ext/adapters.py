@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._modules import DENSE, chooser, replace_modules, undone_on_error
+from ._modules import DENSE, chooser, is_peft_layer, refuse_wrapped, replace_modules, undone_on_error
 from .nn import LowRankAdapter
 
 __all__ = ["add_adapters", "adapters", "merge_adapters"]
@@ -23,7 +23,8 @@ def add_adapters(
         model: Changed in place; its forward code is untouched, and its function changes by rounding only.
         rank: For all layers: an int, at most min(m, n) of each, or a fraction of that.
         include: The layers to wrap: a name (whole, or an fnmatch pattern), a type, a predicate (name, module) -> bool,
-            or a list of these. Default: all. Layers inside adapters are always skipped.
+            or a list of these. Default: all. Layers inside adapters and PEFT's layers are always
+            skipped.
         exclude: The layers to skip, given likewise; wins over include.
         scale: Factor of the change, see LowRankAdapter.
 
@@ -31,7 +32,8 @@ def add_adapters(
         The new adapters by name.
 
     Raises:
-        ValueError: No layer is left, or a pattern matches no module.
+        ValueError: No layer is left, a pattern matches no module, the model is wrapped (DistributedDataParallel), or a
+            weight is computed, sharded or quantized.
         RankError: The rank does not fit a layer.
 
     Examples:
@@ -42,8 +44,10 @@ def add_adapters(
         raise ValueError(
             f"add_adapters: model must contain the layers, got a bare {type(model).__name__}; use LowRankAdapter"
         )
+    refuse_wrapped("add_adapters", model)
     chosen = chooser("add_adapters", include, exclude, [name for name, _ in model.named_modules()])
-    inside = {id(part) for a in adapters(model).values() for part in a.modules()}
+    wrappers = [m for m in model.modules() if isinstance(m, LowRankAdapter) or is_peft_layer(m)]
+    inside = {id(part) for wrapper in wrappers for part in wrapper.modules()}
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -53,7 +57,7 @@ def add_adapters(
         raise ValueError(f"add_adapters: no nn.Linear or nn.Conv1d/2d/3d with include={include!r}, exclude={exclude!r}")
     parameters = list(model.parameters())
     with undone_on_error(model):
-        made = {name: _make(name, layer, rank, scale) for name, layer in layers.items()}
+        made = {name: _make("add_adapters", name, layer, rank, scale) for name, layer in layers.items()}
     for p in parameters:
         p.requires_grad_(False)
     replace_modules(model, {layers[name]: adapter for name, adapter in made.items()})
@@ -114,7 +118,7 @@ def set_adapters(
             raise ValueError(f"{where}: layer {name!r} must be nn.Linear or nn.Conv1d/2d/3d, got {got}")
         if isinstance(module, LowRankAdapter) and module.merged:
             raise ValueError(f"{where}: the adapter of layer {name!r} is merged; call unmerge() first")
-        m, n = layer.weight.shape[0], layer.weight[0].numel()
+        m, n = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
         if (U.shape[0], V.shape[0]) != (m, n):
             raise ValueError(
                 f"{where}: layer {name!r} is {m} x {n}, the change in the file {U.shape[0]} x {V.shape[0]}"
@@ -126,9 +130,10 @@ def set_adapters(
             raise ValueError(f"{where}: scale of layer {name!r} must be finite and not 0, got {scale}")
         layers[name] = module, layer
     replacement = {}
-    for name, (U, S, V, scale) in changes.items():
-        module, layer = layers[name]
-        adapter = LowRankAdapter(layer, S.shape[0], scale=scale)
+    with undone_on_error(model):
+        made = {name: _make(where, name, layers[name][1], len(S), scale) for name, (_, S, _, scale) in changes.items()}
+    for name, (U, S, V, _) in changes.items():
+        module, adapter = layers[name][0], made[name]
         if S.any():
             with torch.no_grad():
                 for p, value in zip((adapter.delta.U, adapter.delta.S, adapter.delta.V), (U, S, V), strict=True):
@@ -138,8 +143,8 @@ def set_adapters(
     return {name: adapter for name, adapter in adapters(model).items() if name in changes}
 
 
-def _make(name: str, layer: nn.Module, rank, scale: float) -> LowRankAdapter:
+def _make(where: str, name: str, layer: nn.Module, rank, scale: float) -> LowRankAdapter:
     try:
         return LowRankAdapter(layer, rank, scale=scale)
     except ValueError as error:
-        raise type(error)(f"add_adapters: layer {name}: {error}") from None
+        raise type(error)(f"{where}: layer {name}: {error}") from None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .._modules import replace_modules
 from ..errors import RankError
 from ..linalg import svd
+from ..nn.formed import formed
 
 
 class _TwoFactor(nn.Sequential):
@@ -14,7 +15,7 @@ class _TwoFactor(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         down, up = self
-        return (up.weight.flatten(1) @ down.weight.flatten(1)).reshape(len(up.weight), *down.weight.shape[1:])
+        return formed((up.weight.flatten(1) @ down.weight.flatten(1)).reshape(len(up.weight), *down.weight.shape[1:]))
 
     @property
     def bias(self) -> Tensor | None:

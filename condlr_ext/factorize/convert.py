@@ -4,16 +4,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._modules import matcher, replace_modules
+from .._modules import matcher, not_plain, parameter_count, refuse_wrapped, replace_modules
 from ..errors import NonFiniteError
 from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention, low_rank_layers
 from ..nn.attention import factorize_projection, to_dense_projections
 from ..nn.rank import resolve_rank
 from .budget import allocate_ranks, parameter_cost
 from .costs import Clock, LayerCall, dense_flops, flops_cost, low_rank_flops, predict, record_calls
+from .example import run_in_eval
 from .principal import leading_directions, second_moments
-from .report import FactorizeReport, LayerReport
-from .selection import COMPILED, Target, forwards_as_its_base, is_compiled, low_rank_class, select
+from .report import FactorizeReport, LayerReport, reasons
+from .selection import COMPILED, LEFT_OUT, Target, forwards_as_its_base, is_compiled, low_rank_class, select
 
 _MEASURES = ("parameters", "flops", "time")
 _HOOKS = (
@@ -44,8 +45,9 @@ def factorize(
 
     Serves nn.Linear, nn.Conv1d/2d/3d, the projections of nn.MultiheadAttention (`in_proj`, or `q_proj`, `k_proj` and
     `v_proj`; and `out_proj`) and HF's Conv1D. Layers that share a weight share its factors, biases stay the same
-    parameters, hooks move along. The report names what cannot be factorized and why: subclasses, parametrized or
-    low-rank layers, weights that are also used elsewhere (by an embedding, say). An error leaves the model unchanged.
+    parameters, hooks move along. The report names every other matrix parameter of the model and why it stays:
+    subclasses, parametrized layers, weights that are also used elsewhere (by an embedding, say), modules that are not
+    supported (nn.LSTM, say), PEFT's layers, sharded and quantized tensors. An error leaves the model unchanged.
 
     Args:
         model: Changed in place.
@@ -79,8 +81,9 @@ def factorize(
         A report; printing it shows a table.
 
     Raises:
-        ValueError: Both budget and rank, nothing to factorize, an unknown name, budget <= 0, unknown init or measure,
-            example_input missing, or the model fails on it.
+        ValueError: Both budget and rank, nothing to factorize, a layer that is low-rank already, an unknown name,
+            budget <= 0, unknown init or measure, example_input missing, the model fails on it, or the model is wrapped
+            (DistributedDataParallel): factorize first.
         RankError: A rank does not fit.
         NonFiniteError: NaN or Inf in a weight.
 
@@ -89,6 +92,7 @@ def factorize(
         >>> print(report)  # doctest: +SKIP
     """
     _check_options(model, budget, rank, measure, example_input, init)
+    total = parameter_count(model)
     targets, skipped = select(model, include, exclude, names=rank if isinstance(rank, dict) else None)
     calls = record_calls(model, targets, example_input) if example_input is not None else {}
     costs = {}
@@ -99,7 +103,7 @@ def factorize(
     if not targets:
         raise ValueError(
             f"factorize: no layer to factorize with include={include!r}, exclude={exclude!r}, rank={rank!r}"
-            + "".join(f"; {name}: {reason}" for name, reason in skipped.items())
+            + "".join(f"; {line}" for line in reasons({k: v for k, v in skipped.items() if v != LEFT_OUT}))
         )
     ranks = allocate_ranks(costs, budget) if rank is None else _given_ranks(targets, rank)
     moments = second_moments(model, targets, example_input) if init == "pca" else {}
@@ -119,7 +123,7 @@ def factorize(
             layers.append(_layer_report(model, t, built[t.name], tied_to, calls.get(t.name), seconds))
     if not dry_run:
         _install(model, [t for target in targets for t in (target, *target.twins)], built)
-    return FactorizeReport(layers, skipped, budget, measure, dry_run)
+    return FactorizeReport(layers, skipped, budget, measure, dry_run, total)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -143,24 +147,29 @@ def to_dense(model: nn.Module) -> nn.Module:
     return _plain(model, {layer: layer.to_dense() for layer in layers})
 
 
-def fold(model: nn.Module, *, dense=()) -> nn.Module:
+def fold(model: nn.Module, *, example_input=None, dense=()) -> nn.Module:
     """Replace every low-rank layer by plain torch modules for inference, in place: the same function to rounding.
 
     A layer becomes an nn.Sequential of two layers with weights Vᵀ and U S, or its dense module where that has no more
-    weights. The projections of nn.MultiheadAttention and the layers of nn.TransformerEncoderLayer become dense, for
-    their weights are read from outside. A LowRankAdapter stays, see merge_adapters. Ties, biases and hooks are kept as
-    by to_dense. If the modules are trained further, kappa is no longer bounded.
+    weights. The pair keeps the attributes of the layer's geometry (`in_features`, `stride` and the like), but it has
+    no `weight` and no `bias`: layers of which the model reads these must become dense. The projections of
+    nn.MultiheadAttention and the layers of nn.TransformerEncoderLayer do, others are found by `example_input` or named
+    in `dense`. A LowRankAdapter stays, see merge_adapters. Ties, biases and hooks are kept as by to_dense. If the
+    modules are trained further, kappa is no longer bounded.
 
     Args:
         model: Changed in place.
-        dense: More layers to make dense, because the model reads their `weight` or `in_features` (as T5 and Swin do):
-            a name, a pattern, a type, a predicate or a list of these, as factorize's include.
+        example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments of the model, which
+            runs on it once in eval mode: layers of which it reads what the pair lacks (as T5, ViT and Swin do) become
+            dense.
+        dense: More layers to make dense: a name, a pattern, a type, a predicate or a list of these, as factorize's
+            include.
 
     Returns:
         The model, or the replacement of a model that is itself a low-rank layer.
 
     Raises:
-        ValueError: As to_dense, or a pattern of `dense` matches no module.
+        ValueError: As to_dense, a pattern of `dense` matches no module, or the model fails on example_input.
         TypeError: model is not a Module.
     """
     layers = _layers("fold", model)
@@ -169,8 +178,46 @@ def fold(model: nn.Module, *, dense=()) -> nn.Module:
     for module in model.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             read.update(module.children())
-    tied = {_factors(layer) for layer in layers if layer in read}  # tied layers need weights of one shape
-    return _plain(model, {layer: layer.to_dense() if _factors(layer) in tied else layer.folded() for layer in layers})
+
+    def twins() -> dict[LowRankLayer, nn.Module]:
+        tied = {_factors(layer) for layer in layers if layer in read}  # tied layers need weights of one shape
+        return {layer: layer.to_dense() if _factors(layer) in tied else layer.folded() for layer in layers}
+
+    if example_input is not None:
+        read |= _read_on_example(model, twins(), example_input)
+    return _plain(model, twins())
+
+
+class _Probe(nn.Sequential):
+    """A folded layer that answers for what a pair lacks as the low-rank layer does, and notes that it was asked."""
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.__dict__["low_rank"], name)
+            self.__dict__["read"] = True
+            return value
+
+
+def _read_on_example(model: nn.Module, twins: dict[LowRankLayer, nn.Module], example_input) -> set[LowRankLayer]:
+    """Return the layers that the model reads attributes of, on the example, which their folded twins lack."""
+    probes = {}
+    for layer, twin in twins.items():
+        if type(twin) is nn.Sequential:
+            twin.__class__ = _Probe
+            twin.__dict__ |= {"low_rank": layer, "read": False}
+            _move_hooks(layer, twin)
+            probes[layer] = twin
+    if model in probes:
+        return set()  # it is called by the user, not by a model
+    replace_modules(model, probes)
+    try:
+        with torch.no_grad():
+            run_in_eval("fold", model, example_input)
+    finally:
+        replace_modules(model, {probe: layer for layer, probe in probes.items()})
+    return {layer for layer, probe in probes.items() if probe.read}
 
 
 def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
@@ -186,6 +233,8 @@ def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
         if not forwards_as_its_base(layer):
             reason = f"the forward of this {type(layer).__name__} may do more than U S Vᵀ x + b"
         for factor in "USV":
+            if not_plain(getattr(layer, factor)):
+                reason = f"its {factor} {not_plain(getattr(layer, factor))}"
             if factor not in layer._parameters and not parametrize.is_parametrized(layer, factor):
                 reason = f"its {factor} is no parameter but computed (pruned, or by a hook); make it permanent first"
         if reason:
@@ -248,6 +297,7 @@ def _check_options(model, budget, rank, measure, example_input, init) -> None:
         raise ValueError(f"factorize: measure={measure!r} is for a budget, got rank={rank!r}")
     if measure != "parameters" and example_input is None:
         raise ValueError(f"factorize: measure={measure!r} needs example_input, got None")
+    refuse_wrapped("factorize", model)
     cls = low_rank_class(model)
     if cls is not None:
         kind = type(model).__name__

@@ -1,4 +1,4 @@
-"""One forward of a model on an example input, with hooks on the layers to factorize."""
+"""One forward of a model on an example input, plain or with hooks on the layers to factorize."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def run_example(
     on_layer: Callable[[Target, Tensor, Tensor], None],
     on_attention: Callable[[dict[str, Target], nn.MultiheadAttention, tuple[Tensor, Tensor, Tensor]], None],
 ) -> None:
-    """Run the model in eval mode and report the calls of its layers; statistics, modes and random state stay as before.
+    """Run the model as run_in_eval does and report the calls of its layers.
 
     Args:
         model: The model.
@@ -29,7 +29,7 @@ def run_example(
         ValueError: The model fails on the example.
     """
     everything = [t for target in targets for t in (target, *target.twins)]
-    handles, modes = [], {module: module.training for module in model.modules()}
+    handles = []
     attentions: dict[nn.Module, dict[str, Target]] = {}
     for t in everything:
         if t.attention is not None:
@@ -40,17 +40,29 @@ def run_example(
     for attention, projections in attentions.items():
         hook = _attention_hook(projections, on_attention)
         handles.append(attention.register_forward_hook(hook, with_kwargs=True))
+    try:
+        run_in_eval("factorize", model, example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_in_eval(function: str, model: nn.Module, example_input) -> None:
+    """Run the model on the example in eval mode; statistics, modes and random state stay as before.
+
+    Raises:
+        ValueError: The model fails on the example; the text begins with `function`.
+    """
     args, kwargs = _arguments(example_input)
-    devices = {t.weight.device for t in everything if t.weight.is_cuda}
+    modes = {module: module.training for module in model.modules()}
+    devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
         model.eval()
         with torch.random.fork_rng(devices):
             model(*args, **kwargs)
     except Exception as error:
-        raise ValueError(f"factorize: the model fails on example_input: {error}") from error
+        raise ValueError(f"{function}: the model fails on example_input: {error}") from error
     finally:
-        for handle in handles:
-            handle.remove()
         for module, mode in modes.items():
             module.training = mode
 

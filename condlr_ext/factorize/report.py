@@ -58,10 +58,11 @@ class FactorizeReport:
 
     Attributes:
         layers: One LayerReport each, in the model's order, tied ones together.
-        skipped: Layers left as they are, with the reason.
+        skipped: The other layers, and matrix parameters of modules that are not supported, with the reason.
         budget: As given to factorize, None where ranks were given.
         measure: As given to factorize.
         dry_run: Whether the model was left as it is.
+        dense_model_parameters: Parameters of the whole model before, biases and all that was skipped included.
     """
 
     layers: list[LayerReport]
@@ -69,6 +70,12 @@ class FactorizeReport:
     budget: float | None = None
     measure: str = "parameters"
     dry_run: bool = False
+    dense_model_parameters: int = 0
+
+    @property
+    def model_parameters(self) -> int:
+        """Parameters of the whole factorized model."""
+        return self.dense_model_parameters - sum(x.dense_parameters - x.parameters for x in self.layers)
 
     @property
     def kept(self) -> float:
@@ -107,8 +114,18 @@ class FactorizeReport:
             lines[-1] += f", {self.spent:.1%} of their {_UNITS[self.measure]}"
         if self.budget is not None and self.spent > self.budget:
             lines.append(f"over the budget of {self.budget:.1%}: no layer can have less than rank 1")
-        lines += [f"{name}: left as it is, {reason}" for name, reason in self.skipped.items()]
+        before, after = self.dense_model_parameters, self.model_parameters
+        lines.append(f"parameters of the whole model: {before} -> {after} ({after / before:.1%})")
+        lines += [f"left as it is: {line}" for line in reasons(self.skipped)]
         return "\n".join(lines)
+
+
+def reasons(skipped: dict[str, str]) -> list[str]:
+    """Return a line for each reason, with the names that it is given for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(same)}: {reason}" for reason, same in names.items()]
 
 
 def _share(amounts: list[tuple[float, float]]) -> float:

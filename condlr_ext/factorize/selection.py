@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
-from .._modules import chooser
+from .._modules import chooser, is_peft_layer, not_plain
 from ..nn import (
     LowRankAdapter,
     LowRankConv1d,
@@ -26,6 +27,8 @@ _LOW_RANK = {
     nn.Conv3d: LowRankConv3d,
     NonDynamicallyQuantizableLinear: LowRankOutProjection,
 }
+LEFT_OUT = "left out by include or exclude"
+_LAZY = "its size is not known before its first forward"
 COMPILED = "it is compiled on its own (torch.compile), which would keep what it is now: compile it afterwards"
 _ATTENTION = nn.MultiheadAttention, LowRankMultiheadAttention
 _KNOWN = {LowRankTransposedLinear, *_LOW_RANK.values()}
@@ -84,7 +87,7 @@ def forwards_as_its_base(layer: LowRankLayer) -> bool:
 
 
 def select(model: nn.Module, include, exclude, names=None) -> tuple[list[Target], dict[str, str]]:
-    """Return the targets in the model's order, and the layers that are skipped with the reason.
+    """Return the targets in the model's order, and all other layers and matrix parameters with the reason.
 
     Args:
         model: The model.
@@ -93,26 +96,40 @@ def select(model: nn.Module, include, exclude, names=None) -> tuple[list[Target]
         names: If not None, only layers with these names.
 
     Raises:
-        ValueError: A pattern matches no module, or one of `names` is no target.
+        ValueError: A pattern matches no module, one of `names` is no target, or a chosen layer is low-rank already.
         TypeError: include or exclude is no pattern.
     """
-    candidates, skipped = _candidates(model, include, exclude)
+    candidates, skipped, low_rank = _candidates(model, include, exclude)
     if names is not None:
         unknown = sorted(set(names) - set(candidates))
         if unknown:
             detail = ", ".join(f"{name} ({skipped[name]})" if name in skipped else name for name in unknown)
             raise ValueError(f"factorize: rank names layers that are not there or not eligible: {detail}")
-        candidates, skipped = {name: candidates[name] for name in candidates if name in names}, {}
+        skipped |= {name: "rank does not name it" for name in candidates if name not in names}
+        candidates = {name: candidates[name] for name in candidates if name in names}
+    elif low_rank:
+        raise ValueError(
+            f"factorize: these layers are low-rank already: {', '.join(low_rank)}; call to_dense first for new ranks,"
+            " or leave them out, by exclude=condlr_ext.nn.LowRankLayer, say"
+        )
     return _tie(model, candidates, skipped), skipped
 
 
-def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, str]]:
+def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, str], list[str]]:
+    """Return the targets, the reasons to skip the rest, and the chosen layers that are low-rank already."""
     found = []  # (name, module, target or None, reason to skip it or None)
     attentions = {}  # id of an out_proj: name and module of its attention
-    adapted = {id(module.layer) for module in model.modules() if isinstance(module, LowRankAdapter)}
+    inside = {}  # id of a module in a layer of PEFT's or in a LowRankAdapter: reason to skip it
     for name, module in model.named_modules():
-        if id(module) in adapted:
-            found.append((name, module, None, "it is the frozen layer of a LowRankAdapter: merge_adapters first"))
+        if id(module) not in inside and is_peft_layer(module):
+            reason = f"it is in PEFT's {type(module).__name__}: call merge_and_unload first"
+            inside |= {id(part): reason for part in module.modules()}
+        elif isinstance(module, LowRankAdapter):
+            inside[id(module.layer)] = "it is the frozen layer of a LowRankAdapter: merge_adapters first"
+            inside[id(module.delta)] = "it is the change of a LowRankAdapter"
+        if id(module) in inside:
+            if next(module.parameters(recurse=False), None) is not None:
+                found.append((name, module, None, inside[id(module)]))
         elif isinstance(module, nn.MultiheadAttention):
             found += _attention_candidates(name, module)
             attentions[id(module.out_proj)] = name, module
@@ -120,31 +137,53 @@ def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, s
             found += _candidate(name, module, attentions.get(id(module), ("", None))[1])
     names = [name for name, _ in model.named_modules()] + [name for name, *_ in found]
     chosen = chooser("factorize", include, exclude, names)
-    targets, skipped = {}, {}
+    targets, skipped, low_rank = {}, {}, []
     for name, module, target, reason in found:
         attention = target.attention if target else None
         identity = name, module, (name.rpartition(".")[0], attention) if attention else None
         if not chosen(*identity):
-            continue
-        if reason:
+            skipped[name] = LEFT_OUT
+        elif reason:
             skipped[name] = reason
+            if isinstance(module, LowRankLayer) and id(module) not in inside:
+                low_rank.append(name)
         else:
             targets[name] = target
-    return targets, skipped
+    known = {id(part) for _, module, *_ in found for part in module.modules()}
+    return targets, skipped | _unsupported(model, known), low_rank
+
+
+def _unsupported(model: nn.Module, known: set[int]) -> dict[str, str]:
+    """Return the matrix parameters of modules that no low-rank layer can replace, by name, with the reason."""
+    reasons = {}
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items() if id(module) not in known else ():
+            if isinstance(module, nn.MultiheadAttention) and key.endswith("_proj_weight"):
+                continue  # one of its projections
+            path = f"{name}.{key}" if name else key
+            if isinstance(p, UninitializedTensorMixin):
+                reasons[path] = _LAZY
+            elif p is not None and p.dim() >= 2:
+                whole = type(module).__module__.startswith("torch.nn.") and not isinstance(
+                    module, nn.MultiheadAttention
+                )
+                what = type(module).__name__ if whole else f"{type(module).__name__}.{key}"
+                reasons[path] = f"{what} is not supported"
+    return reasons
 
 
 def _candidate(name: str, module: nn.Module, attention: nn.MultiheadAttention | None):
     """Yield the candidate, or the reason to skip it; `attention` is that whose out_proj the module is, if any."""
     cls = low_rank_class(module)
     if isinstance(module, LowRankLayer):
-        yield name, module, None, f"it is low-rank already, of rank {module.rank}"
+        yield name, module, None, f"it is low-rank already, of rank {module.rank}: to_dense first"
     elif attention is not None and type(attention) not in _ATTENTION:
         yield name, module, None, _subclass_reason(attention)
     elif cls is not None:
         reason = COMPILED if is_compiled(name) else _reason_to_skip(module, module._parameters.get("weight"))
         yield name, module, Target(name, module, cls, attention), reason
     elif isinstance(module, tuple(_LOW_RANK)):
-        yield name, module, None, _subclass_reason(module)
+        yield name, module, None, _not_plain(module._parameters.get("weight")) or _subclass_reason(module)
 
 
 def _attention_candidates(name: str, attention: nn.MultiheadAttention):
@@ -162,13 +201,15 @@ def _subclass_reason(module: nn.Module) -> str:
         what = " and ".join(module.parametrizations)
         return f"its {what} is parametrized (torch.nn.utils.parametrize)"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "its size is not known before its first forward"
+        return _LAZY
     return f"a {type(module).__name__} may do more than its base class"
 
 
 def _reason_to_skip(module: nn.Module, weight: Tensor | None) -> str | None:
     if weight is None:
         return "its weight is not a plain parameter (pruned, or normalized by a hook)"
+    if reason := _not_plain(weight):
+        return reason
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     if weight.numel() == 0:
@@ -178,6 +219,11 @@ def _reason_to_skip(module: nn.Module, weight: Tensor | None) -> str | None:
     if any(getattr(module, hooks) for hooks in _STATE_HOOKS):
         return "it has state_dict hooks, which know its dense weight"
     return None
+
+
+def _not_plain(weight: Tensor | None) -> str | None:
+    reason = None if weight is None else not_plain(weight)
+    return reason and f"its weight {reason}: factorize before sharding or quantizing"
 
 
 def _tie(model: nn.Module, candidates: dict[str, Target], skipped: dict[str, str]) -> list[Target]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .._extras import require
 from .._files import whole_file
-from .._modules import undone_on_error, unwrapped
+from .._modules import not_plain, refuse_wrapped, undone_on_error, unwrapped, unwrapped_optimizer
 from .._version import __version__
 from ..errors import CheckpointError, NonFiniteError, RankError
 from ..factorize import factorize
@@ -60,14 +60,14 @@ def save(
     Args:
         model: Any module; names do not include wrappers of torch.compile, DataParallel or DistributedDataParallel.
         path: By convention NAME.safetensors.
-        optimizer: Any torch optimizer.
+        optimizer: Any torch optimizer; accelerate's and Lightning's wrappers are left out, too.
         tau: Slack of the bound where no parameter group holds it (under a Projector, say): one for all layers, or
             {layer: tau}.
         extra: Other state of the run: tensors, numbers, strings and None in dicts, lists and tuples.
 
     Raises:
         ImportError: safetensors is not installed.
-        TypeError: A value cannot be stored.
+        TypeError: A value cannot be stored: a tensor is sharded or quantized, say.
         ValueError: A tensor is on the meta device, or tau contradicts the optimizer's.
         OSError: The file cannot be written.
 
@@ -86,6 +86,7 @@ def save(
             writer.put(name, value, share=True)
         else:  # a module's get_extra_state
             state["model"][name] = writer.encode(value, f".state.{name}")
+    optimizer = unwrapped_optimizer(optimizer)
     if optimizer is not None:
         name = type(optimizer).__name__
         state["optimizer"] = {"class": name, "state": writer.encode(optimizer.state_dict(), ".optimizer")}
@@ -187,12 +188,15 @@ def restore(
         tau: As in load.
         new_biases: Whether a layer that is factorized here takes a bias of the checkpoint that the dense one lacks.
     """
-    model = unwrapped(model)
+    wrapped, model, optimizer = model, unwrapped(model), unwrapped_optimizer(optimizer)
     source = checkpoint.source
     if any(t.is_meta for t in model.state_dict().values() if isinstance(t, Tensor)):
         raise CheckpointError(f"{source}: the model is on the meta device; call model.to_empty(device=...) first")
     _check_finite(checkpoint)
     dense = _compare_ranks(model, checkpoint)
+    if dense:
+        _refuse_adapters(model, checkpoint, dense)
+        refuse_wrapped("load", wrapped)
     _compare_taus(checkpoint, _taus(model, optimizer, tau, "load"))
     if optimizer is not None:
         if dense:
@@ -244,6 +248,10 @@ class _Writer:
         """Store a tensor; with `share`, one that is stored already only gets an entry in `shared`."""
         if t.is_meta:
             raise ValueError(f"save: {name} is on the meta device and has no values")
+        if reason := not_plain(t):
+            raise TypeError(
+                f"save: {name} {reason}; gather it first, or use torch.distributed.checkpoint or torch.save"
+            )
         t = t.detach()
         if share and t.numel():
             place = (t.device, t.data_ptr(), t.shape, t.stride(), t.dtype)
@@ -353,6 +361,17 @@ def _compare_ranks(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
                 f" {checkpoint.rank[name]} in the file"
             )
     return [name for name in checkpoint.rank if name not in layers]
+
+
+def _refuse_adapters(model: nn.Module, checkpoint: Checkpoint, dense: list[str]) -> None:
+    """Raise CheckpointError if a low-rank layer of the file is the change of an adapter that the model lacks."""
+    names = [name.rpartition("delta")[0].rstrip(".") for name in dense if name.rpartition(".")[2] == "delta"]
+    names = [name for name in names if f"{name}.layer.weight" in checkpoint.model]
+    if names:
+        raise CheckpointError(
+            f"{checkpoint.source}: it holds LowRankAdapters of {', '.join(names)}, which the model lacks; call"
+            " add_adapters first, with their ranks"
+        )
 
 
 def _compare_taus(checkpoint: Checkpoint, taus: dict[str, float]) -> None:

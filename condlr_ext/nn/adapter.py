@@ -6,8 +6,10 @@ import numbers
 import torch
 from torch import Tensor, nn
 
+from .._modules import not_plain
 from ..errors import NonFiniteError
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
+from .formed import formed
 from .linear import LowRankLinear
 
 _CONVS = {nn.Conv1d: LowRankConv1d, nn.Conv2d: LowRankConv2d, nn.Conv3d: LowRankConv3d}
@@ -36,7 +38,8 @@ class LowRankAdapter(nn.Module):
     Raises:
         TypeError: The layer is of another class.
         RankError: The rank does not fit.
-        ValueError: scale is zero or not finite, or the weight is computed (parametrized, pruned, normalized).
+        ValueError: scale is zero or not finite, or the weight is computed (parametrized, pruned, normalized),
+            sharded or quantized.
 
     Source:
         U S Vᵀ adapters with orthonormal U, V: Lion et al., PoLAR, and Li et al., StelLA (both NeurIPS 2025); the bound
@@ -82,8 +85,8 @@ class LowRankAdapter(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + scale U S Vᵀ in torch's shape, differentiable, computed at each access."""
-        return self.layer.weight if self.merged else self.layer.weight + self.scale * self.delta.weight
+        """W + scale U S Vᵀ in torch's shape, differentiable; computed at each access, unless it is merged."""
+        return self.layer.weight if self.merged else formed(self.layer.weight + self.scale * self.delta.weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -173,13 +176,15 @@ def _delta(layer: nn.Module, rank) -> nn.Module:
 
 
 def _own_weight(where: str, layer: nn.Module) -> nn.Parameter:
-    """Return the layer's weight. Raise ValueError if it is not a parameter but computed at each access."""
+    """Return the layer's weight. Raise ValueError if it is computed at each access, sharded or quantized."""
     weight = layer._parameters.get("weight")
     if weight is None:
         raise ValueError(
             f"{where}: the layer's weight must be a parameter, got one that is computed (parametrized, pruned or"
             " normalized by a hook); make it permanent first"
         )
+    if reason := not_plain(weight):
+        raise ValueError(f"{where}: the layer's weight {reason}")
     return weight
 
 

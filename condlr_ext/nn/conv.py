@@ -39,6 +39,9 @@ class _LowRankConv(LowRankLayer):
     """
 
     _cost_model = staticmethod(ops.cost_model_cpu.conv)
+    _geometry = (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional, linalg, ops
+from .._modules import not_plain
 from ..errors import NonFiniteError, ShapeError
 from ..reference import ORTHONORMAL_INPUT, ORTHONORMAL_STEP, orthonormality_error
+from .formed import formed
 from .rank import resolve_rank
 from .truncated import truncated_svd
 
@@ -52,6 +54,7 @@ class LowRankLayer(nn.Module):
     """
 
     weight_shape: tuple[int, ...]
+    _geometry: tuple[str, ...]  # attributes of the dense twin that a folded layer keeps
     _route = "auto"
 
     def __new__(cls, *args, **kwargs):
@@ -125,8 +128,8 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W = U S Vᵀ in torch's shape, differentiable, computed at each access: writing into it changes nothing."""
-        return self._from_matrix(self.U @ self.S @ self.V.mT)
+        """W = U S Vᵀ in torch's shape, differentiable, computed at each access: its methods that write raise."""
+        return formed(self._from_matrix(self.U @ self.S @ self.V.mT))
 
     def _from_matrix(self, W: Tensor) -> Tensor:
         return W.reshape(self.weight_shape)
@@ -138,6 +141,14 @@ class LowRankLayer(nn.Module):
                 " from_dense for the layer of a dense weight"
             )
         super().__setattr__(name, value)
+
+    def register_parameter(self, name, param) -> None:
+        if name == "weight_orig":  # as torch.nn.utils.prune calls it
+            raise ValueError(
+                f"{type(self).__name__}.weight is formed from U, S and V and cannot be pruned or parametrized; make the"
+                " layer dense first (condlr_ext.to_dense)"
+            )
+        super().register_parameter(name, param)
 
     @property
     def active_rank(self) -> int:
@@ -156,7 +167,11 @@ class LowRankLayer(nn.Module):
 
         Raises:
             NonFiniteError: NaN or Inf in U, S or V.
+            ValueError: U, S or V is sharded or quantized.
         """
+        for name, X in (("U", self.U), ("S", self.S), ("V", self.V)):
+            if reason := not_plain(X):
+                raise ValueError(f"{type(self).__name__}.condition_number: {name} {reason}")
         r = self.active_rank
         core = self.S[:r, :r].double()
         for name, X in (("U", self.U), ("S", self.S), ("V", self.V)):
@@ -247,8 +262,8 @@ class LowRankLayer(nn.Module):
     def folded(self) -> nn.Module:
         """Return plain torch modules of the same function to rounding, for inference.
 
-        They are an nn.Sequential of two layers with weights Vᵀ and U S, or the dense module where that has no more
-        weights.
+        They are an nn.Sequential of two layers with weights Vᵀ and U S and with the attributes of this layer's
+        geometry, or the dense module where that has no more weights.
         """
         r = self.active_rank
         first, second = self._empty_pair(r)
@@ -264,7 +279,10 @@ class LowRankLayer(nn.Module):
                 module.weight = nn.Parameter(weight, requires_grad=any(p.requires_grad for p in factors))
         if self.bias is not None:
             second.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
-        return nn.Sequential(first, second).train(self.training)
+        pair = nn.Sequential(first, second).train(self.training)
+        for name in self._geometry:  # models read these
+            setattr(pair, name, getattr(self, name))
+        return pair
 
     def _empty_dense(self) -> nn.Module:
         return self._dense(*self._dense_arguments(self), device="meta", dtype=self.U.dtype)

@@ -32,6 +32,7 @@ class LowRankLinear(LowRankLayer):
     """
 
     _dense, _cost_model = nn.Linear, staticmethod(ops.cost_model_cpu.linear)
+    _geometry = "in_features", "out_features"
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, rank):
         super().__init__()

@@ -17,6 +17,8 @@ class LowRankTransposedLinear(LowRankLinear):
         weight: Wᵀ [nx, nf], as in Conv1D.
     """
 
+    _geometry = "nf", "nx"
+
     def __init__(self, dense: type[nn.Module], nf: int, nx: int, device=None, dtype=None, *, rank):
         super().__init__(nx, nf, True, device, dtype, rank=rank)
         self.weight_shape = (nx, nf)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .._modules import unwrapped
-from ..nn.layer import is_factor, low_rank_layers
+from ..nn.layer import LowRankLayer, is_factor, low_rank_layers
 from ..reference import ROLES
 
 
@@ -57,6 +57,7 @@ def module_group(model: nn.Module) -> dict:
                 f"layer {prefix!r} must have U, S, V as its own parameters, got none; FullyShardedDataParallel"
                 " flattens them into one, which cannot be stepped on the constraint set: use DistributedDataParallel"
             )
+        refuse_computed(prefix, layer)
     params = list(model.named_parameters())
     return {"params": params, "roles": [role_of.get(name, "other") for name, _ in params]}
 
@@ -147,6 +148,16 @@ def _refuse_bare_factors(group: dict) -> None:
         raise ValueError(
             "the parameters of low-rank layers need their names: pass the model, or model.named_parameters(), instead"
             " of model.parameters()"
+        )
+
+
+def refuse_computed(prefix: str, layer: LowRankLayer) -> None:
+    """Raise ValueError if a factor of the layer is no parameter: what is written into it would be lost."""
+    computed = [role for role in "USV" if role not in layer._parameters]
+    if computed:
+        raise ValueError(
+            f"layer {prefix!r} must have U, S, V as its own parameters, got {', '.join(computed)} that is computed"
+            " (pruned, parametrized or normalized by a hook): make it permanent first"
         )
 
 

@@ -10,10 +10,11 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import linalg, ops, reference
+from .._modules import unwrapped_optimizer
 from ..errors import NonFiniteError
 from ..nn.layer import LowRankLayer, low_rank_layers
 from .base import ConstrainedOptimizer, start_on_constraint_set
-from .groups import refuse_sharded
+from .groups import refuse_computed, refuse_sharded
 
 
 class Projector:
@@ -63,20 +64,27 @@ class Projector:
     def attach(self, optimizer: Optimizer) -> "Attachment":
         """Project after every step of the optimizer from now on.
 
-        The layers that the optimizer trains are put on the constraint set at once. Several optimizers may share the
+        The layers that the optimizer trains are put on the constraint set at once: attach before a forward that is to
+        be differentiated. accelerate's and Lightning's wrappers may be given too. Several optimizers may share the
         model. Copies and pickles of an optimizer come without its hooks: attach again.
 
         Returns:
             A handle; its remove() ends the projection.
 
         Raises:
-            TypeError: It is no torch optimizer.
+            TypeError: It is no torch optimizer, or calls no step hooks.
             ValueError: It keeps the constraint itself, is attached already, or has no parameter of a low-rank layer.
             NonFiniteError: NaN or Inf in a layer, with its name.
         """
+        optimizer = unwrapped_optimizer(optimizer)
         name = type(optimizer).__name__
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Projector.attach: optimizer must be a torch.optim.Optimizer, got {name}")
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"Projector.attach: optimizer must call torch's step hooks, got {name}, which does not; attach to the"
+                " optimizer inside of it if nothing else writes to the weights"
+            )
         if isinstance(optimizer, ConstrainedOptimizer):
             raise ValueError(f"Projector.attach: {name} keeps the constraint itself, it needs no projector")
         if optimizer in self._attached:
@@ -236,6 +244,7 @@ class ProjectedLayer:
 
     def check(self) -> None:
         self.constraint()
+        refuse_computed(self.name, self.module)
         refuse_sharded(self.name, {role: getattr(self.module, role) for role in "USV"})
         for role in "USV":
             X = getattr(self.module, role)

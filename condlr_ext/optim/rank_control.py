@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _table, linalg, reference
+from .._modules import unwrapped_optimizer
 from ..errors import NonFiniteError, RankError
 from ..factorize.budget import stored_parameters
 from ..nn.layer import LowRankLayer, low_rank_layers
@@ -174,6 +175,7 @@ class RankController:
                 raise ValueError(f"RankController: {name} must be a number in [0, 1), got {value!r}")
         if budget is not None and (isinstance(budget, bool) or not isinstance(budget, numbers.Real) or not budget > 0):
             raise ValueError(f"RankController: budget must be None or a number > 0, got {budget!r}")
+        optimizer = unwrapped_optimizer(optimizer)
         if not isinstance(optimizer, ConstrainedOptimizer):
             raise TypeError(
                 f"RankController: optimizer must be CondLRSGD or CondLRAdamW, got {type(optimizer).__name__}"

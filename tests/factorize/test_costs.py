@@ -25,7 +25,7 @@ def test_report_on_an_example():
     text = str(report).splitlines()
     assert text[0].split() == ["layer", "weight", "rank", "κ", "parameters", "kept", "Mflop", "route", "gain"]
     assert "8 x 27" in text[1] and "216 -> 74" in text[1] and f"0.0553 -> {stem.flops / 1e6:.3g}" in text[1]
-    assert len({len(line) for line in text[:-1]}) == 1  # columns are aligned
+    assert len({len(line) for line in text[: 1 + len(report.layers)]}) == 1  # columns are aligned
 
 
 def test_a_layers_own_hooks_do_not_disturb_the_example():

@@ -1,6 +1,7 @@
 """fold: plain torch modules of the same function, as few products as there can be, nothing else changed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -294,3 +295,48 @@ def test_a_weight_is_trained_where_a_factor_is():
     layer.S.requires_grad_(False), layer.V.requires_grad_(False)
     assert [m.weight.requires_grad for m in pair(layer)] == [False, True]
     assert layer.to_dense().weight.requires_grad
+
+
+class Reader(nn.Module):
+    """Reads attributes of its layers as transformers' T5 (the weight), ViT and Whisper (the stride) do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.read = nn.Conv1d(8, 8, 4, stride=2), nn.Linear(16, 16)
+        self.plain, self.branch, self.scale = nn.Linear(16, 16), nn.Linear(16, 16), 1.0
+        self.calls = 0
+
+    def forward(self, x, *, twice=False):
+        self.calls += 1
+        assert x.shape[-1] % self.conv.stride[0] == 0 and self.plain.in_features == 16
+        x = self.conv(x).flatten(1).to(self.read.weight.dtype)
+        x = self.plain(self.read(x))
+        return self.branch(x) * self.branch.bias if twice else x
+
+
+def test_what_the_model_reads_is_found_on_an_example():
+    model, x = Reader().double(), torch.randn(3, 8, 6, dtype=torch.float64)
+    factorize(model, rank=2)
+    model.train()
+    for options, dense in (({"twice": True}, {"read", "branch"}), ({}, {"read"})):
+        folded = fold(copy.deepcopy(model), example_input={"x": x, **options})
+        assert {name for name, m in folded.named_children() if type(m) is not nn.Sequential} == dense
+        assert folded.training and all(m.training for m in folded.modules())
+        assert all(type(m) in (Reader, nn.Sequential, nn.Linear, nn.Conv1d) for m in folded.modules())
+        torch.testing.assert_close(folded(x, **options), model(x, **options))
+        pickle.loads(pickle.dumps(folded))
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match="fold: the model fails on example_input"):
+        fold(model, example_input=x[:, :3])
+    assert dict(model.named_modules()) == before
+    with pytest.raises(AttributeError, match="weight"):  # as documented
+        fold(copy.deepcopy(model))(x)
+
+
+def test_a_pair_keeps_the_geometry():
+    for layer in (LowRankLinear(24, 24, rank=2), LowRankConv2d(8, 8, 3, 2, padding=1, rank=2)):
+        folded, dense = pair(layer), layer.to_dense()
+        names = ["in_features", "out_features"]
+        if isinstance(layer, LowRankConv2d):
+            names = "in_channels out_channels kernel_size stride padding dilation groups padding_mode".split()
+        assert {name: getattr(folded, name) for name in names} == {name: getattr(dense, name) for name in names}

@@ -1,10 +1,14 @@
 """Which layers factorize takes, what stays tied, and why others are skipped."""
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.models import Conv1D, ResNet, tied
 from torch import nn
 from torch.nn.utils import prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 import condlr_ext
 from condlr_ext import LowRankLinear, factorize, to_dense
@@ -58,13 +62,17 @@ def test_weights_tied_to_something_else_are_left_alone():
     model["out"].weight = model["embed"].weight
     report = factorize(model, rank=2)
     assert [x.name for x in report.layers] == ["mid"] and report.skipped == {
-        "out": "its weight is tied to that of embed"
+        "out": "its weight is tied to that of embed",
+        "embed.weight": "Embedding is not supported",
     }
     assert model["out"].weight is model["embed"].weight
     # of two tied layers only one is chosen
     model = tied()
     report = factorize(model, rank=2, exclude="2")
-    assert report.skipped == {"0": "its weight is tied to that of 2"} and model[0].weight is model[2].weight
+    assert (
+        report.skipped == {"0": "its weight is tied to that of 2", "2": "left out by include or exclude"}
+        and model[0].weight is model[2].weight
+    )
     with pytest.raises(ValueError, match="0: its weight is tied to that of 2"):
         factorize(model, rank={"0": 2})
     with pytest.raises(ValueError, match=r"0, 2 have one weight and need one rank, got \[2, 3\]"):
@@ -112,7 +120,7 @@ def test_what_is_skipped_says_why():
         }
     )
     before = {name: type(module) for name, module in model.named_modules()}
-    report = factorize(model, rank=2, exclude="*.out_proj")
+    report = factorize(model, rank=2, exclude=["*.out_proj", "low"])
     parametrized = "its weight is parametrized (torch.nn.utils.parametrize)"
     assert report.skipped == {
         "mine": "a Mine may do more than its base class",
@@ -123,16 +131,16 @@ def test_what_is_skipped_says_why():
         "old_norm": "its weight is not a plain parameter (pruned, or normalized by a hook)",
         "pruned": "its weight is not a plain parameter (pruned, or normalized by a hook)",
         "lazy": "its size is not known before its first forward",
-        "low": "it is low-rank already, of rank 3",
+        **dict.fromkeys(["low", "attention.out_proj", "attention_norm.out_proj"], "left out by include or exclude"),
         "replaced": "its forward was replaced on the instance",
         "hooked": "it has state_dict hooks, which know its dense weight",
         "complex": "its weight is torch.complex64",
     }
-    assert "low: left as it is, it is low-rank already" in str(report)
+    assert "left as it is: mine: a Mine may do more than its base class" in str(report)
     after = {name: type(module) for name, module in model.named_modules()}
     assert {name for name in before if before[name] is not after[name]} == {"plain"}
-    with pytest.raises(ValueError, match="no layer to factorize .* low: it is low-rank already, of rank 3"):
-        factorize(model, rank=2, include="low")
+    with pytest.raises(ValueError, match="no layer to factorize .* mine: a Mine may do more than its base class"):
+        factorize(model, rank=2, include="mine")
 
 
 def test_what_is_compiled_on_its_own_is_skipped():
@@ -141,3 +149,119 @@ def test_what_is_compiled_on_its_own_is_skipped():
     report = factorize(model, rank=2)
     assert [layer.name for layer in report.layers] == ["0"]
     assert "compiled on its own" in report.skipped["1._orig_mod"] and type(model[1]._orig_mod) is nn.Linear
+
+
+class Mixture(nn.Module):
+    """A module with matrices of every kind that has no low-rank twin."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.embed, self.up = nn.LSTM(8, 8), nn.Embedding(9, 8), nn.ConvTranspose2d(4, 4, 3)
+        self.pair, self.lazy = nn.Bilinear(3, 3, 3), nn.LazyConvTranspose2d(4, 3)
+        self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
+        self.experts = nn.Parameter(torch.rand(2, 8, 8))
+        self.out = nn.Linear(8, 8)
+
+
+def test_the_report_names_every_matrix_and_the_total():
+    model = Mixture()
+    total = sum(p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
+    report = factorize(model, rank=2, exclude="attention")
+    left_out, lazy = "left out by include or exclude", "its size is not known before its first forward"
+    assert report.skipped == {
+        "attention.in_proj": left_out,
+        "attention.out_proj": left_out,
+        "attention.bias_k": "MultiheadAttention.bias_k is not supported",
+        "attention.bias_v": "MultiheadAttention.bias_v is not supported",
+        "experts": "Mixture.experts is not supported",
+        "lstm.weight_ih_l0": "LSTM is not supported",
+        "lstm.weight_hh_l0": "LSTM is not supported",
+        "embed.weight": "Embedding is not supported",
+        "up.weight": "ConvTranspose2d is not supported",
+        "pair.weight": "Bilinear is not supported",
+        "lazy.weight": lazy,
+        "lazy.bias": lazy,
+    }
+    assert (report.dense_model_parameters, report.model_parameters) == (total, total - 64 + 36)
+    assert f"parameters of the whole model: {total} -> {total - 28}" in str(report)
+    assert "left as it is: lstm.weight_ih_l0, lstm.weight_hh_l0: LSTM is not supported" in str(report)
+    with pytest.raises(ValueError, match="no layer to factorize .*LSTM is not supported"):
+        factorize(Mixture(), rank=2, include=nn.LSTM)
+
+
+def test_low_rank_layers_are_not_factorized_again_nor_the_rest_instead():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    factorize(model, rank=4, exclude="2")
+    for options in ({"rank": 2}, {"budget": 0.5}, {"rank": 2, "include": ["0", "2"]}):
+        with pytest.raises(ValueError, match="low-rank already: 0.*; call to_dense first for new ranks"):
+            factorize(model, **options)
+    with pytest.raises(ValueError, match=r"not eligible: 0 \(it is low-rank already, of rank 4: to_dense first\)"):
+        factorize(model, rank={"0": 2})
+    assert type(model[2]) is nn.Linear and model[0].rank == 4
+    factorize(model, rank=2, exclude=condlr_ext.nn.LowRankLayer)
+    assert [layer.rank for layer in model] == [4, 4, 2]
+
+
+def test_parts_of_pefts_layers_are_skipped():
+    """PEFT finds, saves and merges them by their class."""
+    Base = type("BaseTunerLayer", (nn.Module,), {"__module__": "peft.tuners.tuners_utils"})
+    lora = type("Linear", (Base,), {"__module__": "peft.tuners.lora.layer"})()
+    lora.base_layer, lora.lora_A = nn.Linear(8, 8), nn.ModuleDict({"default": nn.Linear(8, 2)})
+    model = nn.Sequential(lora, nn.Linear(8, 8))
+    report = factorize(copy.deepcopy(model), rank=2)
+    assert [x.name for x in report.layers] == ["1"]
+    assert dict.fromkeys(["0.base_layer", "0.lora_A.default"], report.skipped["0.base_layer"]) == report.skipped
+    assert report.skipped["0.base_layer"] == "it is in PEFT's Linear: call merge_and_unload first"
+    assert list(condlr_ext.add_adapters(model, 2)) == ["1"]
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+def test_wrapped_and_sharded_models_are_refused_by_name(one_process, tmp_path):
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(net))
+    for function in (factorize, condlr_ext.add_adapters):
+        for model in (wrapped, nn.Sequential(wrapped)):
+            with pytest.raises(ValueError, match="model must not be wrapped yet, got .* in DistributedDataParallel"):
+                function(model, rank=2)
+    factorize(low := copy.deepcopy(net), rank=2)
+    condlr_ext.save(low, tmp_path / "low.safetensors")
+    with pytest.raises(ValueError, match="load: model must not be wrapped yet"):
+        condlr_ext.load(wrapped, tmp_path / "low.safetensors")
+    assert type(wrapped.module[0]) is nn.Linear
+
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+    sharded = fully_shard(copy.deepcopy(net), mesh=mesh)
+    with pytest.raises(ValueError, match="0, 1: its weight must be a plain tensor, got DTensor with placements"):
+        factorize(sharded, rank=2)
+    with pytest.raises(ValueError, match="add_adapters: layer 0: .* must be a plain tensor, got DTensor"):
+        condlr_ext.add_adapters(sharded, 2)
+    low = fully_shard(low, mesh=mesh)
+    for function in (condlr_ext.condition_numbers, to_dense, condlr_ext.fold):
+        with pytest.raises(ValueError, match="layer 0: .*[UV] must be a plain tensor, got DTensor"):
+            function(low)
+    with pytest.raises(TypeError, match="0.U must be a plain tensor, got DTensor"):
+        condlr_ext.save(low, tmp_path / "sharded.safetensors")
+
+
+def test_quantized_weights_are_skipped_and_refused_by_name():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    quantized = TwoTensor(torch.randn(8, 8), torch.randn(8, 8))  # stands for torchao's: no arithmetic of ours works
+    model[0].weight = nn.Parameter(quantized, requires_grad=False)
+    with pytest.raises(
+        ValueError, match="layer 0: LowRankAdapter: the layer's weight must be a plain tensor, got TwoT"
+    ):
+        condlr_ext.add_adapters(model, 2)
+    assert all(p.requires_grad for p in model[1].parameters())
+    report = factorize(model, rank=2)
+    assert [x.name for x in report.layers] == ["1"] and "must be a plain tensor, got TwoTensor" in report.skipped["0"]
+    with pytest.raises(TypeError, match="0.weight must be a plain tensor, got TwoTensor"):
+        condlr_ext.save(model, "never-written.safetensors")

@@ -106,8 +106,8 @@ def test_attention_is_served_as_named():
         attention.in_proj_weight = weight
     with pytest.raises(TypeError, match="build an nn.MultiheadAttention and factorize it"):
         LowRankMultiheadAttention(8, 2)
-    report = factorize(model, rank=2)
-    assert report.skipped["encoder.layers.0.self_attn.in_proj"] == "it is low-rank already, of rank 6"
+    with pytest.raises(ValueError, match="low-rank already: .*self_attn.in_proj; call to_dense first"):
+        factorize(model, rank=2)
     # two attentions with one weight
     first, second = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
     second.in_proj_weight = first.in_proj_weight

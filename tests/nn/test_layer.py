@@ -238,3 +238,10 @@ def test_row_space_of_from_dense():
     for bad in (1.1 * basis, torch.full((7, 2), torch.nan)):
         with pytest.raises(ValueError, match="row_space must have orthonormal columns to 1e-4, got"):
             LowRankLinear.from_dense(W, 2, row_space=bad)
+
+
+def test_the_weight_cannot_be_pruned():
+    layer = LowRankLinear(8, 6, rank=2)
+    with pytest.raises(ValueError, match="LowRankLinear.weight is formed from U, S and V and cannot be pruned"):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    assert not layer._forward_pre_hooks and set(layer._parameters) == {"U", "S", "V", "bias"}

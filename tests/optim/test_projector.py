@@ -11,6 +11,7 @@ from helpers.matrices import kappa, non_orthonormality
 from helpers.training import assert_constraint, backward, batches, low_rank_layers, train
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 import condlr_ext
 from condlr_ext import LowRankConv2d, LowRankLinear
@@ -395,3 +396,63 @@ def test_copies_of_the_optimizer_have_no_hooks_and_nothing_keeps_it_alive():
     del optimizer, pair
     gc.collect()
     assert alive() is None and not projector._attached
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's AcceleratedOptimizer: an Optimizer by class, with nothing but the optimizer inside."""
+
+    __module__ = "accelerate.optimizer"
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+    state = property(lambda self: self.optimizer.state)
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+def test_wrapped_optimizers_are_unwrapped(tmp_path):
+    model = nn.Sequential(LowRankLinear(8, 6, rank=3))
+    inner = torch.optim.Adam(model.parameters(), 0.1)
+    wrapped = Wrapper(inner)
+    projector = Projector(model, 0.1)
+    projector.attach(wrapped)
+    with pytest.raises(ValueError, match="this Adam is attached already"):
+        projector.attach(inner)
+    model(torch.randn(5, 8)).pow(2).sum().backward()
+    wrapped.step()
+    assert condlr_ext.condition_numbers(model)["0"] <= 1.1 * (1 + 5e-6)
+    path, state = tmp_path / "run.safetensors", copy.deepcopy(inner.state_dict())
+    for saved, loaded in ((wrapped, inner), (inner, wrapped)):
+        condlr_ext.save(model, path, saved)
+        inner.state.clear()
+        condlr_ext.load(model, path, loaded)
+        assert torch.equal(inner.state_dict()["state"][0]["exp_avg"], state["state"][0]["exp_avg"])
+    with pytest.raises(ValueError, match="CondLRSGD keeps the constraint itself"):
+        projector.attach(Wrapper(CondLRSGD(model, 0.1, tau=0.1)))
+
+    class Averaging(torch.optim.Optimizer):  # may write to the weights after the step of the optimizer inside
+        optimizer, param_groups = inner, inner.param_groups
+
+        def __init__(self):
+            pass
+
+    with pytest.raises(TypeError, match="must call torch's step hooks, got Averaging"):
+        projector.attach(Averaging())
+
+
+def test_factors_that_are_computed_are_refused():
+    for change in (lambda m: prune.l1_unstructured(m, "S", 0.5), lambda m: parametrizations.orthogonal(m, "S")):
+        model = nn.Sequential(LowRankLinear(8, 6, rank=3))
+        change(model[0])
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for make in (lambda: Projector(model, 0.1).attach(optimizer), lambda: CondLRSGD(model, 0.1, tau=0.1)):  # noqa: B023
+            with pytest.raises(
+                ValueError, match="layer '0' must have U, S, V as its own parameters, got S that is comp"
+            ):
+                make()
