@@ -103,9 +103,10 @@ def set_adapters(
         The new adapters by name, in the model's order.
 
     Raises:
-        ValueError: A name is no linear or convolutional layer, or factors do not fit it.
+        ValueError: A name is no linear or convolutional layer, factors do not fit it, or two names of one layer have
+            different ones.
     """
-    modules, layers = dict(model.named_modules()), {}
+    modules, layers, names = dict(model.named_modules(remove_duplicate=False)), {}, {}
     for name, (U, S, V, scale) in changes.items():
         module = modules.get(name)
         layer = module.layer if isinstance(module, LowRankAdapter) else module
@@ -124,10 +125,15 @@ def set_adapters(
                 raise ValueError(f"{where}: {role} of layer {name!r} must be finite, got NaN or Inf")
         if not (math.isfinite(scale) and scale != 0):
             raise ValueError(f"{where}: scale of layer {name!r} must be finite and not 0, got {scale}")
-        layers[name] = module, layer
+        first = names.setdefault(module, name)
+        *factors, first_scale = changes[first]
+        if scale != first_scale or not all(map(torch.equal, factors, (U, S, V))):
+            raise ValueError(f"{where}: {first!r} and {name!r} are one layer and must have one change")
+        if first == name:
+            layers[name] = module, layer
     replacement = {}
-    for name, (U, S, V, scale) in changes.items():
-        module, layer = layers[name]
+    for name, (module, layer) in layers.items():
+        U, S, V, scale = changes[name]
         adapter = LowRankAdapter(layer, S.shape[0], scale=scale)
         if S.any():
             with torch.no_grad():
@@ -135,7 +141,7 @@ def set_adapters(
                     p.copy_(value)
         replacement[module] = adapter
     replace_modules(model, replacement)
-    return {name: adapter for name, adapter in adapters(model).items() if name in changes}
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if name in layers}
 
 
 def _make(name: str, layer: nn.Module, rank, scale: float) -> LowRankAdapter:
