@@ -214,6 +214,18 @@ def restore(
         model.load_state_dict(state)
 
 
+def compare(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise unless a checkpoint has the ranks and the tensors of a model, which may be on the meta device.
+
+    Raises:
+        RankError: A layer has another rank.
+        CheckpointError: Tensors are missing or unknown, or have other shapes or kinds of numbers.
+    """
+    if dense := _compare_ranks(model, checkpoint):
+        raise RankError(f"{checkpoint.source}: layer {dense[0]!r} is dense in the model and low-rank in the file")
+    _check_tensors(model, checkpoint.model, checkpoint.source)
+
+
 # --------------------------------------------------------------------------------------------------- values
 
 
@@ -521,9 +533,7 @@ def _factorize(model: nn.Module, checkpoint: Checkpoint, dense: list[str], new_b
 
 def _with_tied(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Return the state with the further names of tied parameters, which other tools leave out."""
-    stored = {
-        id(p): state[name] for name, p in model.named_parameters(remove_duplicate=False) if name in state
-    }
+    stored = {id(p): state[name] for name, p in model.named_parameters(remove_duplicate=False) if name in state}
     return state | {
         name: stored[id(p)]
         for name, p in model.named_parameters(remove_duplicate=False)
