@@ -37,7 +37,7 @@ class Checkpoint:
         optimizer: The optimizer's state_dict or None.
         optimizer_class: Name of its class.
         optimizer_names: For each parameter group the model's names of its parameters, None for one that the model
-            lacks; None in files of version 0.1.0.
+            lacks; None in files that lack them.
         extra: As given to save.
         version: Version of condlr_ext that wrote the file.
         source: The file, for error texts.
@@ -61,8 +61,8 @@ def save(
 
     The tensors have the names of the model's state_dict, so that other tools can read them; rank, tau and version are
     in the string metadata. Tensors of the optimizer and of `extra` are in the same file under names that begin with a
-    dot, which no parameter's does: strict readers elsewhere leave those out. Without such tensors the file is one of the
-    model alone. Tensors that share memory (tied weights) are stored once. The file is written atomically: an
+    dot, which no parameter's does; strict readers elsewhere must leave those out. Without such tensors the file is one
+    of the model alone. Tensors that share memory (tied weights) are stored once. The file is written atomically: an
     interruption leaves the old file of that name, or none; its mode is what the umask leaves.
 
     Args:

@@ -21,6 +21,7 @@ __all__ = ["load_lora", "save_lora"]
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+_LARGEST_ALPHA = 1e30  # float32 ends at 3e38
 
 # settings that would change the function, with the values that do not
 _NEUTRAL = {
@@ -130,6 +131,8 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
                 f"{folder}: layer {name!r} must have lora_A [r, n, ...] and lora_B [m, r, 1...],"
                 f" floating-point, got {A.dtype} {list(A.shape)} and {B.dtype} {list(B.shape)}"
             )
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise CheckpointError(f"{folder}: lora_A and lora_B of layer {name!r} must be finite, got NaN or Inf")
         r = len(A)
         factors = orthonormal_factors(B.flatten(1), torch.eye(r, dtype=B.dtype), A.flatten(1).mT)
         changes[name] = (*factors, scaling(config, name, r, str(folder)))
@@ -210,15 +213,24 @@ def scaling(config: dict, name: str, rank: int, source: str) -> float:
     """
 
     def setting(key: str, pattern: str):
-        for expression, value in (config.get(pattern) or {}).items():
+        patterns = config.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{source}: {pattern} must be a dict, got {type(patterns).__name__}")
+        for expression, value in patterns.items():
             if matches(expression, name):
                 return value
-        return config[key]
+        return config.get(key)
 
     try:
-        r, alpha = setting("r", "rank_pattern"), float(setting("lora_alpha", "alpha_pattern"))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, re.error, RecursionError) as error:
-        raise CheckpointError(f"{source}: its settings must have r and lora_alpha: {error!r}") from None
+        r, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
+    except (ValueError, re.error, RecursionError) as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    if type(r) is not int or type(alpha) not in (int, float) or not 0 < abs(alpha) <= _LARGEST_ALPHA:
+        got = f"{str(r)[:40]} and {str(alpha)[:40]}"
+        raise CheckpointError(
+            f"{source}: its settings must have r, an integer, and lora_alpha, a finite number other than 0, for layer"
+            f" {name!r}, got {got}"
+        )
     if r != rank:
         raise CheckpointError(f"{source}: layer {name!r} has rank {r} in the settings and {rank} in the tensors")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
