@@ -179,8 +179,8 @@ class Standing(torch.Tensor):
 MISSING = {
     "complex128": lambda: torch.ones(3, dtype=torch.complex128),
     "complex32": lambda: torch.ones(3).to(torch.complex32),
-    "uint4": lambda: torch.empty(3, dtype=torch.uint4),
-    "float4": lambda: torch.empty(3, dtype=torch.float4_e2m1fn_x2),
+    "uint4": lambda: torch.zeros(3, dtype=torch.uint8).view(torch.uint4),
+    "float4": lambda: torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
     "sparse": lambda: torch.eye(3).to_sparse(),
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     "nested": lambda: torch.nested.nested_tensor([torch.ones(3)]),
