@@ -107,9 +107,10 @@ def set_adapters(
         The new adapters by name, in the model's order.
 
     Raises:
-        ValueError: A name is no linear or convolutional layer, or factors do not fit it.
+        ValueError: A name is no linear or convolutional layer, factors do not fit it, or two names of one layer have
+            different ones.
     """
-    modules, layers = dict(model.named_modules()), {}
+    modules, layers, names = dict(model.named_modules(remove_duplicate=False)), {}, {}
     for name, (U, S, V, scale) in changes.items():
         module = modules.get(name)
         layer = module.layer if isinstance(module, LowRankAdapter) else module
@@ -128,19 +129,27 @@ def set_adapters(
                 raise ValueError(f"{where}: {role} of layer {name!r} must be finite, got NaN or Inf")
         if not (math.isfinite(scale) and scale != 0):
             raise ValueError(f"{where}: scale of layer {name!r} must be finite and not 0, got {scale}")
-        layers[name] = module, layer
+        first = names.setdefault(module, name)
+        *factors, first_scale = changes[first]
+        if scale != first_scale or not all(map(torch.equal, factors, (U, S, V))):
+            raise ValueError(f"{where}: {first!r} and {name!r} are one layer and must have one change")
+        if first == name:
+            layers[name] = module, layer
     replacement = {}
     with undone_on_error(model):
-        made = {name: _make(where, name, layers[name][1], len(S), scale) for name, (_, S, _, scale) in changes.items()}
-    for name, (U, S, V, _) in changes.items():
-        module, adapter = layers[name][0], made[name]
+        made = {}
+        for name, (_, layer) in layers.items():
+            _, S, _, scale = changes[name]
+            made[name] = _make(where, name, layer, len(S), scale)
+    for name, (module, _) in layers.items():
+        (U, S, V, _), adapter = changes[name], made[name]
         if S.any():
             with torch.no_grad():
                 for p, value in zip((adapter.delta.U, adapter.delta.S, adapter.delta.V), (U, S, V), strict=True):
                     p.copy_(value)
         replacement[module] = adapter
     replace_modules(model, replacement)
-    return {name: adapter for name, adapter in adapters(model).items() if name in changes}
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if name in layers}
 
 
 def _make(where: str, name: str, layer: nn.Module, rank, scale: float) -> LowRankAdapter:

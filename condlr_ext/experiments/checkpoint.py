@@ -1,29 +1,76 @@
 """Checkpoints of runs: the model with what is needed to build it again and to attack it."""
 
-from inspect import signature
+import copy
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .._extras import require
 from .._modules import DENSE
 from ..errors import CheckpointError, NonFiniteError
 from ..io import checkpoint
 from ..linalg import svd
 from ..nn import LowRankLayer
-from ..robustness import ATTACKS, evaluate
+from ..robustness import ATTACKS, KNOWN_ATTACKS, evaluate
 from ..robustness.evaluation import classes_needed
 from .config import TrainConfig
 from .data import Split, load
-from .inspect_layers import TWO_FACTOR, core, matrix_shape, orthonormality_error, weight_count
+from .inspect_layers import TWO_FACTOR, core, low_rank_layers, matrix_shape, orthonormality_error, weight_count
 from .methods import Method
+from .methods.base import Settings
 from .networks import build, check_device, place
 
 ATTACK_BATCH = 1024  # samples attacked at a time, times the number of budgets
 
-KEYS = (
-    "run", "ranks", "tau", "seed", "attack", "network", "shape", "classes", "mean", "std", "data", "validation", "test",
-)  # fmt: skip
+pydantic = require("pydantic")
+_Count = Annotated[int, pydantic.Field(ge=1, lt=2**31)]
+_Seed = Annotated[int, pydantic.Field(ge=0, lt=2**32)]
+_Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
+
+
+class _Attack(Settings):
+    """The arguments of robustness.evaluate."""
+
+    where = "metadata"
+    name = "attack"
+
+    eps: list[Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]] = pydantic.Field(min_length=1)
+    attacks: list[Literal[tuple(KNOWN_ATTACKS)]] = pydantic.Field(min_length=1)
+    steps: _Count
+    restarts: _Count
+    seed: _Seed
+    batch_size: _Count
+
+
+class _Metadata(Settings, extra="ignore"):
+    """What a checkpoint of a run says of it."""
+
+    where = "metadata"
+    name = "a checkpoint of condlr train"
+
+    run: str
+    ranks: dict[str, _Count]
+    tau: Annotated[float, pydantic.Field(ge=0)] | None
+    seed: _Seed
+    attack: _Attack
+    network: str
+    shape: list[_Count] = pydantic.Field(min_length=1)
+    classes: _Count
+    mean: list[_Finite] | None
+    std: list[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]] | None
+    data: str
+    validation: Annotated[float, pydantic.Field(ge=0, lt=1)]
+    test: bool
+    fingerprint: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _channels(self):
+        lengths = [None if values is None else len(values) for values in (self.mean, self.std)]
+        if lengths not in ([None, None], [self.shape[0]] * 2):
+            raise ValueError(f"metadata: mean and std must have {self.shape[0]} values, one for each channel, or none")
+        return self
 
 
 def save_and_attack(path: Path, model: nn.Module, record: dict, config: TrainConfig, split: Split) -> dict:
@@ -74,22 +121,33 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
     """
     stored = checkpoint.read(path)
     metadata = stored.extra if isinstance(stored.extra, dict) else {}
-    if missing := sorted(set(KEYS) - set(metadata)):
+    needed = {name for name, field in _Metadata.model_fields.items() if field.is_required()}
+    if missing := sorted(needed - metadata.keys()):
         raise CheckpointError(f"{path} was not written by condlr train, it lacks {', '.join(missing)}")
     try:
-        norm = {"mean": metadata["mean"], "std": metadata["std"]}
-        with torch.random.fork_rng(devices=[]):
-            model = build(metadata["network"], metadata["shape"], metadata["classes"], **norm)
-            Method.parse(metadata["run"]).rebuild(model, metadata["ranks"])
-        checkpoint.restore(model, stored)
-        signature(evaluate).bind(model, None, None, **metadata["attack"])
-    except NonFiniteError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not describe a model of this package: {error}") from None
-    if not all(torch.isfinite(tensor).all() for tensor in stored.model.values()):
+        _Metadata(**metadata)
+        with torch.device("meta"):  # before anything is allocated that the file only claims
+            skeleton = _built(metadata)
+            checkpoint.compare(skeleton, stored)
+        if metadata["ranks"].keys() != (layers := low_rank_layers(skeleton)).keys():
+            raise ValueError(f"metadata: ranks must name {', '.join(layers) or 'nothing'}, got {metadata['ranks']}")
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not describe a model of this package: {text[:500]}") from None
+    with torch.random.fork_rng(devices=[]):
+        model = _built(metadata)
+    checkpoint.restore(model, stored)
+    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
         raise NonFiniteError(f"{path} holds NaN or Inf")
     return model, metadata | {"condlr_ext": stored.version}
+
+
+def _built(metadata: dict) -> nn.Module:
+    """Return a network with the layers of the trained one and any values."""
+    norm = {"mean": metadata["mean"], "std": metadata["std"]}
+    model = build(metadata["network"], metadata["shape"], metadata["classes"], **norm)
+    Method.parse(metadata["run"]).rebuild(model, metadata["ranks"])
+    return model
 
 
 def evaluate_checkpoint(
@@ -145,14 +203,19 @@ def inspect_checkpoint(path: Path, batch_size: int = 32) -> dict:
     if batch_size < 1:
         raise ValueError(f"inspect: batch_size must be >= 1, got {batch_size}")
     model, metadata = load_checkpoint(path)
-    inputs = _inputs(model, (batch_size, *metadata["shape"]))
+    skeleton = copy.deepcopy(model).to("meta")  # shapes are enough, and take no memory
+    try:
+        inputs = _inputs(skeleton, (batch_size, *metadata["shape"]))
+    except (RuntimeError, TypeError, ValueError) as error:  # TypeError: more than 64 bits
+        shape, text = [batch_size, *metadata["shape"]], str(error).splitlines()[0]
+        raise ValueError(f"inspect: {path} does not run on a batch {shape}: {text}") from None
     layers = []
     for name, layer in inputs.items():
         module = model.get_submodule(name)
         sigma = svd(core(module)).sigma
         low_rank = isinstance(module, LowRankLayer)
         m, n = matrix_shape(module)
-        plan = module.plan(layer.requires_grad_(bool(layers))) if low_rank else None
+        plan = skeleton.get_submodule(name).plan(layer.requires_grad_(bool(layers))) if low_rank else None
         layers.append(
             {
                 "name": name,
@@ -173,7 +236,7 @@ def inspect_checkpoint(path: Path, batch_size: int = 32) -> dict:
 
 @torch.no_grad()
 def _inputs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Return an input of each linear layer, in the order in which they run."""
+    """Return an input of each linear layer of a model on the meta device, in the order in which they run."""
     inputs, hooks, inside = {}, [], set()
     for name, module in model.named_modules():
         if isinstance(module, TWO_FACTOR):
@@ -184,7 +247,7 @@ def _inputs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
                 inputs[name] = torch.empty_like(args[0])
 
             hooks.append(module.register_forward_pre_hook(keep))
-    model.eval()(torch.zeros(shape))
+    model.eval()(torch.zeros(shape, device="meta"))
     for hook in hooks:
         hook.remove()
     return inputs

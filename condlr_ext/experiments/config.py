@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from .._extras import require
+from .._files import read_text
 from ..robustness import KNOWN_ATTACKS
 from .data import FOLDERS
 from .methods import METHODS, CondLR, Dense, Method, Vanilla
@@ -128,10 +129,12 @@ class TrainConfig(Settings):
         """
         tomllib = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
         try:
-            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(path)
+        except (OSError, ValueError) as error:
             raise ValueError(f"config: cannot read {path}: {error}") from None
-        except (ValueError, RecursionError) as error:  # of the parser
+        try:
+            content = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"config: {path} is no TOML file: {error}") from None
         try:
             return cls(**content | changes)

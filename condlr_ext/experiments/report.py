@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import _table
 from .._extras import require
-from .._files import write_whole
+from .._files import read_text, write_whole
 from ..robustness import KNOWN_ATTACKS
 from .methods import METHODS
 
@@ -47,19 +47,22 @@ def read(path: Path) -> tuple[dict, list[dict]]:
         The settings, and the rows as flat() gives them, but for rounding.
 
     Raises:
-        ValueError: A file is damaged.
+        ValueError: A file cannot be read, or is not one of write().
     """
     toml = require("tomllib" if sys.version_info >= (3, 11) else "tomli")
-    with open(path, encoding="utf-8", newline="") as file:
-        try:
-            titles, *lines = csv.reader(file)
-            rows = [
-                {name: cell if name in _TEXT else float(cell) if cell else None for name, cell in pairs}
-                for pairs in (zip(titles, line, strict=True) for line in lines)
-            ]
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"{path} holds no results: {error}") from None
-    return toml.loads(path.with_suffix(".toml").read_text(encoding="utf-8")), rows
+    try:
+        file = path
+        rows = [_row(row) for row in csv.DictReader(io.StringIO(read_text(file), newline=""))]
+        file = path.with_suffix(".toml")
+        return toml.loads(read_text(file)), rows
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise ValueError(f"report: cannot read {file}: {error}") from None
+
+
+def _row(row: dict) -> dict:
+    if None in row or None in row.values():
+        raise ValueError("a row must have as many cells as there are columns")
+    return {name: cell if name in _TEXT else float(cell) if cell else None for name, cell in row.items()}
 
 
 def flat(record: dict) -> dict:

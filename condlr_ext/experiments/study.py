@@ -56,8 +56,7 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
         ValueError: Bad settings or data, results of other settings in config.out, or a folder that cannot be written.
         ImportError: A missing extra package.
     """
-    for module in ("safetensors", "matplotlib"):  # before an hour of training, not after
-        require(module)
+    require("matplotlib")  # before an hour of training, not after
     if config.tensorboard:
         require("tensorboard", extra="tensorboard")
     start = time.perf_counter()
@@ -120,7 +119,7 @@ class _Run:
         """Return the record of an earlier training."""
         try:
             record = json.loads(self.file(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return record if isinstance(record, dict) and isinstance(record.get("settings"), dict) else None
 

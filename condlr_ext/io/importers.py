@@ -19,7 +19,8 @@ clipped here: an optimizer with tau < inf does that at construction.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,8 +31,9 @@ from .._modules import undone_on_error
 from ..adapters import set_adapters
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
-from .checkpoint import Checkpoint, read_safetensors, restore
+from .checkpoint import Checkpoint, restore
 from .lora import read_peft, scaling, split_keys
+from .tensor_files import read_tensors
 
 __all__ = ["condlr", "geolora", "oialr", "polar", "robust_dlrt"]
 
@@ -125,7 +127,8 @@ def oialr(source, model: nn.Module) -> dict[str, int]:
     for prefix in [key.removesuffix("in_proj_s") for key in state if key.endswith("in_proj_s")]:
         parts = [f"{prefix}in_proj_{part}" for part in ("u", "s", "vh")]
         u, s, vh = (_pop(state, key, where) for key in parts)
-        state[f"{prefix}in_proj_weight"] = u @ s @ vh
+        with _fitting(where, prefix.rstrip(".")):
+            state[f"{prefix}in_proj_weight"] = u @ s @ vh
 
     def factors(name, take):
         u, s, vh = (take(f"{name}.{part}") for part in ("u", "s", "vh"))
@@ -167,8 +170,9 @@ def geolora(source, model: nn.Module, *, rank: int | dict[str, int], alpha: floa
     for name in names:
         _pop(state, f"{name}.Sinv", where)
         U, S, V = (_pop(state, f"{name}.lora_{part}", where) for part in ("U", "S", "V"))
-        (r,) = _active(ranks[name], S.shape[:1], where, name)
-        factors = _product(where, name, V[:, :r], S[:r, :r].mT, U[:, :r].mT)
+        with _fitting(where, name):
+            (r,) = _active(ranks[name], S.shape[:1], where, name)
+            factors = _product(where, name, V[:, :r], S[:r, :r].mT, U[:, :r].mT)
         changes[name] = (*factors, float(alpha) / r)
     for key, value in state.items():
         tensors[key.replace(".original_linear.", ".layer.")] = value
@@ -204,7 +208,7 @@ def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, 
     config = None
     if not isinstance(source, dict) and Path(source).is_dir():
         where = str(source)
-        state, config = read_peft(Path(source), "condlr_ext.importers.polar", ("adapter_name", "parameterize_S"))
+        state, config = read_peft(Path(source), ("adapter_name", "parameterize_S"))
     else:
         state, where = _read(source)
         if alpha is None:
@@ -222,7 +226,8 @@ def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, 
     changes = {}
     for name, parts in layers.items():
         r = len(parts["lora_A"])
-        factors = _product(where, name, parts["lora_B"], forms[form](parts["lora_S"]), parts["lora_A"])
+        with _fitting(where, name):
+            factors = _product(where, name, parts["lora_B"], forms[form](parts["lora_S"]), parts["lora_A"])
         changes[name] = (*factors, scaling(config, name, r, where) if config else float(alpha) / r)
     return set_adapters(model, changes, where)
 
@@ -236,7 +241,7 @@ def _read(source) -> tuple[dict, str]:
     if not isinstance(source, dict):
         where = str(source)
         if where.endswith(".safetensors"):
-            source, _ = read_safetensors(source, "condlr_ext.importers")
+            source, _ = read_tensors(source)
         else:
             try:
                 source = torch.load(source, map_location="cpu", weights_only=True)
@@ -264,6 +269,16 @@ def _pop(state: dict, key: str, where: str):
     if key not in state:
         raise CheckpointError(f"{where} lacks {key}")
     return state.pop(key)
+
+
+@contextmanager
+def _fitting(where: str, name: str) -> Iterator[None]:
+    """Turn what torch says about tensors of other shapes, or values that are none, into a CheckpointError."""
+    try:
+        yield
+    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{where}: the factors of layer {name!r} do not fit: {text}") from None
 
 
 def _active(r, capacity, where: str, name: str) -> list[int]:
@@ -295,7 +310,8 @@ def _import(state: dict, where: str, model: nn.Module, names: list[str], factors
         raise CheckpointError(f"{where} holds no low-rank layer of this layout, its keys are {', '.join(state)}")
     ranks, take = {}, functools.partial(_pop, state, where=where)
     for name in names:
-        U, S, V = factors(name, take)
+        with _fitting(where, name):
+            U, S, V = factors(name, take)
         state |= {f"{name}.U": U, f"{name}.S": S, f"{name}.V": V}
         ranks[name] = len(S)
     restore(model, Checkpoint(state, ranks, source=where), new_biases=True)

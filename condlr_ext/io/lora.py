@@ -9,19 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._extras import require
 from .._factors import orthonormal_factors
-from .._files import whole_file, write_whole
+from .._files import read_text, write_whole
 from .._modules import DENSE
-from ..adapters import adapters, set_adapters
+from ..adapters import set_adapters
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
-from .checkpoint import read_safetensors
+from .tensor_files import read_tensors, write_tensors
 
 __all__ = ["load_lora", "save_lora"]
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
+_LARGEST_ALPHA = 1e30  # float32 ends at 3e38
 
 # settings that would change the function, with the values that do not
 _NEUTRAL = {
@@ -41,15 +41,15 @@ _HARMLESS = {
 }  # fmt: skip
 # starts of A and B that leave W as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract their start from W
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-_LARGEST_CONFIG = 2**20  # bytes
 
 
 def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> None:
     """Write the adapters of a model as a plain LoRA in PEFT's format.
 
     B = U S and A = Vᵀ per layer and lora_alpha = scale * rank, so (lora_alpha / r) B A is delta W up to the rounding of
-    U S. The files adapter_model.safetensors and adapter_config.json are each written atomically; the frozen weights are
-    not written, and trained parameters outside of the adapters, such as a new head, neither: a warning names them.
+    U S. A layer under several names is written under each, as PEFT changes the modules of a name alone. The files
+    adapter_model.safetensors and adapter_config.json are each written atomically; the frozen weights are not written,
+    and trained parameters outside of the adapters, such as a new head, neither: a warning names them.
 
     Args:
         model: A model with adapters.
@@ -58,15 +58,14 @@ def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> Non
 
     Raises:
         ValueError: No adapters, or one on a convolution with dilation, groups or a padding mode that PEFT's LoRA lacks.
-        ImportError: safetensors is not installed.
-        OSError: The folder cannot be written.
+        OSError: The folder cannot be written; one that was created here is removed.
 
     Examples:
         >>> adapters = condlr_ext.add_adapters(model, rank=4)
         >>> condlr_ext.save_lora(model, "lora")
     """
-    safetensors = require("safetensors.torch", "condlr_ext.save_lora", "safetensors")
-    found = adapters(model)
+    modules = model.named_modules(remove_duplicate=False)
+    found = {name: module for name, module in modules if isinstance(module, LowRankAdapter)}
     if not found or "" in found:
         what = "the model has no adapter" if not found else "the model is itself an adapter, which has no name"
         raise ValueError(f"save_lora: {what}")
@@ -82,12 +81,24 @@ def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> Non
     for name, adapter in found.items():
         A, B = _lora_factors(name, adapter)
         tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = A, B
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / _WEIGHTS) as temporary:
-        safetensors.save_file(tensors, temporary, {"format": "pt"})
     config = _config(model, found) | {"base_model_name_or_path": base_model}
-    write_whole(folder / _CONFIG, json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode())
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode()
+    folder = Path(folder)
+    try:
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(folder / _WEIGHTS, tensors, {"format": "pt"})
+            write_whole(folder / _CONFIG, text)
+        except BaseException:
+            if created:
+                (folder / _WEIGHTS).unlink(missing_ok=True)
+            for path in created:
+                if path.exists():
+                    path.rmdir()
+            raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or what the file system cannot encode
+        raise OSError(f"save_lora: cannot write {folder}: {error}") from None
 
 
 def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
@@ -109,41 +120,41 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
         ValueError: The model lacks a layer or has it in another shape.
     """
     folder = Path(folder)
-    tensors, config = read_peft(folder, "condlr_ext.load_lora")
+    tensors, config = read_peft(folder)
     pairs = split_keys(tensors, {"lora_A": (".weight",), "lora_B": (".weight",)}, str(folder))
     changes = {}
     for name, parts in pairs.items():
         A, B = parts["lora_A"], parts["lora_B"]
-        r = A.shape[0]
-        if A.dim() < 2 or B.dim() != A.dim() or B.shape[1] != r or B[0, 0].numel() != 1:
+        fits = A.dim() >= 2 and A.numel() > 0 and B.shape == (len(B), len(A), *[1] * (A.dim() - 2)) and len(B) > 0
+        if not fits or not A.is_floating_point() or not B.is_floating_point():
             raise CheckpointError(
-                f"{folder}: layer {name!r} must have lora_A [r, n, ...] and lora_B [m, r, 1...], got {list(A.shape)}"
-                f" and {list(B.shape)}"
+                f"{folder}: layer {name!r} must have lora_A [r, n, ...] and lora_B [m, r, 1...],"
+                f" floating-point, got {A.dtype} {list(A.shape)} and {B.dtype} {list(B.shape)}"
             )
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise CheckpointError(f"{folder}: lora_A and lora_B of layer {name!r} must be finite, got NaN or Inf")
+        r = len(A)
         factors = orthonormal_factors(B.flatten(1), torch.eye(r, dtype=B.dtype), A.flatten(1).mT)
         changes[name] = (*factors, scaling(config, name, r, str(folder)))
     return set_adapters(model, changes, str(folder))
 
 
-def read_peft(folder: Path, user: str, known: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
+def read_peft(folder: Path, known: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
     """Return the tensors and the configuration of a PEFT folder with a LoRA.
 
     A setting that is not known to be harmless must be off (None, False or empty).
 
     Args:
         folder: Folder with adapter_model.safetensors and adapter_config.json.
-        user: Function that reads, for error texts.
         known: Further settings that the caller handles.
 
     Raises:
         CheckpointError: Files are missing or damaged, peft_type is another, or a setting may change the function.
     """
     path = folder / _CONFIG
-    tensors, _ = read_safetensors(folder / _WEIGHTS, user)
+    tensors, _ = read_tensors(folder / _WEIGHTS)
     try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
-        config = json.loads(path.read_text())
+        config = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
@@ -202,15 +213,24 @@ def scaling(config: dict, name: str, rank: int, source: str) -> float:
     """
 
     def setting(key: str, pattern: str):
-        for expression, value in (config.get(pattern) or {}).items():
+        patterns = config.get(pattern) or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{source}: {pattern} must be a dict, got {type(patterns).__name__}")
+        for expression, value in patterns.items():
             if matches(expression, name):
                 return value
-        return config[key]
+        return config.get(key)
 
     try:
-        r, alpha = setting("r", "rank_pattern"), float(setting("lora_alpha", "alpha_pattern"))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, re.error, RecursionError) as error:
-        raise CheckpointError(f"{source}: its settings must have r and lora_alpha: {error!r}") from None
+        r, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
+    except (ValueError, re.error, RecursionError) as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    if type(r) is not int or type(alpha) not in (int, float) or not 0 < abs(alpha) <= _LARGEST_ALPHA:
+        got = f"{str(r)[:40]} and {str(alpha)[:40]}"
+        raise CheckpointError(
+            f"{source}: its settings must have r, an integer, and lora_alpha, a finite number other than 0, for layer"
+            f" {name!r}, got {got}"
+        )
     if r != rank:
         raise CheckpointError(f"{source}: layer {name!r} has rank {r} in the settings and {rank} in the tensors")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -137,7 +137,7 @@ def test_an_output_folder_that_cannot_be_made(tmp_path, capsys):
     assert str(tmp_path / "file") in failure(capsys, "train", "--out", str(tmp_path / "file" / "out"))
 
 
-@pytest.mark.parametrize("package", ["tqdm", "matplotlib", "safetensors", "sklearn"])
+@pytest.mark.parametrize("package", ["tqdm", "matplotlib", "sklearn"])
 def test_a_missing_extra_says_how_to_install_it(package, tmp_path, capsys, monkeypatch):
     for module in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, module)

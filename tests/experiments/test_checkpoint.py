@@ -1,6 +1,7 @@
 """Checkpoints of runs: their numbers again, their layers, and files that are unusable."""
 
 import math
+import time
 from collections import OrderedDict
 
 import pytest
@@ -72,7 +73,7 @@ def test_unusable_checkpoints(tmp_path, trained):
         fails(path, f"cannot read .*damaged{i}")
 
     save_file(tensors, tmp_path / "foreign.safetensors")
-    fails(tmp_path / "foreign.safetensors", "was not written by condlr_ext.save: its metadata lacks condlr_ext")
+    fails(tmp_path / "foreign.safetensors", "was not written by condlr train, it lacks attack, classes")
     stored = read(out / "dense-seed0.safetensors")
 
     def save(name, model, **changes):
@@ -84,11 +85,49 @@ def test_unusable_checkpoints(tmp_path, trained):
     fails(
         save("incomplete.safetensors", model, run=..., seed=...), "was not written by condlr train, it lacks run, seed"
     )
-    for change in ({"run": "condlr:tau=0.1"}, {"run": 3}, {"attack": {"strength": 3}}):
-        fails(save("wrong.safetensors", model, **change), "does not describe a model")
+    for change in (
+        {"run": "condlr:tau=0.1"}, {"run": 3}, {"attack": {"strength": 3}}, {"attack": [1]}, {"network": "../passwd"},
+        {"attack": stored.extra["attack"] | {"steps": 10**12}}, {"ranks": {"fc1": 10**9}}, {"ranks": {"fc1": 2.5}},
+        {"run": "condlr:tau=" + "9" * 400}, {"seed": -1}, {"test": "no"}, {"mean": [0.5] * 10**5, "std": [1.0] * 10**5},
+        {"mean": "x"}, {"mean": [0.5]}, {"mean": [0.5], "std": [0.0]}, {"shape": "8"}, {"shape": [1, 8.0, 8.0]},
+        {"shape": [1, 30_000, 30_000]}, {"shape": []}, {"shape": [2**30] * 4},
+        {"classes": 10**9}, {"classes": 4 * 10**6}, {"classes": 2**70}, {"classes": "10"}, {"classes": -1},
+    ):  # fmt: skip
+        start = time.perf_counter()
+        fails(save("wrong.safetensors", model, **change), "does not describe a model of this package: .{,500}$")
+        assert time.perf_counter() - start < 5  # nothing of the claimed size is built
     fails(save("few.safetensors", nn.Sequential(OrderedDict(fc1=model.fc1))), "does not describe a model")
     model.head.bias.data.fill_(math.nan)
     fails(save("nan.safetensors", model), "holds NaN or Inf")
+
+
+def test_inspect_takes_no_memory_for_the_batch(trained):
+    run = trained[0]["runs"][2]
+    assert inspect_checkpoint(trained[1] / run["checkpoint"], batch_size=10**12)["batch_size"] == 10**12
+    with pytest.raises(ValueError, match=r"inspect: .* does not run on a batch \[1000000000000000000000"):
+        inspect_checkpoint(trained[1] / run["checkpoint"], batch_size=10**21)
+
+
+def test_results_that_cannot_be_read(tmp_path):
+    path = tmp_path / "results.csv"
+
+    def fails(rows, settings, message):
+        path.write_bytes(rows)
+        path.with_suffix(".toml").write_bytes(settings)
+        with pytest.raises(ValueError, match=message) as caught:
+            report.read(path)
+        assert "\n" not in str(caught.value)
+
+    with pytest.raises(ValueError, match="cannot read .*results.csv"):
+        report.read(path)
+    fails(b"run,clean\ndense,much\n", b"", "cannot read .*results.csv: could not convert")
+    fails(b"run,clean\ndense\n", b"", "cannot read .*results.csv: a row must have as many cells")
+    fails(b"run,clean\ndense,1,2\n", b"", "cannot read .*results.csv: a row must have as many cells")
+    fails(b"run,clean\n\xff,1\n", b"", "cannot read .*results.csv: 'utf-8' codec")
+    fails(b'run,clean\n"' + b"x" * 200_000 + b'",1\n', b"", "cannot read .*results.csv: field larger than")
+    fails(b"run,clean\ndense,1\n" * 10**5, b"", "cannot read .*results.csv: it has more than")
+    fails(b"run,clean\ndense,1\n", b"x = " + b"[" * 5000 + b"]" * 5000, "cannot read .*results.toml: .*recursion")
+    fails(b"run,clean\ndense,1\n", b"x = ", "cannot read .*results.toml: Invalid value")
 
 
 def test_evaluate_refuses_data_of_another_shape(tmp_path, trained):

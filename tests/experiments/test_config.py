@@ -105,6 +105,25 @@ def test_bad_toml(tmp_path, text, message):
         TrainConfig.read(tmp_path / "absent.toml")
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"runs = " + b"[" * 5000 + b"]" * 5000, "is no TOML file: .*recursion"),
+        (b"runs = " + b"{a = " * 5000 + b"1" + b"}" * 5000, "is no TOML file: .*recursion"),
+        (b"# " + b"x" * 2**20, "it has more than 1048576 bytes"),
+        (b"epochs = \xff", "'utf-8' codec"),
+        (b"epochs = " + b"9" * 5000, "is no TOML file: .*digits"),
+    ],
+    ids=["lists", "tables", "size", "encoding", "digits"],
+)
+def test_hostile_toml(tmp_path, content, message):
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"config: .*{path}.*{message}") as caught:
+        TrainConfig.read(path)
+    assert "\n" not in str(caught.value)
+
+
 STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
 
 

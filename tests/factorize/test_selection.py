@@ -66,7 +66,7 @@ def test_weights_tied_to_something_else_are_left_alone():
         "embed.weight": "Embedding is not supported",
     }
     assert model["out"].weight is model["embed"].weight
-    # of two tied layers only one is chosen
+    # of two tied layers only one is wanted
     model = tied()
     report = factorize(model, rank=2, exclude="2")
     assert (

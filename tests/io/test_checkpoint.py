@@ -17,6 +17,7 @@ from torch import nn
 import condlr_ext
 from condlr_ext.errors import CheckpointError, NonFiniteError, RankError
 from condlr_ext.io import checkpoint
+from condlr_ext.io.tensor_files import DTYPES
 
 
 def test_metadata_are_strings_other_tools_can_read(tmp_path):
@@ -128,6 +129,139 @@ def test_state_of_modules_that_is_no_tensor(tmp_path):
     assert other[0].seen == (41, "all")
 
 
+class Filter(nn.Module):
+    def __init__(self, h):
+        super().__init__()
+        self.register_buffer("h", h)
+        self.register_buffer("adjoint", h.conj())
+        self.register_buffer("again", self.adjoint)
+        self.register_buffer("negative", h.conj().imag)
+        self.register_buffer("imaginary", h.imag)
+
+
+def test_views_by_conjugation_and_negation_are_stored_as_what_they_are(tmp_path):
+    h = torch.randn(5, dtype=torch.complex64)
+    model, other = Filter(h), Filter(torch.zeros(5, dtype=torch.complex64))
+    assert model.adjoint.is_conj() and model.negative.is_neg()
+    other.adjoint, other.again, other.negative = (torch.zeros_like(t) for t in (h, h, h.imag))
+    condlr_ext.save(model, tmp_path / "m.safetensors")
+    condlr_ext.load(other, tmp_path / "m.safetensors")
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    assert "again" not in load_file(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_dtype_comes_back(tmp_path, dtype):
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    value = torch.randint(1, 100, (3, 8 * dtype.itemsize), dtype=torch.uint8).view(dtype)
+    if dtype == torch.bool:
+        value = torch.tensor([True, False])
+    model.register_buffer("freqs", value)
+    other.register_buffer("freqs", torch.zeros(value.shape).to(dtype))
+    condlr_ext.save(model, tmp_path / "m.safetensors")
+    condlr_ext.load(other, tmp_path / "m.safetensors")
+    stored = load_file(tmp_path / "m.safetensors")["freqs"]  # as others read it
+    for t in (other.freqs, stored):
+        assert t.dtype == dtype and torch.equal(t.view(torch.uint8), value.view(torch.uint8))
+
+
+class Standing(torch.Tensor):
+    """Stands for other tensors and has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, t):
+        return torch.Tensor._make_wrapper_subclass(cls, t.shape, dtype=t.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return args[0]
+
+
+MISSING = {
+    "complex128": lambda: torch.ones(3, dtype=torch.complex128),
+    "complex32": lambda: torch.ones(3).to(torch.complex32),
+    "uint4": lambda: torch.zeros(3, dtype=torch.uint8).view(torch.uint4),
+    "float4": lambda: torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(3)]),
+    "wrapper": lambda: Standing(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("make", MISSING.values(), ids=MISSING)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_the_format_lacks_is_named(tmp_path, make):
+    model, value = nn.Linear(2, 2), make()
+    with pytest.raises(TypeError, match="save: extra.freqs must "):
+        condlr_ext.save(model, tmp_path / "m.safetensors", extra={"freqs": value})
+    model.register_buffer("freqs", value)
+    with pytest.raises(TypeError, match="save: freqs must "):
+        condlr_ext.save(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_value_is_named(tmp_path):
+    with pytest.raises(ValueError, match="save: weight is not initialized and has no values"):
+        condlr_ext.save(nn.LazyLinear(3), tmp_path / "m.safetensors")
+
+
+def test_extra_has_a_depth_that_can_be_read_again(tmp_path):
+    deep = value = []
+    for _ in range(99):
+        value.append([])
+        value = value[0]
+    condlr_ext.save(nn.Linear(2, 2), tmp_path / "m.safetensors", extra=deep)
+    assert checkpoint.read(tmp_path / "m.safetensors").extra == deep
+    value.append([[]])
+    with pytest.raises(TypeError, match="save: extra.0.0.0.* must be nested at most 100 deep"):
+        condlr_ext.save(nn.Linear(2, 2), tmp_path / "m.safetensors", extra=deep)
+    deep.append(deep)  # holds itself
+    with pytest.raises(TypeError, match="nested at most 100 deep"):
+        condlr_ext.save(nn.Linear(2, 2), tmp_path / "m.safetensors", extra=deep)
+
+
+def test_files_that_other_tools_wrote(tmp_path):
+    """A state_dict alone, without the further names of tied parameters, as save_pretrained writes it."""
+    model, other = tied(), tied()
+    condlr_ext.factorize(model, rank=3, include="mid")
+    tensors = {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(tensors, tmp_path / "m.safetensors", {"format": "pt"})
+    found = condlr_ext.load(other, tmp_path / "m.safetensors")
+    assert found.rank == {"mid": 3} and found.extra is None
+    assert equal_states(other.state_dict(), model.state_dict()) and other["lm_head"].weight is other["wte"].weight
+    untied = tied()
+    untied["lm_head"].weight = nn.Parameter(torch.zeros(20, 8))
+    fails(tmp_path / "m.safetensors", untied, match="it lacks lm_head.weight")
+    condlr_ext.factorize(untied, rank=2, include="mid")
+    fails(tmp_path / "m.safetensors", untied, match="rank 2 in the model and rank 3 in the file", error=RankError)
+
+
+def test_the_tensors_of_an_optimizer_have_a_dot(tmp_path):
+    model = small_mlp()
+    optimizer = make_optimizer("CondLRAdamW", model)
+    steps(model, optimizer, [torch.rand(6, 12)])
+    condlr_ext.save(model, tmp_path / "m.safetensors", optimizer, extra={"rng": torch.get_rng_state()})
+    stored = load_file(tmp_path / "m.safetensors")
+    small_mlp().load_state_dict({name: t for name, t in stored.items() if not name.startswith(".")})
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_state_of_parameters_in_another_order(tmp_path, named):
+    def parameters(model):
+        return list(model.named_parameters() if named else model.parameters())
+
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(parameters(model), 0.1, momentum=0.9)
+    steps(model, optimizer, [torch.rand(4, 6)])
+    condlr_ext.save(model, tmp_path / "m.safetensors", optimizer)
+    turned = torch.optim.SGD(parameters(model)[2:] + parameters(model)[:2], 0.1, momentum=0.9)
+    fails(tmp_path / "m.safetensors", model, turned, match="state of parameter '0.weight' where .* has '1.weight'")
+    straight = torch.optim.SGD(parameters(model), 0.1, momentum=0.9)
+    condlr_ext.load(model, tmp_path / "m.safetensors", straight)
+    assert equal_states(straight.state_dict(), optimizer.state_dict())
+
+
 def test_wrappers_leave_no_trace(tmp_path):
     model = small_mlp()
     compiled = torch.compile(model, backend="eager")
@@ -215,7 +349,7 @@ def test_damaged_and_foreign_files(saved, tmp_path):
         fails(path, small_mlp(), match="cannot read .*bad")
     torch.save(small_mlp().state_dict(), path)
     fails(path, small_mlp(), match="cannot read .*bad")
-    save_file(small_mlp().state_dict(), path)
+    save_file(tensors, path, {key: value for key, value in text.items() if key != "condlr_ext"})
     fails(path, small_mlp(), match="was not written by condlr_ext.save: its metadata lacks condlr_ext")
     save_file(tensors, path, text | {"condlr_ext_format": "2"})
     fails(path, small_mlp(), match="has format 2 of condlr_ext .*, this version reads 1")
@@ -231,13 +365,6 @@ def test_damaged_and_foreign_files(saved, tmp_path):
     spoilt = tensors | {"2.S": torch.full((3, 3), torch.nan)}
     save_file(spoilt, path, text)
     fails(path, small_mlp(), match="S of layer '2' must be finite, got NaN or Inf", error=NonFiniteError)
-
-
-def test_without_safetensors(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    for call in (condlr_ext.save, condlr_ext.load):
-        with pytest.raises(ImportError, match=rf"condlr_ext.{call.__name__} needs safetensors: pip install"):
-            call(small_mlp(), tmp_path / "m.safetensors")
 
 
 def test_the_package_imports_no_optional_package():

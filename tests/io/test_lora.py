@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import os
 from collections import OrderedDict
 
 import pytest
@@ -166,6 +168,47 @@ def test_loras_of_others(tmp_path):
     assert made["mlp.2"].delta.S.any() and made["mlp.2"].condition_number() == 1
 
 
+def test_a_layer_under_two_names_is_written_under_both(tmp_path):
+    first = nn.Linear(6, 6)
+    plain = nn.Sequential(OrderedDict(a=first, relu=nn.ReLU(), b=first, c=nn.Linear(6, 6)))
+    model, x = copy.deepcopy(plain), torch.randn(5, 6)
+    add_adapters(model, 2)
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.delta.S.copy_(0.3 * torch.eye(2))
+    save_lora(model, tmp_path)
+    torch.testing.assert_close(evaluate_lora(plain, tmp_path)(x), model(x), rtol=1e-5, atol=1e-5)
+    again = copy.deepcopy(plain)
+    made = load_lora(again, tmp_path)
+    assert list(made) == ["a", "c"] and again.a is again.b is made["a"]
+    torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.b.lora_A.weight"] *= 2
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="'a' and 'b' are one layer and must have one change"):
+        load_lora(copy.deepcopy(plain), tmp_path)
+
+
+def test_a_failed_save_leaves_no_folder(tmp_path, monkeypatch):
+    _, model = adapted_net()
+    real, count = os.fsync, iter(range(100))
+
+    def disk_full(descriptor):
+        if next(count) == 2:  # the file of the settings, after the tensors and their folder
+            raise OSError("no space left")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="save_lora: cannot write .*lora: no space left"):
+        save_lora(model, tmp_path / "new" / "lora")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "lora").mkdir()
+    count = iter([2])
+    with pytest.raises(OSError, match="no space left"):
+        save_lora(model, tmp_path / "lora")
+    assert not list((tmp_path / "lora").iterdir())
+
+
 def test_lora_errors_change_nothing(tmp_path):
     plain, model = adapted_net()
     good, path = tmp_path / "good", tmp_path / "bad"
@@ -190,7 +233,17 @@ def test_lora_errors_change_nothing(tmp_path):
     fails("cannot read .*adapter_config", config="{")
     fails("peft_type must be LORA, got POLAR", config=config | {"peft_type": "POLAR"})
     fails("use_dora=True is more than low-rank factors", config=config | {"use_dora": True})
-    fails("must have r and lora_alpha: KeyError", config={k: v for k, v in config.items() if k != "r"})
+    fails("must have r, an integer, .* got None and", config={k: v for k, v in config.items() if k != "r"})
+    for bad in ({"r": True}, {"r": "2"}, {"r": 2.0}, {"r": None}):
+        fails("must have r, an integer", config=config | {"rank_pattern": {}} | bad)
+    for alpha in ("2", [2], math.nan, math.inf, 0, 1e308, 10**400, True, None):
+        fails(
+            "and lora_alpha, a finite number other than 0", config=config | {"lora_alpha": alpha, "alpha_pattern": {}}
+        )
+    for pattern in ([1], 7, "x"):
+        fails("rank_pattern must be a dict", config=config | {"rank_pattern": pattern})
+    fails("recursion", config="[" * 200_000)
+    fails("more than 1048576 bytes", config=" " * 2**20 + "{}")
     fails("has rank 9 in the settings and", config=config | {"r": 9, "rank_pattern": {}})
     key = "base_model.model.mlp.0.lora_A.weight"
     fails("unknown keys base_model.model.mlp.0.lora_magnitude_vector, mlp", tensors | {"base_model.model.mlp.0.lora_magnitude_vector": torch.ones(3), "mlp": torch.ones(1)})  # fmt: skip
@@ -202,7 +255,10 @@ def test_lora_errors_change_nothing(tmp_path):
     fails(
         "layer 'mlp.0' is 16 x 6, the change in the file 16 x 7", tensors | {key: torch.randn(2, 7)}, error=ValueError
     )
-    fails("must be finite, got NaN or Inf", tensors | {key: torch.full((2, 6), torch.nan)}, error=ValueError)
+    fails(r"must have lora_A \[r, n, ...\]", tensors | {key: torch.ones(2, 6, dtype=torch.int32)})
+    other = key.replace("lora_A", "lora_B")
+    fails(r"must have lora_A \[r, n, ...\]", tensors | {key: torch.ones(0, 6), other: torch.ones(16, 0)})
+    fails("of layer 'mlp.0' must be finite, got NaN or Inf", tensors | {key: torch.full((2, 6), torch.nan)})
     renamed = {k.replace("mlp.0", "mlp.9"): v for k, v in tensors.items()}
     fails("layer 'mlp.9' must be nn.Linear or nn.Conv1d/2d/3d, got no such module", renamed, error=ValueError)
     model.mlp[0].merge()
