@@ -13,6 +13,7 @@ from ..linalg import svd
 from ..nn import LowRankLayer
 from ..robustness import ATTACKS, evaluate
 from ..robustness.evaluation import classes_needed
+from ._defaults import torch_defaults
 from .config import TrainConfig
 from .data import Split, load
 from .inspect_layers import TWO_FACTOR, core, matrix_shape, orthonormality_error, weight_count
@@ -92,6 +93,7 @@ def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
     return model, metadata | {"condlr_ext": stored.version}
 
 
+@torch_defaults()
 def evaluate_checkpoint(
     path: Path, *, data: str | None = None, folder: Path | None = None, device: str = "cpu", **changes
 ) -> dict:
@@ -136,6 +138,7 @@ def evaluate_checkpoint(
     return {"run": metadata["run"], "data": data, **result}
 
 
+@torch_defaults()
 def inspect_checkpoint(path: Path, batch_size: int = 32) -> dict:
     """Return the metadata, and for each linear layer its shape, rank, weights, sigma, kappa and orthonormality.
 
@@ -184,7 +187,7 @@ def _inputs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
                 inputs[name] = torch.empty_like(args[0])
 
             hooks.append(module.register_forward_pre_hook(keep))
-    model.eval()(torch.zeros(shape))
+    model.eval()(torch.zeros(shape, dtype=torch.float32, device="cpu"))
     for hook in hooks:
         hook.remove()
     return inputs

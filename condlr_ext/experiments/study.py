@@ -22,6 +22,7 @@ from ..io import checkpoint
 from ..ops import current_backend
 from ..robustness.evaluation import check_classes
 from . import report
+from ._defaults import torch_defaults
 from .checkpoint import save_and_attack
 from .config import TrainConfig
 from .data import Split, load
@@ -32,6 +33,7 @@ from .trainer import Trainer
 STATE_EVERY = 30  # seconds between the files from which an interrupted run goes on
 
 
+@torch_defaults()
 def train(config: TrainConfig, progress: bool = False) -> dict:
     """Train all runs of config for all its seeds, attack each on the test set, write the results to config.out.
 

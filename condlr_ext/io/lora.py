@@ -120,7 +120,8 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
                 f"{folder}: layer {name!r} must have lora_A [r, n, ...] and lora_B [m, r, 1...], got {list(A.shape)}"
                 f" and {list(B.shape)}"
             )
-        factors = orthonormal_factors(B.flatten(1), torch.eye(r, dtype=B.dtype), A.flatten(1).mT)
+        core = torch.eye(r, dtype=B.dtype, device=B.device)
+        factors = orthonormal_factors(B.flatten(1), core, A.flatten(1).mT)
         changes[name] = (*factors, scaling(config, name, r, str(folder)))
     return set_adapters(model, changes, str(folder))
 

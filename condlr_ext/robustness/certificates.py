@@ -128,7 +128,7 @@ def _ratio(module: nn.Module, z: Tensor) -> Tensor:
         projected = conv(z, filters.repeat(repeat), **geometry).square()
     total, projected = (t.flatten(1).sum(1) for t in (total, projected))
     ratio = (total / torch.where(projected > 0, projected, 1)).sqrt().clamp_min(1)
-    return torch.where(projected > 0, ratio, torch.where(total > 0, torch.inf, 1.0))
+    return torch.where(projected > 0, ratio, torch.where(total > 0, torch.inf, 1.0).to(ratio.dtype))
 
 
 def _row_basis(module: nn.Module) -> Tensor:

@@ -141,7 +141,9 @@ def evaluate(
         at_zero = survivors(budgets.new_zeros(1), steps=1, restarts=1) if guard else {}
 
     result = Evaluation(n=len(x), norm=norm, others=list(others))
-    result["eps"] = torch.as_tensor(eps, dtype=torch.float64).reshape(-1).tolist()  # not rounded to the dtype of x
+    result["eps"] = (
+        torch.as_tensor(eps, dtype=torch.float64, device="cpu").reshape(-1).tolist()
+    )  # not rounded to the dtype of x
     result |= {name: _share(samples) for name, samples in (clean | at_eps).items()}
     if at_eps:
         result["worst"] = _share(torch.stack(list(at_eps.values())).all(0))
