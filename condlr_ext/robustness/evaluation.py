@@ -106,8 +106,8 @@ def evaluate(
         ShapeError: Shapes of the arguments or of the logits.
         NonFiniteError: NaN or Inf in the logits or the input gradient.
     """
-    check_batch("evaluate", x, y)
-    budgets = check_eps("evaluate", eps, x).reshape(-1)
+    y = check_batch("evaluate", x, y)
+    budgets = check_eps("evaluate", eps, x, norm).reshape(-1)
     if x.numel() == 0:
         raise ValueError(f"evaluate: x must hold at least one sample, got shape {list(x.shape)}")
     requested = None if attacks is None else list(attacks)
