@@ -131,7 +131,7 @@ class TrainConfig(Settings):
             content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"config: cannot read {path}: {error}") from None
-        except ValueError as error:  # of the parser
+        except (ValueError, RecursionError) as error:  # of the parser
             raise ValueError(f"config: {path} is no TOML file: {error}") from None
         try:
             return cls(**content | changes)

@@ -73,10 +73,10 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
     if not config.overwrite:
         _refuse_to_lose(runs)
     records = []
-    interval = 0.1 if sys.stderr.isatty() else 10  # seconds: a log file gets few lines
+    interval = 0.1 if sys.stderr and sys.stderr.isatty() else 10  # seconds: a log file gets few lines
     count = len(config.runs) * len(config.seeds)
     with require("tqdm").tqdm(
-        total=count * config.epochs, unit="epoch", disable=not progress, mininterval=interval
+        total=count * config.epochs, unit="epoch", disable=not progress or not sys.stderr, mininterval=interval
     ) as bar:
         for seed, of_seed in zip(config.seeds, runs, strict=True):
             if seed != config.seeds[0]:

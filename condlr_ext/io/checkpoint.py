@@ -17,6 +17,7 @@ from .._version import __version__
 from ..errors import CheckpointError, NonFiniteError, RankError
 from ..factorize import factorize
 from ..nn import low_rank_layers
+from ..ops import check_environment
 
 __all__ = ["Checkpoint", "load", "read", "save"]
 
@@ -220,6 +221,7 @@ def read_safetensors(path, user: str) -> tuple[dict[str, Tensor], dict[str, str]
         CheckpointError: The file is missing or damaged.
         ImportError: safetensors is not installed; the text names `user`.
     """
+    check_environment()
     safetensors = require("safetensors", user, "safetensors")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:

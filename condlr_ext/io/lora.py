@@ -144,7 +144,7 @@ def read_peft(folder: Path, user: str, known: tuple[str, ...] = ()) -> tuple[dic
     try:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"it has more than {_LARGEST_CONFIG} bytes")
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
