@@ -144,7 +144,7 @@ def _split(config: TrainConfig, seed: int) -> Split:
 
 def _initial(config: TrainConfig, split: Split, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return build(config.network, split.shape, split.classes, mean=split.mean, std=split.std)
 
 

@@ -61,12 +61,12 @@ class Trainer:
         self._order = torch.Generator("cpu").manual_seed(seed)
         self._noise = torch.Generator(config.device).manual_seed(seed)  # of attacks in training
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self._random = torch.get_rng_state()  # of dropout
         if state is None:
             self.model = copy.deepcopy(initial)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 self.method.prepare(self.model, split.x_train)
             place(self.model, config.device)
             self._start()

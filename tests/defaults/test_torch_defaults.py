@@ -358,3 +358,13 @@ def test_every_factory_names_its_device_and_dtype():
             if owner == "torch" and (numbers or None not in given and not needed <= given):  # None: **options
                 found.append(f"{path.relative_to(PACKAGE)}:{call.lineno}: {ast.unparse(call)}")
     assert not found
+
+
+def test_a_study_leaves_random_states_alone(tmp_path, monkeypatch, no_figures):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)  # torch.manual_seed seeds every device
+    given = Inputs(tmp_path)
+    seeded.clear()
+    before = torch.get_rng_state()
+    studied(given)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded
