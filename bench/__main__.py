@@ -276,10 +276,10 @@ def markdown(files: list[Path]) -> None:
     from .markdown import rewrite
 
     for file in files:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         made = rewrite(text)
         if made != text:
-            file.write_text(made)
+            file.write_text(made, encoding="utf-8")
         print(f"{file}: {'rewritten' if made != text else 'as it was'}")
 
 

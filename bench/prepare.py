@@ -76,7 +76,7 @@ def test(seconds: float, files: list[Path] | None = None) -> dict:
         pytest, None if it was stopped after `seconds`.
     """
     if files is None:
-        files = [f for f in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in f.read_text()]
+        files = [f for f in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in f.read_text(encoding="utf-8")]
     start, counts, failed = time.monotonic(), dict.fromkeys(("tests", "failures", "errors", "skipped"), 0), []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"

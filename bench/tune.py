@@ -47,8 +47,9 @@ def enter(results: Results, file: Path | None = None) -> int:
     entry = {name: run["machine"][name] for name in ("device", "capability")}
     entry |= {name: run["versions"].get(name) for name in ("torch", "triton")}
     entry |= {"date": run["date"][:10], "commit": run["commit"], "columns": COLUMNS, "rows": measured}
-    tables = json.loads(file.read_text())["tables"] if file.exists() else []
+    tables = json.loads(file.read_text(encoding="utf-8"))["tables"] if file.exists() else []
     tables = [table for table in tables if table["device"] != entry["device"]] + [entry]
     text = json.dumps({"format": 1, "tables": tables}, indent=1)
-    file.write_text(re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n")
+    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    file.write_text(text + "\n", encoding="utf-8")
     return len(measured)

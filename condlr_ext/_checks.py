@@ -2,20 +2,30 @@
 
 import math
 import numbers
+import warnings
 
 import torch
 from torch import Tensor
 
 from .errors import NonFiniteError, ShapeError
 
+_INTEGER = (
+    torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
 
-def check_batch(caller: str, x: Tensor, y: Tensor) -> None:
-    """Raise unless x [B, ...] is floating point in [0, 1] and y [B] integer, on one device."""
+
+def check_labels(caller: str, y: Tensor) -> Tensor:
+    """Return the labels as int64, the only integers that all of torch takes; raise unless they are integers."""
+    if not isinstance(y, Tensor) or y.dtype not in _INTEGER:
+        raise TypeError(f"{caller}: y must be an integer tensor of labels, got {_dtype_or_type(y)}")
+    return y.long()
+
+
+def check_batch(caller: str, x: Tensor, y: Tensor) -> Tensor:
+    """Return y as int64; raise unless x [B, ...] is floating point in [0, 1] and y [B] integer, on one device."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"{caller}: x must be a floating-point tensor, got {_dtype_or_type(x)}")
-    integer = isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-    if not integer:
-        raise TypeError(f"{caller}: y must be an integer tensor of labels, got {_dtype_or_type(y)}")
+    labels = check_labels(caller, y)
     if x.ndim == 0 or y.shape != x.shape[:1]:
         raise ShapeError(f"{caller}: x [B, ...] needs y [B], got x {list(x.shape)} and y {list(y.shape)}")
     if x.device != y.device:
@@ -27,6 +37,7 @@ def check_batch(caller: str, x: Tensor, y: Tensor) -> None:
                 f"{caller}: x must lie in [0, 1], got values in [{low:.4g}, {high:.4g}]; attack plain "
                 "inputs and put any normalization into the model"
             )
+    return labels
 
 
 def _dtype_or_type(value) -> str:
@@ -47,8 +58,11 @@ def check_logits(caller: str, logits: Tensor, y: Tensor) -> None:
         )
 
 
-def check_eps(caller: str, eps, x: Tensor) -> Tensor:
-    """Return eps as a 0-D or 1-D tensor with dtype and device of x; raise unless every entry is finite and >= 0."""
+def check_eps(caller: str, eps, x: Tensor, norm: str | None = None) -> Tensor:
+    """Return eps as a 0-D or 1-D tensor with dtype and device of x; raise unless every entry is finite and >= 0.
+
+    Warn of an l-infinity budget above 1, which is all of [0, 1]: likely a number of gray levels.
+    """
     try:
         if isinstance(eps, bool):
             raise TypeError
@@ -59,6 +73,12 @@ def check_eps(caller: str, eps, x: Tensor) -> Tensor:
         raise ShapeError(f"{caller}: eps must be a number or a non-empty 1-D sequence, got shape {list(budgets.shape)}")
     if not (torch.isfinite(budgets) & (budgets >= 0)).all():
         raise ValueError(f"{caller}: eps must be finite and >= 0, got {eps}")
+    if norm == "linf" and (budgets > 1).any():
+        warnings.warn(
+            f"eps is in the units of inputs in [0, 1], got {budgets.max():g} in linf, which reaches every input; 8 of"
+            " 255 gray levels are 8 / 255",
+            stacklevel=3,
+        )
     return budgets
 
 

@@ -78,14 +78,15 @@ def _serving(op: ops.Op, device: str) -> dict:
 
 def _sample(name: str, device: str) -> tuple:
     """Return typical arguments of the op."""
-    U, S, V, bias = (torch.empty(shape, device=device) for shape in ((8, 4), (4, 4), (8, 4), (8,)))
+    like = {"dtype": torch.float32, "device": device}
+    U, S, V, bias = (torch.empty(shape, **like) for shape in ((8, 4), (4, 4), (8, 4), (8,)))
     if name == "step":
         layer = [U, S, V, bias]
-        hyper = torch.empty(1, len(ROLES), len(HYPER), dtype=torch.float64)
+        hyper = torch.empty(1, len(ROLES), len(HYPER), dtype=torch.float64, device="cpu")
         return layer, layer, layer, hyper, torch.empty(1, dtype=torch.int64, device=device)
     if name in ("svd", "qr", "polar", "clip_spectrum"):
         return (S,)
-    rows = torch.empty(4096, 8, device=device)
+    rows = torch.empty(4096, 8, **like)
     if "conv" in name:
         rows = rows.view(64, 8, 8, 8).movedim(-1, 1)  # channels_last
     geometry = ([1, 1], [1, 1], [0, 0], [1, 1], 1) if "conv" in name else ()

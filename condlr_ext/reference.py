@@ -280,7 +280,7 @@ def jacobi_svd(A: Tensor, max_sweeps: int = 60):
                 continue
             turned = True
             zeta = (beta - alpha) / (2 * torch.where(active, gamma, 1))
-            t = torch.where(zeta < 0, -1.0, 1.0) / (zeta.abs() + (1 + zeta * zeta).sqrt())
+            t = torch.where(zeta < 0, -1.0, 1.0).to(zeta.dtype) / (zeta.abs() + (1 + zeta * zeta).sqrt())
             c = torch.where(active, (1 + t * t).rsqrt(), 1).unsqueeze(-2)
             s = torch.where(active, t * (1 + t * t).rsqrt(), 0).unsqueeze(-2)
             W[..., i], W[..., j] = c * a - s * b, s * a + c * b
@@ -311,8 +311,7 @@ def cond_from_sigma(sigma: Tensor) -> Tensor:
     """Return kappa for descending singular values [*, k]."""
     largest, smallest = sigma[..., 0], sigma[..., -1]
     safe = torch.where(smallest > 0, smallest, 1)
-    singular = torch.where(smallest.isnan(), math.nan, math.inf)
-    return torch.where(smallest > 0, largest / safe, singular)
+    return torch.where(smallest > 0, largest / safe, torch.where(smallest.isnan(), smallest, math.inf))
 
 
 # ----------------------------------------------------------------------------------- the constraint set

@@ -10,6 +10,7 @@ namespace condlr {
 namespace {
 constexpr std::size_t kLine = 64;
 constexpr std::size_t kFirstBlock = std::size_t{1} << 16;
+constexpr std::size_t kKept = std::size_t{1} << 26;  // 64 MiB
 
 static_assert(sizeof(Workspace::Block) <= kLine, "the header fits before the first aligned byte");
 
@@ -18,12 +19,22 @@ Workspace::Block* make_block(std::size_t size) {
 }
 }  // namespace
 
-Workspace::~Workspace() {
-  for (Block* block = head_.next; block != nullptr;) {
+Workspace::~Workspace() { free_after(&head_); }
+
+void Workspace::free_after(Block* last) {
+  for (Block* block = last->next; block != nullptr;) {
     Block* next = block->next;
     ::operator delete(block, std::align_val_t{kLine});
     block = next;
   }
+  last->next = nullptr;
+}
+
+void Workspace::shrink() {
+  release({&head_, 0});
+  Block* last = &head_;
+  for (std::size_t held = 0; last->next != nullptr && (held += last->next->size) <= kKept;) last = last->next;
+  free_after(last);
 }
 
 void* Workspace::take(std::size_t bytes) {
@@ -72,10 +83,10 @@ Workspaces::Lease::~Lease() {
 }
 
 Workspaces::~Workspaces() {
+  for (Workspace* each = idle_; each != nullptr; each = each->next_) each->shrink();
   const std::lock_guard<std::mutex> guard(lock());
   while (Workspace* first = idle_) {
     idle_ = first->next_;
-    first->release({&first->head_, 0});
     first->next_ = pool;
     pool = first;
   }

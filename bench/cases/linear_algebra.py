@@ -406,7 +406,7 @@ def operation(name: str, what: str, kind: Kind, shapes: Callable) -> Operation:
 
 
 OPERATIONS = (
-    operation("clip", "singular values of cores clipped to κ <= 1 + τ, as after a step", CLIP, square),
+    operation("clip", "singular values of cores clipped to kappa <= 1 + tau, as after a step", CLIP, square),
     operation("clip ill-conditioned", "the same on random cores, as at the first step", ILL_CONDITIONED, first_step),
     operation("svd", "singular value decompositions of batches", SVD, square),
     operation("polar", "polar decompositions of batches", POLAR, square),

@@ -64,8 +64,8 @@ def apgd(
 
     Source: Croce and Hein (arXiv 2003.01690), algorithm 1, section 3 and, for the targeted loss, eq. 7.
     """
-    check_batch("apgd", x, y)
-    budgets = check_eps("apgd", eps, x)
+    y = check_batch("apgd", x, y)
+    budgets = check_eps("apgd", eps, x, norm)
     check_choice("apgd", "norm", norm, BALLS)
     check_choice("apgd", "loss", loss, APGD_LOSSES)
     for name, count in (("steps", steps), ("restarts", restarts), ("targets", targets)):

@@ -1,6 +1,7 @@
 """Attacks of torchattacks, foolbox and AutoAttack, with the signature of the package's own."""
 
 import importlib
+import inspect
 import math
 from contextlib import contextmanager
 
@@ -13,6 +14,9 @@ from .._modules import frozen
 from ..errors import NonFiniteError, ShapeError
 from .balls import BALLS
 from .search import unperturbed
+
+CLASSES_NEEDED = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 10, "fab": 2, "fab-t": 10, "square": 2}  # AutoAttack's
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
 def from_torchattacks(model: nn.Module, x: Tensor, y: Tensor, eps, attack: str, *, seed: int = 0, **options) -> Tensor:
@@ -34,13 +38,15 @@ def from_torchattacks(model: nn.Module, x: Tensor, y: Tensor, eps, attack: str, 
 
     Raises:
         ImportError: torchattacks is not installed.
-        ValueError: An argument out of range, or an unknown attack.
+        ValueError: An argument out of range, an unknown attack or one without a budget.
         TypeError: An argument of the wrong type.
         ShapeError: Shapes of the arguments, the logits or the attack's result.
         NonFiniteError: NaN or Inf in the logits or the attack's result.
     """
     library = _require("from_torchattacks", "torchattacks")
     attack_class = _attack_class("from_torchattacks", library, attack)
+    if "eps" not in (known := inspect.signature(attack_class).parameters):
+        raise ValueError(f"from_torchattacks: {attack} has no budget eps, its arguments are {', '.join(known)}")
 
     def run(classifier, images, labels, budget):
         chosen = {name: option(budget) if callable(option) else option for name, option in options.items()}
@@ -100,7 +106,7 @@ def autoattack(
         eps: As in from_torchattacks.
         norm: "linf" or "l2".
         attacks: Names out of "apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square" instead of the standard
-            version. The targeted ones need more than 9 classes.
+            version. Those with "-t", which the standard version has, need 10 classes, "apgd-dlr" 3.
         batch_size: Samples per batch, >= 1.
         seed: As in from_torchattacks.
 
@@ -111,10 +117,16 @@ def autoattack(
         ImportError: Neither autoattack nor pyautoattack is installed.
         ValueError: As from_torchattacks, like the other errors.
 
+    Notes:
+        AutoAttack runs in float32; inputs of another dtype are cast for it.
+
     Source: Croce and Hein (arXiv 2003.01690); packages autoattack (from its repository) or pyautoattack.
     """
     check_choice("autoattack", "norm", norm, BALLS)
     check_count("autoattack", "batch_size", batch_size)
+    if attacks is not None and (isinstance(attacks, str) or not set(attacks) <= set(CLASSES_NEEDED)):
+        known = ", ".join(CLASSES_NEEDED)
+        raise ValueError(f"autoattack: attacks must be a list of names out of {known}, got {attacks!r}")
     library = _require("autoattack", "autoattack", "pyautoattack")
     packaged = library.__name__ == "pyautoattack"  # the same code with other names for its arguments
 
@@ -125,21 +137,41 @@ def autoattack(
         names = {"linf": "Linf", "l2": "L2"}
         attacker = library.AutoAttack(classifier, norm=names[norm], eps=budget, seed=seed, device=x.device, **options)
         size = {"batch_size" if packaged else "bs": batch_size}
-        found = attacker.run_standard_evaluation(images, labels, **size)
-        return found[0] if packaged else found  # it returns the labels too
+        shown = images.float()
+        found = attacker.run_standard_evaluation(shown, labels, **size)
+        found = found[0] if packaged else found  # it returns the labels too
+        if images.dtype != torch.float64:
+            return found
+        delta = BALLS[norm].project(found.double() - shown, torch.tensor(budget, dtype=torch.float64, device=x.device))
+        return images + delta
 
-    return _run_per_budget("autoattack", model, x, y, eps, seed, run)
+    needed = {name: CLASSES_NEEDED[name] for name in (STANDARD if attacks is None else attacks)}
+    return _run_per_budget("autoattack", model, x, y, eps, seed, run, norm, needed)
 
 
-def _run_per_budget(caller: str, model: nn.Module, x: Tensor, y: Tensor, eps, seed: int, run) -> Tensor:
-    """Return run(classifier of images, images, labels, budget) for every budget in order, x for a budget of 0."""
-    check_batch(caller, x, y)
-    budgets = check_eps(caller, eps, x)
+def _run_per_budget(
+    caller: str, model: nn.Module, x: Tensor, y: Tensor, eps, seed: int, run, norm=None, needed=None
+) -> Tensor:
+    """Return run(classifier of images, images, labels, budget) for every budget in order, x for a budget of 0.
+
+    Args:
+        norm: That of eps, where it is known.
+        needed: {attack: number of classes} of those that run will use.
+    """
+    y = check_batch(caller, x, y)
+    budgets = check_eps(caller, eps, x, norm)
     if x.numel() == 0:
         return unperturbed(x, budgets)
     with frozen(model):
-        x, y = x.detach().clone(), y.long().clone()
-        check_logits(caller, model(x), y)
+        x, y = x.detach().clone(), y.clone()
+        logits = model(x)
+        check_logits(caller, logits, y)
+        for name, classes in (needed or {}).items():
+            if logits.shape[1] < classes:
+                raise ValueError(
+                    f'{caller}: "{name}" needs at least {classes} classes, the model has {logits.shape[1]}; give'
+                    ' attacks that need fewer, such as attacks=["apgd-ce", "fab", "square"]'
+                )
         images, classifier, results = _as_images(x), _ImageClassifier(model, x), []
         for budget in budgets.reshape(-1).tolist():
             if budget == 0:
@@ -164,7 +196,7 @@ class _ImageClassifier(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(images.reshape(-1, *self.input_shape).to(self.input_dtype))
+        return self.model(images.reshape(-1, *self.input_shape).to(self.input_dtype)).to(images.dtype)
 
 
 def _as_images(x: Tensor) -> Tensor:

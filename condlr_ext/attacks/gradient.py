@@ -33,8 +33,8 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps, *, norm: str = "linf", los
 
     Source: Goodfellow, Shlens, Szegedy (arXiv 1412.6572), section 4.
     """
-    check_batch("fgsm", x, y)
-    budgets = check_eps("fgsm", eps, x)
+    y = check_batch("fgsm", x, y)
+    budgets = check_eps("fgsm", eps, x, norm)
     check_choice("fgsm", "norm", norm, BALLS)
     check_choice("fgsm", "loss", loss, LOSSES)
     if x.numel() == 0:
@@ -46,7 +46,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps, *, norm: str = "linf", los
 
 def clean_gradient(caller: str, model: nn.Module, x: Tensor, y: Tensor, loss: str = "ce") -> tuple[Tensor, Tensor]:
     """Return the logits [B, C] of a frozen model at x and the gradient of each sample's loss, both checked."""
-    x, y = x.detach().clone().requires_grad_(), y.long().clone()
+    x, y = x.detach().clone().requires_grad_(), y.clone()
     logits = model(x)
     check_logits(caller, logits, y)
     check_classes(caller, logits, loss)
@@ -101,8 +101,8 @@ def pgd(
 
     Source: Madry et al. (arXiv 1706.06083), section 2.1; loss "dlr" from Croce and Hein (arXiv 2003.01690).
     """
-    check_batch("pgd", x, y)
-    budgets = check_eps("pgd", eps, x)
+    y = check_batch("pgd", x, y)
+    budgets = check_eps("pgd", eps, x, norm)
     check_count("pgd", "steps", steps)
     check_count("pgd", "restarts", restarts)
     check_choice("pgd", "norm", norm, BALLS)

@@ -81,7 +81,7 @@ def low_rank_pgd(
 
     Source: Savostianova, Zangrando, Tudisco, Low-rank adversarial PGD attack (arXiv 2410.12607).
     """
-    check_batch("low_rank_pgd", x, y)
+    y = check_batch("low_rank_pgd", x, y)
     budgets = check_eps("low_rank_pgd", eps, x)
     if x.ndim < 3:
         raise ShapeError(f"low_rank_pgd: x must be matrices [B, ..., H, W], got {list(x.shape)}")

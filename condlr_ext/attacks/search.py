@@ -13,7 +13,7 @@ def repeat_for_budgets(x: Tensor, y: Tensor, budgets: Tensor) -> tuple[Tensor, T
     """Return (center [N, ...], labels [N], radius [N, 1, ...]) with N = budgets * samples, budgets outermost."""
     copies = max(1, budgets.numel())
     center = x.detach().repeat(copies, *[1] * (x.ndim - 1))
-    return center, y.long().repeat(copies), unsqueeze_like(budgets.reshape(-1).repeat_interleave(len(x)), center)
+    return center, y.repeat(copies), unsqueeze_like(budgets.reshape(-1).repeat_interleave(len(x)), center)
 
 
 def repeat_like(values: Tensor, center: Tensor) -> Tensor:

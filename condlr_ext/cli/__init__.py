@@ -12,7 +12,10 @@ import torch
 
 import condlr_ext
 
-from . import commands
+from .. import ops
+from . import commands, output
+
+MOST_THREADS = 1024
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,17 +33,20 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0; 2 after a user's error (one line on stderr); 130 when interrupted.
     """
     argv = [_dashes(a) for a in (sys.argv[1:] if argv is None else argv)]
+    output.prepare()
     try:
         arguments = _parser(argv).parse_args(argv)
         backend = condlr_ext.backend(arguments.backend) if arguments.backend else contextlib.nullcontext()
         with backend, _threads(getattr(arguments, "threads", None)):
+            ops.check_environment()
             code = arguments.command(arguments) or 0
             sys.stdout.flush()
     except BrokenPipeError:  # the reader, head for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError, NotImplementedError, ArithmeticError) as error:
-        print(f"condlr: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, RuntimeError, ArithmeticError, MemoryError) as error:
+        text = " ".join(str(error).split()) or ("out of memory" if isinstance(error, MemoryError) else repr(error))
+        print(f"condlr: error: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("condlr: interrupted", file=sys.stderr)
@@ -58,8 +64,8 @@ def _dashes(argument: str) -> str:
 def _threads(count: int | None):
     before = torch.get_num_threads()
     if count is not None:
-        if count < 1:
-            raise ValueError(f"--threads must be >= 1, got {count}")
+        if not 1 <= count <= MOST_THREADS:
+            raise ValueError(f"--threads must be in 1..{MOST_THREADS}, got {count}")
         torch.set_num_threads(count)
     try:
         yield

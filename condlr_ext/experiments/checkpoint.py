@@ -15,6 +15,7 @@ from ..linalg import svd
 from ..nn import LowRankLayer
 from ..robustness import ATTACKS, KNOWN_ATTACKS, evaluate
 from ..robustness.evaluation import classes_needed
+from ._defaults import torch_defaults
 from .config import TrainConfig
 from .data import Split, load
 from .inspect_layers import TWO_FACTOR, core, low_rank_layers, matrix_shape, orthonormality_error, weight_count
@@ -150,6 +151,7 @@ def _built(metadata: dict) -> nn.Module:
     return model
 
 
+@torch_defaults()
 def evaluate_checkpoint(
     path: Path, *, data: str | None = None, folder: Path | None = None, device: str = "cpu", **changes
 ) -> dict:
@@ -194,6 +196,7 @@ def evaluate_checkpoint(
     return {"run": metadata["run"], "data": data, **result}
 
 
+@torch_defaults()
 def inspect_checkpoint(path: Path, batch_size: int = 32) -> dict:
     """Return the metadata, and for each linear layer its shape, rank, weights, sigma, kappa and orthonormality.
 
@@ -247,7 +250,7 @@ def _inputs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
                 inputs[name] = torch.empty_like(args[0])
 
             hooks.append(module.register_forward_pre_hook(keep))
-    model.eval()(torch.zeros(shape, device="meta"))
+    model.eval()(torch.zeros(shape, dtype=torch.float32, device="meta"))
     for hook in hooks:
         hook.remove()
     return inputs

@@ -275,11 +275,13 @@ def crop_and_flip(x: Tensor, generator: torch.Generator | None = None) -> Tensor
         generator: Source of the draws, on the CPU.
     """
     n, _, height, width = x.shape
-    down, right = torch.randint(0, 2 * PAD + 1, (2, n, 1), generator=generator)
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5
-    rows = down + torch.arange(height)
-    columns = right + torch.where(mirrored, torch.arange(width - 1, -1, -1), torch.arange(width))
+    whole = {"dtype": torch.int64, "device": "cpu"}
+    down, right = torch.randint(0, 2 * PAD + 1, (2, n, 1), generator=generator, **whole)
+    mirrored = torch.rand(n, 1, dtype=torch.float32, device="cpu", generator=generator) < 0.5
+    rows = down + torch.arange(height, **whole)
+    across = torch.arange(width, **whole)
+    columns = right + torch.where(mirrored, across.flip(0), across)
     padded = F.pad(x, [PAD] * 4).movedim(1, -1)
-    image = torch.arange(n).view(n, 1, 1)
+    image = torch.arange(n, **whole).view(n, 1, 1)
     rows, columns = rows[:, :, None].to(x.device), columns[:, None, :].to(x.device)
     return padded[image.to(x.device), rows, columns].movedim(-1, 1)

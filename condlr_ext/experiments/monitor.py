@@ -61,7 +61,7 @@ class Monitor:
         self.kappa = {name: state["kappa"].get(name, []) for name in self._layers} | state["kappa"]
         self.dense_kappa = {name: state["dense_kappa"].get(name, []) for name in self._dense} | state["dense_kappa"]
         if state["orthonormality"] is not None:
-            self._errors = [torch.tensor(state["orthonormality"], dtype=torch.float64)]
+            self._errors = [torch.tensor(state["orthonormality"], dtype=torch.float64, device="cpu")]
 
     @property
     def orthonormality(self) -> float | None:

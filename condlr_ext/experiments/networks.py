@@ -204,7 +204,7 @@ def place(model: nn.Module, device: str) -> nn.Module:
 def check_device(where: str, device: str) -> None:
     """Raise ValueError if the device cannot compute here."""
     try:
-        torch.ones(2, device=device).sum().item()
+        torch.ones(2, dtype=torch.float32, device=device).sum().item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{where}: device must be one that is here, got {device!r}: {reason}") from None

@@ -22,6 +22,7 @@ from ..io import checkpoint
 from ..ops import current_backend
 from ..robustness.evaluation import check_classes
 from . import report
+from ._defaults import torch_defaults
 from .checkpoint import save_and_attack
 from .config import TrainConfig
 from .data import Split, load
@@ -32,6 +33,7 @@ from .trainer import Trainer
 STATE_EVERY = 30  # seconds between the files from which an interrupted run goes on
 
 
+@torch_defaults()
 def train(config: TrainConfig, progress: bool = False) -> dict:
     """Train all runs of config for all its seeds, attack each on the test set, write the results to config.out.
 
@@ -70,10 +72,10 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
     if not config.overwrite:
         _refuse_to_lose(runs)
     records = []
-    interval = 0.1 if sys.stderr.isatty() else 10  # seconds: a log file gets few lines
+    interval = 0.1 if sys.stderr and sys.stderr.isatty() else 10  # seconds: a log file gets few lines
     count = len(config.runs) * len(config.seeds)
     with require("tqdm").tqdm(
-        total=count * config.epochs, unit="epoch", disable=not progress, mininterval=interval
+        total=count * config.epochs, unit="epoch", disable=not progress or not sys.stderr, mininterval=interval
     ) as bar:
         for seed, of_seed in zip(config.seeds, runs, strict=True):
             if seed != config.seeds[0]:
@@ -141,7 +143,7 @@ def _split(config: TrainConfig, seed: int) -> Split:
 
 def _initial(config: TrainConfig, split: Split, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return build(config.network, split.shape, split.classes, mean=split.mean, std=split.std)
 
 

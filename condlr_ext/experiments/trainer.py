@@ -58,15 +58,15 @@ class Trainer:
         if self._augment and len(split.shape) != 3:
             raise ValueError(f"train: augment needs images [C, H, W], the samples are {list(split.shape)}")
         self._initial, self._phases = initial, self.method.phases(config.epochs)
-        self._order = torch.Generator().manual_seed(seed)
+        self._order = torch.Generator("cpu").manual_seed(seed)
         self._noise = torch.Generator(config.device).manual_seed(seed)  # of attacks in training
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self._random = torch.get_rng_state()  # of dropout
         if state is None:
             self.model = copy.deepcopy(initial)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 self.method.prepare(self.model, split.x_train)
             place(self.model, config.device)
             self._start()
@@ -153,7 +153,8 @@ class Trainer:
         each_step = self.method.whole_each_step
         self.model.train()
         spent = total = 0.0
-        for index in torch.randperm(len(split.y_train), generator=self._order).split(config.batch_size):
+        order = torch.randperm(len(split.y_train), device="cpu", generator=self._order)
+        for index in order.split(config.batch_size):
             x, y = split.x_train[index], split.y_train[index].to(device)
             if self._augment:
                 x = crop_and_flip(x, self._order)

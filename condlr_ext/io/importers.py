@@ -102,7 +102,7 @@ def robust_dlrt(source, model: nn.Module) -> dict[str, int]:
         if f"{name}.bias" in state:
             state[f"{name}.bias"] = 2 * state[f"{name}.bias"]
         right = torch.einsum("abcd,ib,hc,wd->aihw", S, *Us[1:]).flatten(1)
-        return _product(where, name, Us[0], torch.eye(len(S), dtype=S.dtype), right)
+        return _product(where, name, Us[0], torch.eye(len(S), dtype=S.dtype, device=S.device), right)
 
     return _import(state, where, model, _prefixes(state, ".S"), factors)
 
@@ -219,7 +219,7 @@ def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, 
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "identity": lambda S: S,
         "diagonal": lambda S: S.diagonal().diag(),
-        "removal": lambda S: torch.eye(len(S), dtype=S.dtype),
+        "removal": lambda S: torch.eye(len(S), dtype=S.dtype, device=S.device),
     }
     if form not in forms:
         raise CheckpointError(f"{where}: parameterize_S must be one of {', '.join(forms)}, got {form!r}")

@@ -134,7 +134,8 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
         if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
             raise CheckpointError(f"{folder}: lora_A and lora_B of layer {name!r} must be finite, got NaN or Inf")
         r = len(A)
-        factors = orthonormal_factors(B.flatten(1), torch.eye(r, dtype=B.dtype), A.flatten(1).mT)
+        core = torch.eye(r, dtype=B.dtype, device=B.device)
+        factors = orthonormal_factors(B.flatten(1), core, A.flatten(1).mT)
         changes[name] = (*factors, scaling(config, name, r, str(folder)))
     return set_adapters(model, changes, str(folder))
 

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from .._files import whole_file
 from .._modules import not_plain
 from ..errors import CheckpointError
+from ..ops import check_environment
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -91,6 +92,7 @@ def read_tensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: The file is missing or damaged.
     """
+    check_environment()  # before a file can be blamed
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
             raise ValueError("it is not a regular file")

@@ -72,7 +72,7 @@ class LowRankAdapter(nn.Module):
         norm = torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
         norm = torch.where(norm > 0, norm, 1)
         s = torch.finfo(W.dtype).eps * norm / (abs(self.scale) * math.sqrt(self.delta.rank))
-        S.copy_(s * torch.eye(self.delta.rank, device=S.device))
+        S.copy_(s * torch.eye(self.delta.rank, device=S.device, dtype=s.dtype))
 
     @property
     def rank(self) -> int:

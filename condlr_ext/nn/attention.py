@@ -192,7 +192,7 @@ def dense_projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:
     for name, child in _PROJECTIONS.items():
         weight = attention._parameters.get(name)
         if weight is not None:
-            layers[child] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            layers[child] = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
             layers[child].weight = weight
             layers[child].train(attention.training)
     return layers

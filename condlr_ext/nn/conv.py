@@ -110,7 +110,8 @@ class _LowRankConv(LowRankLayer):
         if self._last is not None:
             # to(memory_format=...) converts only 4- and 5-dimensional parameters: see what it does to such a tensor
             format = self._last if self.channels_last else torch.contiguous_format
-            probe = torch.empty((2,) * (self._d + 2), device="meta" if self.U.is_meta else "cpu")
+            device = "meta" if self.U.is_meta else "cpu"
+            probe = torch.empty((2,) * (self._d + 2), device=device, dtype=torch.float32)
             self.channels_last = self._is_channels_last(fn(probe.to(memory_format=format)))
         return self
 
@@ -118,7 +119,7 @@ class _LowRankConv(LowRankLayer):
         if self._last is None:
             return False
         plain, last = (
-            torch.empty(t.shape, device="meta").to(memory_format=f).stride()
+            torch.empty(t.shape, device="meta", dtype=t.dtype).to(memory_format=f).stride()
             for f in (torch.contiguous_format, self._last)
         )
         return t.stride() == last != plain  # with a dimension of 1 only the strides tell the formats apart

@@ -122,7 +122,7 @@ class LowRankLayer(nn.Module):
         for X in (self.U, self.V):
             X.copy_(linalg.orthonormalize(torch.randn(X.shape, device=X.device, dtype=dtype)))
         # E‖W‖² of kaiming_uniform(a=√5), variance 1 / (3 n) per entry, spread over r directions
-        self.S.copy_(math.sqrt(m / (3 * self.rank)) * torch.eye(self.rank, device=self.S.device))
+        self.S.copy_(math.sqrt(m / (3 * self.rank)) * torch.eye(self.rank, device=self.S.device, dtype=dtype))
         if self.bias is not None:
             nn.init.uniform_(self.bias, -1 / math.sqrt(n), 1 / math.sqrt(n))
 

@@ -1,7 +1,18 @@
 """torch.ops.condlr_ext.*: schema, fake, reference and choice of implementation, one module per op family."""
 
 from . import cost_model_cpu, cost_model_gpu, layers, linalg, step
-from ._dispatch import BACKENDS, COMPILED, OPS, Op, autocast_enabled, backend, can_check, current_backend, no_autocast
+from ._dispatch import (
+    BACKENDS,
+    COMPILED,
+    OPS,
+    Op,
+    autocast_enabled,
+    backend,
+    can_check,
+    check_environment,
+    current_backend,
+    no_autocast,
+)
 
 __all__ = [
     "BACKENDS",
@@ -11,6 +22,7 @@ __all__ = [
     "autocast_enabled",
     "backend",
     "can_check",
+    "check_environment",
     "current_backend",
     "cost_model_cpu",
     "cost_model_gpu",

@@ -41,6 +41,13 @@ def current_backend() -> str:
     return name
 
 
+def check_environment() -> None:
+    """Raise ValueError if CONDLR_EXT_BACKEND or CONDLR_EXT_ISA names nothing, before something else is blamed."""
+    current_backend()
+    if COMPILED.host:
+        COMPILED.host.isa()
+
+
 class backend:
     """Context manager that chooses the implementation of every op inside its block.
 

@@ -122,7 +122,7 @@ def _nearest(device: str, direction: str, kind: str, precision: str, size: tuple
 def _table(device: str) -> dict[tuple, list]:
     """Return {(direction, kind, precision): [(rows, n, m, r, triton, products, merged, dense), ...]}."""
     table = {}
-    for entry in json.loads(Path(__file__).with_name("measured.json").read_text())["tables"]:
+    for entry in json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))["tables"]:
         if entry["device"] == device:
             for *key, rows, n, m, r, triton, products, merged, dense in entry["rows"]:
                 table.setdefault(tuple(key), []).append((rows, n, m, r, triton, products, merged, dense))

@@ -62,7 +62,7 @@ class AdamCall(StepCall):
     @functools.cached_property
     def _layer_of(self) -> Tensor:
         """The layer of each moving slot, on the device."""
-        return torch.tensor([m.layer for m in self._moving], device=self.device)
+        return torch.tensor([m.layer for m in self._moving], dtype=torch.int64, device=self.device)
 
     def directions(self, groups: list[dict], grads: list[Tensor | None]) -> list[Tensor]:
         """Compute D by torch's fused rule, which steps a parameter that is 0 with lr = -1 and without decay.
@@ -76,8 +76,9 @@ class AdamCall(StepCall):
         else:
             norms = list(torch._foreach_norm(given))
         bad = torch.stack(norms).isfinite().logical_not()
-        bad = torch.zeros(len(self.layers), device=self.device).index_add_(0, self._layer_of, bad.float()) > 0
-        found_inf, nan_if_bad = bad.float().unbind(), torch.where(bad, math.nan, 0.0).unbind()
+        none = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
+        bad = none.index_add_(0, self._layer_of, bad.long()) > 0
+        found_inf, nan_if_bad = bad.float().unbind(), torch.where(bad, math.nan, 0.0).float().unbind()
         counted = bad.logical_not().float().unbind()
 
         torch._foreach_zero_([m.direction for m in self._moving])
@@ -141,6 +142,9 @@ class CondLRAdamW(ConstrainedOptimizer):
             be tensors of one element on the device and are read at every step; plain numbers are captured.
         check_finite: Raise, with the layer's name, for gradients that are not finite (before anything changes) and
             for layers that were left unchanged. Waits for the device at every step.
+        foreach: Taken so that scripts for torch's optimizer run, without effect: the fastest rule that steps a
+            parameter rightly is chosen here.
+        fused: As foreach.
 
     Raises:
         ValueError: Hyper-parameters out of range, bare parameters of low-rank layers, or a layer without all factors.
@@ -167,6 +171,8 @@ class CondLRAdamW(ConstrainedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         check_finite: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ):
         defaults = dict(
             lr=lr,

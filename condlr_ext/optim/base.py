@@ -214,7 +214,7 @@ class ConstrainedOptimizer(Optimizer):
         return (
             sum((t.to(totals[0].device) for t in totals[1:]), totals[0])
             if totals
-            else torch.zeros((), dtype=torch.int64)
+            else torch.zeros((), dtype=torch.int64, device="cpu")
         )
 
     def _step_layers(self, params: list[Tensor], grads: list[Tensor | None]) -> None:

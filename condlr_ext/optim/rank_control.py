@@ -645,7 +645,8 @@ def _leading(A: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Source: N. Halko, P. Martinsson and J. Tropp, Finding structure with randomness, SIAM Review 2011, algorithm 4.4.
     """
     size = min(k + 8, *A.shape)
-    start = torch.randn(A.shape[1], size, dtype=A.dtype, generator=torch.Generator().manual_seed(0))
+    fixed = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(A.shape[1], size, dtype=A.dtype, device="cpu", generator=fixed)
     Q = linalg.orthonormalize(A @ start.to(A.device))
     for _ in range(2):
         Q = linalg.orthonormalize(A @ linalg.orthonormalize(A.mT @ Q))

@@ -59,6 +59,9 @@ class CondLRSGD(ConstrainedOptimizer):
             tensors of one element on the device and are read at every step; plain numbers are captured.
         check_finite: Raise, with the layer's name, for gradients that are not finite (before anything changes) and
             for layers that were left unchanged. Waits for the device at every step.
+        foreach: Taken so that scripts for torch's optimizer run, without effect: the fastest rule that steps a
+            parameter rightly is chosen here.
+        fused: As foreach.
 
     Raises:
         ValueError: Hyper-parameters out of range, bare parameters of low-rank layers, or a layer without all factors.
@@ -83,6 +86,8 @@ class CondLRSGD(ConstrainedOptimizer):
         maximize: bool = False,
         capturable: bool = False,
         check_finite: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ):
         defaults = dict(
             lr=lr,

@@ -136,7 +136,7 @@ class StepCall:
     @functools.cached_property
     def layer_index(self) -> Tensor:
         """`layers` on the device."""
-        return torch.tensor(self.layers, device=self.device)
+        return torch.tensor(self.layers, dtype=torch.int64, device=self.device)
 
     @functools.cached_property
     def skipped(self) -> Tensor:
@@ -199,7 +199,7 @@ class StepCall:
             [(values[slot.position[0]] | {"fresh": fresh}).get(name, 0) for name in HYPER]
             for slot, fresh in zip(self.slots, self._fresh, strict=True)
         ]
-        return torch.tensor(rows, dtype=torch.float64).reshape(len(self.layers), len(ROLES), len(HYPER))
+        return torch.tensor(rows, dtype=torch.float64, device="cpu").reshape(len(self.layers), len(ROLES), len(HYPER))
 
     def _live_columns(self, groups: list[dict], table: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         live = []
@@ -211,7 +211,8 @@ class StepCall:
                             f"{self.owner}: {name} as a tensor must be on the layers' device {self.device} under"
                             f" capturable=True, got {value.device}"
                         )
-                    mask = torch.tensor([slot.position[0] == g for slot in self.slots], device=self.device)
+                    in_group = [slot.position[0] == g for slot in self.slots]
+                    mask = torch.tensor(in_group, dtype=torch.bool, device=self.device)
                     column = table[..., HYPER.index(name)]
                     live.append((column, mask.view(column.shape), value.detach().view(())))
         return live

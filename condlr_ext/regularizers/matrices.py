@@ -85,7 +85,8 @@ def sum_penalty(
             try:
                 values = penalty(batch)
             except NonFiniteError:
-                values = torch.where(torch.isfinite(batch).all(-1).all(-1), 0, torch.nan)
+                finite = torch.isfinite(batch).all(-1).all(-1)
+                values = torch.where(finite, 0, torch.nan).to(batch.dtype)
         if ops.can_check(values) and not torch.isfinite(values).all():
             finite = torch.isfinite(values).split([len(A) for _, A in members])
             bad = [name for (name, _), ok in zip(members, finite, strict=True) if not ok.all()]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_batch, check_count, check_eps, check_logits, check_step_size
+from .._checks import check_batch, check_count, check_eps, check_labels, check_logits, check_step_size
 from .._modules import frozen
 from ..attacks.balls import BALLS
 from ..attacks.search import input_gradient
@@ -31,12 +31,14 @@ def adversarial_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack) -> 
 
     Raises:
         ValueError: No samples.
+        TypeError: Labels that are no integers.
         ShapeError: The attack's result is not like x.
         NonFiniteError: The attack's result has NaN or Inf.
 
     Source: Madry et al. (arXiv 1706.06083), eq. 2.1.
     """
-    return F.cross_entropy(model(_attacked("adversarial_loss", attack, model, x, y)), y.long())
+    y = check_labels("adversarial_loss", y)
+    return F.cross_entropy(model(_attacked("adversarial_loss", attack, model, x, y)), y)
 
 
 def trades_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, beta: float = 6.0) -> Tensor:
@@ -55,6 +57,7 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, beta: fl
 
     Raises:
         ValueError: beta < 0 or no samples.
+        TypeError: Labels that are no integers.
         ShapeError: The attack's result is not like x.
         NonFiniteError: The attack's result has NaN or Inf.
 
@@ -62,9 +65,10 @@ def trades_loss(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, beta: fl
     """
     if not 0 <= beta < math.inf:
         raise ValueError(f"trades_loss: beta must be a finite number >= 0, got {beta!r}")
+    y = check_labels("trades_loss", y)
     attacked = _attacked("trades_loss", attack, model, x, y)
     clean = model(x)
-    return F.cross_entropy(clean, y.long()) + beta * _kl(clean, model(attacked)).mean()
+    return F.cross_entropy(clean, y) + beta * _kl(clean, model(attacked)).mean()
 
 
 def kl_pgd(
@@ -99,9 +103,9 @@ def kl_pgd(
 
     Source: Zhang et al. (arXiv 1901.08573), algorithm 1.
     """
-    check_batch("kl_pgd", x, y)
+    y = check_batch("kl_pgd", x, y)
     check_count("kl_pgd", "steps", steps)
-    budget = check_eps("kl_pgd", eps, x)
+    budget = check_eps("kl_pgd", eps, x, "linf")
     if budget.ndim:
         raise ShapeError(f"kl_pgd: eps must be one number, got shape {list(budget.shape)}")
     if step_size is None:

@@ -41,7 +41,7 @@ def certified_radius(model: nn.Module, x: Tensor, y: Tensor, bound: float | Lips
 
     Source: Tsuzuku, Sato, Sugiyama, Lipschitz-margin training (arXiv 1802.04034), proposition 1.
     """
-    check_batch("certified_radius", x, y)
+    y = check_batch("certified_radius", x, y)
     if bound is None:
         bound = lipschitz(model, x)
     if isinstance(bound, LipschitzReport):
@@ -53,7 +53,7 @@ def certified_radius(model: nn.Module, x: Tensor, y: Tensor, bound: float | Lips
     check_logits("certified_radius", logits, y)
     if logits.shape[1] < 2:
         raise ValueError(f"certified_radius: the model must have at least 2 classes, got {logits.shape[1]}")
-    logits, own = logits.double(), F.one_hot(y.long(), logits.shape[1]).bool()
+    logits, own = logits.double(), F.one_hot(y, logits.shape[1]).bool()
     margin = logits[own] - logits.masked_fill(own, -math.inf).amax(1)
     return torch.where(margin > 0, margin / (math.sqrt(2) * bound), 0)
 
@@ -128,7 +128,7 @@ def _ratio(module: nn.Module, z: Tensor) -> Tensor:
         projected = conv(z, filters.repeat(repeat), **geometry).square()
     total, projected = (t.flatten(1).sum(1) for t in (total, projected))
     ratio = (total / torch.where(projected > 0, projected, 1)).sqrt().clamp_min(1)
-    return torch.where(projected > 0, ratio, torch.where(total > 0, torch.inf, 1.0))
+    return torch.where(projected > 0, ratio, torch.where(total > 0, torch.inf, 1.0).to(ratio.dtype))
 
 
 def _row_basis(module: nn.Module) -> Tensor:

@@ -106,8 +106,8 @@ def evaluate(
         ShapeError: Shapes of the arguments or of the logits.
         NonFiniteError: NaN or Inf in the logits or the input gradient.
     """
-    check_batch("evaluate", x, y)
-    budgets = check_eps("evaluate", eps, x).reshape(-1)
+    y = check_batch("evaluate", x, y)
+    budgets = check_eps("evaluate", eps, x, norm).reshape(-1)
     if x.numel() == 0:
         raise ValueError(f"evaluate: x must hold at least one sample, got shape {list(x.shape)}")
     requested = None if attacks is None else list(attacks)
@@ -141,7 +141,9 @@ def evaluate(
         at_zero = survivors(budgets.new_zeros(1), steps=1, restarts=1) if guard else {}
 
     result = Evaluation(n=len(x), norm=norm, others=list(others))
-    result["eps"] = torch.as_tensor(eps, dtype=torch.float64).reshape(-1).tolist()  # not rounded to the dtype of x
+    result["eps"] = (
+        torch.as_tensor(eps, dtype=torch.float64, device="cpu").reshape(-1).tolist()
+    )  # not rounded to the dtype of x
     result |= {name: _share(samples) for name, samples in (clean | at_eps).items()}
     if at_eps:
         result["worst"] = _share(torch.stack(list(at_eps.values())).all(0))

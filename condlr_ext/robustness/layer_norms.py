@@ -170,7 +170,7 @@ def _grouped_weight(module: nn.Module, groups: int, scale: Tensor | None) -> Ten
 
 def _max_pixel_copies(size, flat, mode: str) -> float:
     """Return how often the padding repeats a pixel at most; its square root is the padding's norm."""
-    image = torch.ones(1, 1, *size, dtype=torch.float64, requires_grad=True)
+    image = torch.ones(1, 1, *size, dtype=torch.float64, device="cpu", requires_grad=True)
     with torch.enable_grad():
         (copies,) = torch.autograd.grad(F.pad(image, flat, mode=mode).sum(), image)
     return copies.amax().item()

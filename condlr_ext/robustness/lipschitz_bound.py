@@ -249,7 +249,7 @@ class _BoundInterpreter(fx.Interpreter):
             constant = args[1] if isinstance(node.args[0], fx.Node) and self.bounds[node.args[0]] > 0 else args[0]
             if len(varying) > 1 or terms[0] > 0 < terms[1]:
                 return None
-            size = torch.as_tensor(constant, dtype=torch.float64).abs()
+            size = torch.as_tensor(constant, dtype=torch.float64, device="cpu").abs()
             if target in _PRODUCTS:
                 return sum(terms) * size.amax().item()
             return sum(terms) / size.amin().item() if terms[0] > 0 and size.amin() > 0 else None

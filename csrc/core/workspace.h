@@ -27,8 +27,12 @@ class Workspace {
   void* take(std::size_t bytes);
   Mark mark() const;
   void release(Mark mark);
+  // Releases everything, and gives memory beyond 64 MiB back to the system.
+  void shrink();
 
  private:
+  void free_after(Block* last);
+
   Block head_{0, 0, nullptr};  // empty: the first take() allocates
   Block* current_ = &head_;
   Workspace* next_ = nullptr;  // in a list of idle ones
@@ -36,7 +40,7 @@ class Workspace {
 };
 
 // Workspaces for one call, one per thread, from a pool of the process: the next call reuses their memory, so
-// that only the first one allocates.
+// that only the first one allocates. The pool keeps at most 64 MiB for each thread of a call.
 class Workspaces {
  public:
   Workspaces() = default;

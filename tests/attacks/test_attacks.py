@@ -46,6 +46,7 @@ def test_linear_classifier_has_a_closed_form():
 
 
 @every_attack
+@pytest.mark.filterwarnings("ignore:eps is in the units")
 def test_result_stays_in_the_ball_and_in_the_box(attack):
     x, y = batch(n=40, dtype=torch.float32)
     x = x.round(decimals=1)  # many pixels on the boundary

@@ -146,7 +146,7 @@ class Packaged:
 
 
 def test_autoattack_from_either_package(monkeypatch):
-    x, y, model = torch.rand(4, 9, dtype=torch.float64), torch.tensor([0, 1, 2, 0]), Spy(9).double()
+    x, y, model = torch.rand(4, 9, dtype=torch.float64), torch.tensor([0, 1, 2, 0]), Spy(9, classes=10).double()
     monkeypatch.setitem(sys.modules, "autoattack", None)
     module(monkeypatch, "pyautoattack", AutoAttack=Packaged)
     assert torch.equal(autoattack(model, x, y, 0.25, batch_size=3), x)
@@ -233,3 +233,41 @@ def test_our_apgd_agrees_with_autoattack(digits, norm, eps):
         theirs = autoattack(*arguments, norm=norm, attacks=[f"apgd-{loss}"])
         assert (perturbation_report(digits.x, theirs)[norm] <= eps * (1 + 1e-5)).all()
         assert abs(points(digits, lambda _: ours, 1) - points(digits, lambda _: theirs, 1)) < 2  # noqa: B023  # 2 of 150
+
+
+@pytest.mark.parametrize("eps", [1e-4, 0.3])
+def test_autoattack_says_how_many_classes_it_needs(monkeypatch, eps):
+    module(monkeypatch, "autoattack", AutoAttack=Original)
+    x, y = torch.rand(4, 9), torch.tensor([0, 1, 1, 0])
+    for classes in (2, 9):
+        for attacks, name in ((None, "apgd-t"), (["apgd-ce", "fab-t"], "fab-t"), (["apgd-t"], "apgd-t")):
+            with pytest.raises(ValueError, match=f'"{name}" needs at least 10 classes, the model has {classes}; give'):
+                autoattack(Spy(9, classes), x, y, eps, attacks=attacks)
+    with pytest.raises(ValueError, match='"apgd-dlr" needs at least 3 classes, the model has 2'):
+        autoattack(Spy(9, 2), x, y, eps, attacks=["square", "apgd-dlr"])
+    assert torch.equal(autoattack(Spy(9, 2), x, y, eps, attacks=["apgd-ce", "fab", "square"]), x)
+    for attacks in ("apgd-ce", ["pgd"]):
+        with pytest.raises(ValueError, match="attacks must be a list of names out of apgd-ce, apgd-dlr, apgd-t, fab"):
+            autoattack(Spy(9), x, y, eps, attacks=attacks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.3), ("l2", 2.0)])
+def test_autoattack_on_models_of_other_dtypes(dtype, norm, eps):
+    pytest.importorskip("pyautoattack")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).to(dtype)
+    x = torch.rand(6, 1, 8, 8).to(dtype)
+    y = model(x).argmax(1)
+    found = autoattack(model, x, y, eps, norm=norm, attacks=["apgd-ce", "square"])
+    assert found.dtype == dtype and (model(found).argmax(1) != y).all()
+    rounding = torch.finfo(dtype).eps * 8
+    assert (perturbation_report(x, found)[norm] <= eps + rounding).all()
+
+
+def test_attacks_without_a_budget_are_refused(monkeypatch):
+    class Minimal:
+        def __init__(self, model, steps=50, overshoot=0.02): ...
+
+    module(monkeypatch, "torchattacks", Minimal=Minimal)
+    with pytest.raises(ValueError, match="Minimal has no budget eps, its arguments are model, steps, overshoot"):
+        from_torchattacks(Spy(9), torch.rand(4, 9), torch.tensor([0, 1, 2, 0]), 0.1, "Minimal")

@@ -1,6 +1,7 @@
 """Uses of a model in training scripts: torch.func, copies, files, averages, checkpointing, meta device, sharing."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import condlr_ext
 from condlr_ext import LowRankLinear
 from condlr_ext.nn import LowRankLayer
-from condlr_ext.optim import CondLRSGD
+from condlr_ext.optim import CondLRAdamW, CondLRSGD
 
 NETWORKS = pytest.mark.parametrize("name", ["resnet", "vit", "encoder"])
 # attention on CPUs has no batching rule of its own
@@ -284,3 +285,19 @@ def test_averaged_model_is_put_back_on_the_constraint_set():
             )
             distance = (layer.weight - weights[key]).norm().item()
             assert distance == pytest.approx((clipped - sigma).norm().item(), rel=1e-3, abs=1e-5 * sigma.norm().item())
+
+
+@pytest.mark.parametrize("ours, theirs", [(CondLRSGD, torch.optim.SGD), (CondLRAdamW, torch.optim.AdamW)])
+def test_scripts_for_the_optimizers_of_torch(ours, theirs):
+    names = [set(inspect.signature(cls).parameters) for cls in (ours, theirs)]
+    assert names[1] - names[0] == {"params", "differentiable"}
+    trained = []
+    for options in ({}, {"foreach": True}, {"foreach": False, "fused": True}, {"fused": None}):
+        torch.manual_seed(0)
+        model = nn.Sequential(LowRankLinear(6, 5, rank=2), nn.Linear(5, 3))
+        optimizer = ours(model, lr=0.1, tau=0.1, **options)
+        model(torch.randn(4, 6)).square().sum().backward()
+        optimizer.step()
+        trained.append(model.state_dict())
+    for other in trained[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in trained[0].items())
