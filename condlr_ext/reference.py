@@ -207,15 +207,15 @@ def _unit(kernel_size) -> tuple[list[int], list[int]]:
 
 
 def magnitude(X: Tensor, dim=(-2, -1)) -> Tensor:
-    """Return the power of two p with max |X| / p in [1, 2) over these dimensions, which are kept; 1 for zeros.
+    """Return the power of two p with max |X| / p in [1, 2) over these dimensions, which are kept.
 
-    X / p is exact, and squares and sums of it neither overflow nor lose all of X.
+    X / p is exact, and squares and sums of it neither overflow nor lose all of X. p is 1 where X is zero or not finite.
     """
     if X.numel() == 0:
         return X.detach().abs().sum(dim, keepdim=True) + 1
     largest = X.detach().abs().amax(dim, keepdim=True)
     mantissa, _ = torch.frexp(largest)
-    return torch.where(largest > 0, largest / (2 * mantissa), 1)
+    return torch.where((largest > 0) & (largest < math.inf), largest / (2 * mantissa), 1)
 
 
 def norm(X: Tensor, dim=None, keepdim: bool = False) -> Tensor:
@@ -223,7 +223,7 @@ def norm(X: Tensor, dim=None, keepdim: bool = False) -> Tensor:
     dims = tuple(range(X.dim())) if dim is None else dim
     p = magnitude(X, dims)
     size = torch.linalg.vector_norm(X / p, dim=dims, keepdim=True) * p
-    return size if keepdim else size.sum(dims)
+    return size if keepdim else size.squeeze(dims)
 
 
 def qr(A: Tensor):
