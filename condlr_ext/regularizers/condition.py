@@ -90,20 +90,16 @@ def robust_dlrt(matrices: Matrices) -> Tensor:
     Source: Schotthöfer, Yang, Schnake (arXiv 2505.08022), section 3.
     """
 
-    def residual_and_energy(A: Tensor) -> tuple[Tensor, Tensor]:
-        gram = A.mT @ A
-        energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-        r = A.shape[-1]
-        return gram - energy / r * torch.eye(r, dtype=A.dtype, device=A.device), energy
-
     def penalty(A: Tensor) -> Tensor:
-        # The norm as <residual, residual / norm>, the direction from a scaled A: then the gradient, which has the size
-        # of A, survives where squares of A do not.
-        scaled, energy = residual_and_energy(A / reference.magnitude(A))
-        size = torch.linalg.matrix_norm(scaled, keepdim=True)
-        noise = size.detach() <= 2 * torch.finfo(A.dtype).eps * energy.detach()
-        direction = torch.where(noise, 0, scaled / torch.where(noise, 1, size))
-        return (residual_and_energy(A)[0] * direction).sum((-2, -1))
+        eps, dtype = torch.finfo(A.dtype).eps, A.dtype
+        A = A.double()  # where squares leave the range of float32, the gradient, which has the size of A, does not
+        gram = A.mT @ A
+        energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        r = A.shape[-1]
+        eye = torch.eye(r, dtype=A.dtype, device=A.device)
+        residual = gram - (energy / r)[..., None, None] * eye
+        noise = torch.linalg.matrix_norm(residual.detach()) <= 2 * eps * energy.detach()
+        return torch.linalg.vector_norm(torch.where(noise[..., None, None], 0, residual), dim=(-2, -1)).to(dtype)
 
     return sum_penalty("regularizers.robust_dlrt", matrices, penalty)
 
