@@ -165,6 +165,11 @@ class SVDFunction(Function):
         return None, None if core is None else U @ core @ V.mT + dA
 
 
+def _zero_to_rounding(sigma: Tensor) -> Tensor:
+    """Return which singular values are noise: below what float64 can tell from zero next to sigma_1."""
+    return sigma <= 4 * torch.finfo(torch.float64).eps * sigma[..., :1]
+
+
 def _refuse_undefined(sigma: Tensor, square: bool) -> None:
     """Raise ArithmeticError where the gradient through U or V does not exist; only checks CPU tensors, not in traces.
 
@@ -174,10 +179,12 @@ def _refuse_undefined(sigma: Tensor, square: bool) -> None:
     """
     if not ops.can_check(sigma) or sigma.numel() == 0:
         return
-    if (-sigma.diff() <= torch.finfo(sigma.dtype).eps * sigma[..., :-1]).any() or (not square and (sigma == 0).any()):
+    zero = _zero_to_rounding(sigma)
+    equal = (-sigma.diff() <= torch.finfo(sigma.dtype).eps * sigma[..., :-1]) | zero[..., :-1]
+    if equal.any() or (not square and zero.any()):
         raise ArithmeticError(
             "linalg.svd: the gradient through U or V is not defined at equal singular values, nor at zero ones of a"
-            " matrix that is not square; use sigma alone, or polar or clip_spectrum, whose gradients are"
+            " matrix that is not square; use sigma alone, or polar or clip_spectrum, whose gradients are at equal ones"
         )
 
 
@@ -258,6 +265,9 @@ class PolarFunction(Function):
         (A,) = ctx.saved_tensors
         scale = reference.magnitude(A)
         U, sigma, V, _ = SVDFunction.apply(ctx.backend, A / scale)
+        needed = sigma.shape[-1] - (A.shape[-2] == A.shape[-1])  # one zero of a square matrix does no harm
+        if ops.can_check(A) and _zero_to_rounding(sigma)[..., :needed].any():
+            raise ArithmeticError("linalg.polar: the gradient is not defined for a matrix without full rank")
         return None, _spectral_gradient(dQ, U, sigma, V, torch.ones_like(sigma), torch.zeros_like(sigma)) / scale
 
 
@@ -301,6 +311,7 @@ def _spectral_gradient(grad: Tensor, U: Tensor, sigma: Tensor, V: Tensor, f: Ten
     equal, and the skew part by (f_i + f_j) / (sigma_i + sigma_j), so repeated values are harmless. The arbitrary
     direction that completes a zero singular value counts as a constant.
     """
+    sigma = torch.where(_zero_to_rounding(sigma), 0, sigma)
     G = U.mT @ grad @ V
     row, col = sigma.unsqueeze(-1), sigma.unsqueeze(-2)
     close = (row - col).abs() <= 8 * torch.finfo(sigma.dtype).eps * row.maximum(col)

@@ -60,8 +60,8 @@ def svd(A: Tensor) -> SVDResult:
     Raises:
         NonFiniteError: NaN or Inf in A, or a singular value that exceeds the range of its dtype.
         ConvergenceError: The iteration did not converge.
-        ArithmeticError: Backward through U or V where two singular values are equal. The gradient through sigma alone
-            is always defined.
+        ArithmeticError: Backward through U or V where two singular values are equal, or one of a matrix that is not
+            square is zero to rounding. The gradient through sigma alone is always defined.
 
     Examples:
         >>> U, sigma, V = condlr_ext.linalg.svd(torch.randn(10, 6, 4))
@@ -128,6 +128,7 @@ def polar(A: Tensor) -> PolarResult:
     Raises:
         NonFiniteError: NaN or Inf in A, or an entry of H that exceeds the range of its dtype.
         ConvergenceError: The iteration did not converge.
+        ArithmeticError: Backward where singular values are zero to rounding; a square matrix may have one.
 
     Source:
         N. Higham, Functions of Matrices, chapter 8.

@@ -214,7 +214,7 @@ def magnitude(X: Tensor, dim=(-2, -1)) -> Tensor:
     if X.numel() == 0:
         return X.detach().abs().sum(dim, keepdim=True) + 1
     largest = X.detach().abs().amax(dim, keepdim=True)
-    mantissa, _ = torch.frexp(largest)
+    mantissa = torch.frexp(largest.to(torch.promote_types(largest.dtype, torch.float32)))[0].to(largest.dtype)
     return torch.where((largest > 0) & (largest < math.inf), largest / (2 * mantissa), 1)
 
 
