@@ -235,9 +235,10 @@ def _refuse_dependent(R: Tensor) -> None:
         return
     rounding = 4 * torch.finfo(R.dtype).eps  # random matrices without full rank show up to 2.6 eps, at any size
     if (R.diagonal(dim1=-2, dim2=-1) <= rounding * reference.norm(R, -2)).any():
+        dependent = "without full rank, here a column that depends on those before it to rounding"
+        large = f"whose R exceeds the range of {R.dtype}; divide A by a power of two"
         raise ArithmeticError(
-            "linalg.qr: the gradient is not defined for a matrix without full rank, here a column that depends on those"
-            " before it to rounding"
+            f"linalg.qr: the gradient is not defined for a matrix {dependent if R.isfinite().all() else large}"
         )
 
 

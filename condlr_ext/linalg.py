@@ -111,7 +111,7 @@ def orthonormalize(A: Tensor) -> Tensor:
         NonFiniteError: NaN or Inf in A.
         ArithmeticError: Backward as in qr.
     """
-    return _apply("orthonormalize", ops.linalg.qr, autograd.QRFunction, _scaled("orthonormalize", A)[0])[0]
+    return _apply("orthonormalize", ops.linalg.qr, autograd.QRFunction, A)[0]
 
 
 def polar(A: Tensor) -> PolarResult:
@@ -133,11 +133,12 @@ def polar(A: Tensor) -> PolarResult:
     Source:
         N. Higham, Functions of Matrices, chapter 8.
     """
-    scaled, scale = _scaled("polar", A)
     (Q,) = _apply("polar", ops.linalg.polar, autograd.PolarFunction, A)
     with ops.no_autocast(A.device.type):
-        H = Q.mT @ scaled
-    H = (H + H.mT) / 2 * scale
+        H = _symmetric(Q.mT @ A)
+        if _overflowed(H):  # on the way, or for good
+            scale = reference.magnitude(A)
+            H = _symmetric(Q.mT @ (A / scale)) * scale
     _check_range("polar", "H", H)
     return PolarResult(Q, H)
 
@@ -197,8 +198,10 @@ def cond(A: Tensor) -> Tensor:
     _check_matrix("cond", A)
     if 0 in A.shape[-2:]:
         raise ShapeError(f"linalg.cond: A must have rows and columns, got shape {list(A.shape)}")
-    scaled, _ = _scaled("cond", A.to(torch.promote_types(A.dtype, torch.float32)))
-    _, sigma, _ = _apply("cond", ops.linalg.svd, autograd.SVDFunction, scaled)
+    A = A.to(torch.promote_types(A.dtype, torch.float32))  # in float16 the largest could be Inf
+    _, sigma, _ = _apply("cond", ops.linalg.svd, autograd.SVDFunction, A)
+    if _overflowed(sigma):
+        _, sigma, _ = _apply("cond", ops.linalg.svd, autograd.SVDFunction, A / reference.magnitude(A))
     return reference.cond_from_sigma(sigma)
 
 
@@ -223,15 +226,20 @@ def _check_matrix(name: str, A: Tensor) -> None:
         raise ShapeError(f"linalg.{name}: A must have at least two dimensions [*, m, n], got shape {list(A.shape)}")
 
 
-def _scaled(name: str, A: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A divided by a power of two [*, 1, 1] so that nothing made of it overflows, and that power."""
-    _check_matrix(name, A)
-    scale = reference.magnitude(A)
-    return A / scale, scale
+def _symmetric(X: Tensor) -> Tensor:
+    return (X + X.mT) / 2
+
+
+def _overflowed(result: Tensor) -> bool:
+    """Return whether a result of finite tensors is not finite; False where that cannot be looked at."""
+    if not ops.can_check(result):
+        return False
+    result = result.detach()
+    return not result.sum().isfinite() and not result.isfinite().all()  # most often the sum is enough, in one pass
 
 
 def _check_range(name: str, what: str, result: Tensor) -> None:
-    if ops.can_check(result) and not torch.isfinite(result.detach()).all():
+    if _overflowed(result):
         raise NonFiniteError(
             f"linalg.{name}: {what} must be within the range of {result.dtype}, up to"
             f" {torch.finfo(result.dtype).max:.2e}, got more; divide A by a power of two"
