@@ -122,11 +122,10 @@ def test_near_overflow_is_right_or_named(backend, dtype):
     for name, what in (("svd", "sigma"), ("qr", "R"), ("polar", "H")):
         with pytest.raises(NonFiniteError, match=f"linalg.{name}: {what} must be within the range of {dtype}"):
             getattr(linalg, name)(full)
-    signs = (
-        torch.randn(32, 8).sign().to(dtype) * top
     with pytest.raises(ArithmeticError, match="linalg.qr: .*whose R exceeds the range"):
         linalg.orthonormalize(full.clone().requires_grad_()).sum().backward()
-    )  # columns get equal lengths by entries larger and smaller than top
+    # the columns get equal lengths by entries larger and smaller than top
+    signs = torch.randn(32, 8).sign().to(dtype) * top
     with pytest.raises(NonFiniteError, match=f"linalg.clip_spectrum: the result must be within the range of {dtype}"):
         linalg.clip_spectrum(signs, 0.0)
 
