@@ -157,3 +157,18 @@ def test_norm_at_any_scale(dtype):
     assert reference.norm(torch.zeros(2, 0), 1).tolist() == [0, 0] and reference.norm(torch.zeros(3)) == 0
     scale = reference.magnitude(torch.tensor([[3.0, -5.0], [0.0, 0.0], [math.inf, 1.0], [math.nan, 1.0]]), -1)
     assert scale.squeeze(1).tolist() == [4, 1, 1, 1]
+
+
+def test_flushed_denormals_leave_the_bound_alone(backend):
+    """Down to where entries of the result themselves are denormal, see the module's docstring."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush")
+    try:
+        A = torch.randn(6, 6)
+        for exponent in (-100, -60, 60, 100):
+            sigma = torch.linalg.svdvals(linalg.clip_spectrum(A * 2.0**exponent, 0.1).double() * 2.0**-exponent)
+            assert sigma[0] <= 1.1 * (1 + 5e-6) * sigma[-1]
+            Q = linalg.qr(A * 2.0**exponent).Q.double()
+            assert (Q.mT @ Q - torch.eye(6)).abs().max() < 1e-5
+    finally:
+        torch.set_flush_denormal(False)
