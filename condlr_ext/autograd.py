@@ -132,34 +132,42 @@ class SVDFunction(Function):
         U, sigma, V, info = output
         ctx.mark_non_differentiable(info)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[1], U, sigma, V)
+        ctx.save_for_backward(U, sigma, V)
 
     @staticmethod
     @_full_precision
     def backward(ctx, dU, dsigma, dV, _):
-        A, U, sigma, V = ctx.saved_tensors
-        core = None
-        dA = 0
+        U, sigma, V = ctx.saved_tensors
+        core, dA = None, 0
         if dsigma is not None:
             core = torch.diag_embed(dsigma)
         if dU is not None or dV is not None:
             _refuse_undefined(sigma, square=U.shape[-2] == V.shape[-2])
-            gap = sigma.unsqueeze(-2) ** 2 - sigma.unsqueeze(-1) ** 2
-            off = ~torch.eye(sigma.shape[-1], dtype=torch.bool, device=A.device)
-            F = torch.where(off, 1 / torch.where(off, gap, 1), 0)
-            core = torch.zeros_like(F) if core is None else core
-            inverse = 1 / sigma
-        if dU is not None:
-            J = U.mT @ dU
-            core = core + F * (J - J.mT) * sigma.unsqueeze(-2)
-            if U.shape[-2] > U.shape[-1]:
-                dA = dA + reference.tangent_projection(U, dU) * inverse.unsqueeze(-2) @ V.mT
-        if dV is not None:
-            K = V.mT @ dV
-            core = core + sigma.unsqueeze(-1) * (F * (K - K.mT))
-            if V.shape[-2] > V.shape[-1]:
-                dA = dA + U * inverse.unsqueeze(-2) @ reference.tangent_projection(V, dV).mT
+            # Gradients through U and V are those of A / scale, divided by scale. U dS V: (J - Jᵀ) sigma_j over
+            # sigma_j² - sigma_i², as a product of quotients in which no square can underflow.
+            scale = reference.magnitude(sigma, -1).unsqueeze(-1)
+            relative = sigma / scale.squeeze(-1)
+            row, col = relative.unsqueeze(-1), relative.unsqueeze(-2)
+            off = ~torch.eye(sigma.shape[-1], dtype=torch.bool, device=sigma.device)
+            total, gap = torch.where(off, row + col, 1), torch.where(off, col - row, 1)
+            turn = 0
+            if dU is not None:
+                J = U.mT @ dU
+                turn = turn + torch.where(off, col / total / gap, 0) * (J - J.mT)
+                if U.shape[-2] > U.shape[-1]:
+                    dA = dA + reference.tangent_projection(U, dU) / col / scale @ V.mT
+            if dV is not None:
+                K = V.mT @ dV
+                turn = turn + torch.where(off, row / total / gap, 0) * (K - K.mT)
+                if V.shape[-2] > V.shape[-1]:
+                    dA = dA + U @ (reference.tangent_projection(V, dV) / col / scale).mT
+            core = turn / scale if core is None else core + turn / scale
         return None, None if core is None else U @ core @ V.mT + dA
+
+
+def _zero_to_rounding(sigma: Tensor) -> Tensor:
+    """Return which singular values are noise: below what float64 can tell from zero next to sigma_1."""
+    return sigma <= 4 * torch.finfo(torch.float64).eps * sigma[..., :1]
 
 
 def _refuse_undefined(sigma: Tensor, square: bool) -> None:
@@ -171,10 +179,12 @@ def _refuse_undefined(sigma: Tensor, square: bool) -> None:
     """
     if not ops.can_check(sigma) or sigma.numel() == 0:
         return
-    if (-sigma.diff() <= torch.finfo(sigma.dtype).eps * sigma[..., :-1]).any() or (not square and (sigma == 0).any()):
+    zero = _zero_to_rounding(sigma)
+    equal = (-sigma.diff() <= torch.finfo(sigma.dtype).eps * sigma[..., :-1]) | zero[..., :-1]
+    if equal.any() or (not square and zero.any()):
         raise ArithmeticError(
             "linalg.svd: the gradient through U or V is not defined at equal singular values, nor at zero ones of a"
-            " matrix that is not square; use sigma alone, or polar or clip_spectrum, whose gradients are"
+            " matrix that is not square; use sigma alone, or polar or clip_spectrum, whose gradients are at equal ones"
         )
 
 
@@ -201,17 +211,35 @@ class QRFunction(Function):
             return None, None
         A, Q, R = ctx.saved_tensors
         k = Q.shape[-1]
-        if ops.can_check(R) and (R.diagonal(dim1=-2, dim2=-1) == 0).any():
-            raise ArithmeticError("linalg.qr: the gradient is not defined for a matrix without full rank")
+        _refuse_dependent(R[..., :k])
         dQ = torch.zeros_like(Q) if dQ is None else dQ
         dR = torch.zeros_like(R) if dR is None else dR
         # m < n: R = Qᵀ A, so the columns of A past the first m act only through Q
-        dQ, tail = dQ + A[..., k:] @ dR[..., k:].mT, Q @ dR[..., k:]
-        R, dR = R[..., :k], dR[..., :k]
+        tail = Q @ dR[..., k:]
+        # the gradient of A / scale, divided by it
+        scale = reference.magnitude(R[..., :k])
+        dQ = dQ / scale + (A[..., k:] / scale) @ dR[..., k:].mT
+        R, dR = R[..., :k] / scale, dR[..., :k]
         M = (R @ dR.mT - dQ.mT @ Q).tril()
         M = M + M.tril(-1).mT
         head = torch.linalg.solve_triangular(R.mT, dQ + Q @ M, upper=False, left=False)
         return None, torch.cat((head, tail), dim=-1)
+
+
+def _refuse_dependent(R: Tensor) -> None:
+    """Raise ArithmeticError where a column depends on those before it to rounding; R [*, k, k]; see _refuse_undefined.
+
+    R_jj is the distance of column j to their span, and the norm of R's column j is its length.
+    """
+    if not ops.can_check(R) or R.numel() == 0:
+        return
+    rounding = 4 * torch.finfo(R.dtype).eps  # random matrices without full rank show up to 2.6 eps, at any size
+    if (R.diagonal(dim1=-2, dim2=-1) <= rounding * reference.norm(R, -2)).any():
+        dependent = "without full rank, here a column that depends on those before it to rounding"
+        large = f"whose R exceeds the range of {R.dtype}; divide A by a power of two"
+        raise ArithmeticError(
+            f"linalg.qr: the gradient is not defined for a matrix {dependent if R.isfinite().all() else large}"
+        )
 
 
 class PolarFunction(Function):
@@ -235,8 +263,13 @@ class PolarFunction(Function):
     def backward(ctx, dQ, _):
         if dQ is None:
             return None, None
-        U, sigma, V, _ = SVDFunction.apply(ctx.backend, *ctx.saved_tensors)
-        return None, _spectral_gradient(dQ, U, sigma, V, torch.ones_like(sigma), torch.zeros_like(sigma))
+        (A,) = ctx.saved_tensors
+        scale = reference.magnitude(A)
+        U, sigma, V, _ = SVDFunction.apply(ctx.backend, A / scale)
+        needed = sigma.shape[-1] - (A.shape[-2] == A.shape[-1])  # one zero of a square matrix does no harm
+        if ops.can_check(A) and _zero_to_rounding(sigma)[..., :needed].any():
+            raise ArithmeticError("linalg.polar: the gradient is not defined for a matrix without full rank")
+        return None, _spectral_gradient(dQ, U, sigma, V, torch.ones_like(sigma), torch.zeros_like(sigma)) / scale
 
 
 class ClipSpectrumFunction(Function):
@@ -260,9 +293,11 @@ class ClipSpectrumFunction(Function):
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 5
-        tau, band, sigma_max = ctx.constraint
-        U, sigma, V, _ = SVDFunction.apply(ctx.backend, *ctx.saved_tensors)
-        lo, hi = (e.unsqueeze(-1) for e in reference.clip_edges(sigma.detach(), tau, reference.BANDS[band], sigma_max))
+        (A,), (tau, band, sigma_max) = ctx.saved_tensors, ctx.constraint
+        scale = reference.magnitude(A)  # the gradient is that of A / scale
+        U, sigma, V, _ = SVDFunction.apply(ctx.backend, A / scale)
+        edges = reference.clip_edges(sigma.detach(), tau, reference.BANDS[band], sigma_max / scale[..., 0, 0])
+        lo, hi = (e.unsqueeze(-1) for e in edges)
         # a sigma at an edge, to rounding, is inside; a band narrower than that (tau = 0) has no inside
         slack = 16 * torch.finfo(sigma.dtype).eps * sigma.detach()[..., :1]
         inside = (sigma >= lo - slack) & (sigma <= hi + slack) & (hi - lo > 2 * slack)
@@ -277,6 +312,7 @@ def _spectral_gradient(grad: Tensor, U: Tensor, sigma: Tensor, V: Tensor, f: Ten
     equal, and the skew part by (f_i + f_j) / (sigma_i + sigma_j), so repeated values are harmless. The arbitrary
     direction that completes a zero singular value counts as a constant.
     """
+    sigma = torch.where(_zero_to_rounding(sigma), 0, sigma)
     G = U.mT @ grad @ V
     row, col = sigma.unsqueeze(-1), sigma.unsqueeze(-2)
     close = (row - col).abs() <= 8 * torch.finfo(sigma.dtype).eps * row.maximum(col)

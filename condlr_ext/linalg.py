@@ -1,9 +1,13 @@
 """Batched linear algebra of small and thin matrices: svd, qr, polar, clip_spectrum, cond.
 
 The last two dimensions are the matrix, leading ones are batch. float32 and float64 are computed as they are, float16
-and bfloat16 in float32 and rounded back; autocast has no effect. NaN or Inf in a CPU tensor raises; on other devices,
-where a check would wait for the device, and in compiled code the result for that matrix is NaN. torch.func.grad, vmap
-and their compositions work; forward-mode derivatives (jvp) do not.
+and bfloat16 in float32 and rounded back; autocast has no effect. NaN or Inf in a CPU tensor raises, and so does a
+result that exceeds the range of its dtype; on other devices, where a check would wait for the device, and in compiled
+code the result for that matrix is NaN, or Inf where it exceeds the range. torch.func.grad, vmap and their compositions
+work; forward-mode derivatives (jvp) do not.
+
+Scale does not matter down to where entries of the result fall below the smallest normal number, 1e-38 in float32: those
+have fewer digits, or are zero with torch.set_flush_denormal(True), and bounds hold no closer than that.
 """
 
 import math
@@ -54,10 +58,10 @@ def svd(A: Tensor) -> SVDResult:
         U [*, m, k], sigma [*, k] descending and non-negative, V [*, n, k], k = min(m, n).
 
     Raises:
-        NonFiniteError: NaN or Inf in A.
+        NonFiniteError: NaN or Inf in A, or a singular value that exceeds the range of its dtype.
         ConvergenceError: The iteration did not converge.
-        ArithmeticError: Backward through U or V where two singular values are equal. The gradient through sigma alone
-            is always defined.
+        ArithmeticError: Backward through U or V where two singular values are equal, or one of a matrix that is not
+            square is zero to rounding. The gradient through sigma alone is always defined.
 
     Examples:
         >>> U, sigma, V = condlr_ext.linalg.svd(torch.randn(10, 6, 4))
@@ -68,8 +72,8 @@ def svd(A: Tensor) -> SVDResult:
         Eigenvectors of AᵀA and one-sided Jacobi: G. Golub and C. Van Loan, Matrix Computations, sections 8.3 and
         8.6.3. Gradient: J. Townsend, Differentiating the singular value decomposition (2016).
     """
-    op = ops.linalg.svd
-    U, sigma, V = _apply("svd", op, autograd.SVDFunction, A)
+    U, sigma, V = _apply("svd", ops.linalg.svd, autograd.SVDFunction, A)
+    _check_range("svd", "sigma", sigma)
     return SVDResult(U, sigma, V)
 
 
@@ -86,12 +90,14 @@ def qr(A: Tensor) -> QRResult:
             its diagonal positive at full column rank.
 
     Raises:
-        NonFiniteError: NaN or Inf in A.
+        NonFiniteError: NaN or Inf in A, or an entry of R that exceeds the range of its dtype.
+        ArithmeticError: Backward where a column depends on those before it to rounding.
 
     Source:
         Householder reflections. Gradient: J. Roberts and L. Roberts, arXiv 2009.10071, eq. 14.
     """
     Q, R = _apply("qr", ops.linalg.qr, autograd.QRFunction, A)
+    _check_range("qr", "R", R)
     return QRResult(Q, R)
 
 
@@ -103,8 +109,9 @@ def orthonormalize(A: Tensor) -> Tensor:
 
     Raises:
         NonFiniteError: NaN or Inf in A.
+        ArithmeticError: Backward as in qr.
     """
-    return qr(A).Q
+    return _apply("orthonormalize", ops.linalg.qr, autograd.QRFunction, A)[0]
 
 
 def polar(A: Tensor) -> PolarResult:
@@ -119,17 +126,21 @@ def polar(A: Tensor) -> PolarResult:
         Q [*, m, n], completed arbitrarily for a singular A; H = (Aᵀ A)^½ [*, n, n], symmetric positive semi-definite.
 
     Raises:
-        NonFiniteError: NaN or Inf in A.
+        NonFiniteError: NaN or Inf in A, or an entry of H that exceeds the range of its dtype.
         ConvergenceError: The iteration did not converge.
+        ArithmeticError: Backward where singular values are zero to rounding; a square matrix may have one.
 
     Source:
         N. Higham, Functions of Matrices, chapter 8.
     """
-    _check_matrix("polar", A)
     (Q,) = _apply("polar", ops.linalg.polar, autograd.PolarFunction, A)
     with ops.no_autocast(A.device.type):
-        H = Q.mT @ A
-    return PolarResult(Q, (H + H.mT) / 2)
+        H = _symmetric(Q.mT @ A)
+        if _overflowed(H):  # on the way, or for good
+            scale = reference.magnitude(A)
+            H = _symmetric(Q.mT @ (A / scale)) * scale
+    _check_range("polar", "H", H)
+    return PolarResult(Q, H)
 
 
 def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float | None = None) -> Tensor:
@@ -151,7 +162,7 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float | N
         [*, m, n].
 
     Raises:
-        NonFiniteError: NaN or Inf in A.
+        NonFiniteError: NaN or Inf in A, or an entry of the result that exceeds the range of its dtype.
         ConvergenceError: The iteration did not converge.
         ValueError: tau < 0, an unknown band, or sigma_max <= 0.
 
@@ -166,6 +177,7 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float | N
     """
     constraint = check_constraint("linalg.clip_spectrum", tau, band, sigma_max)
     (out,) = _apply("clip_spectrum", ops.linalg.clip_spectrum, autograd.ClipSpectrumFunction, A, *constraint)
+    _check_range("clip_spectrum", "the result", out)
     return out
 
 
@@ -176,16 +188,20 @@ def cond(A: Tensor) -> Tensor:
         A: [*, m, n].
 
     Returns:
-        [*], Inf for a singular matrix.
+        [*], Inf for a singular matrix, and where kappa exceeds the range of its dtype.
 
     Raises:
         NonFiniteError: NaN or Inf in A.
+        ConvergenceError: The iteration did not converge.
         ShapeError: A has no rows or no columns.
     """
-    low = isinstance(A, Tensor) and A.dtype in (torch.float16, torch.bfloat16)
-    sigma = svd(A.float() if low else A).sigma  # in float16 the largest could be Inf
-    if sigma.shape[-1] == 0:
+    _check_matrix("cond", A)
+    if 0 in A.shape[-2:]:
         raise ShapeError(f"linalg.cond: A must have rows and columns, got shape {list(A.shape)}")
+    A = A.to(torch.promote_types(A.dtype, torch.float32))  # in float16 the largest could be Inf
+    _, sigma, _ = _apply("cond", ops.linalg.svd, autograd.SVDFunction, A)
+    if _overflowed(sigma):
+        _, sigma, _ = _apply("cond", ops.linalg.svd, autograd.SVDFunction, A / reference.magnitude(A))
     return reference.cond_from_sigma(sigma)
 
 
@@ -210,6 +226,26 @@ def _check_matrix(name: str, A: Tensor) -> None:
         raise ShapeError(f"linalg.{name}: A must have at least two dimensions [*, m, n], got shape {list(A.shape)}")
 
 
+def _symmetric(X: Tensor) -> Tensor:
+    return (X + X.mT) / 2
+
+
+def _overflowed(result: Tensor) -> bool:
+    """Return whether a result of finite tensors is not finite; False where that cannot be looked at."""
+    if not ops.can_check(result):
+        return False
+    result = result.detach()
+    return not result.sum().isfinite() and not result.isfinite().all()  # most often the sum is enough, in one pass
+
+
+def _check_range(name: str, what: str, result: Tensor) -> None:
+    if _overflowed(result):
+        raise NonFiniteError(
+            f"linalg.{name}: {what} must be within the range of {result.dtype}, up to"
+            f" {torch.finfo(result.dtype).max:.2e}, got more; divide A by a power of two"
+        )
+
+
 def _apply(name: str, op, function, A: Tensor, *args):
     _check_matrix(name, A)
     A32 = A.float() if A.dtype in (torch.float16, torch.bfloat16) else A
@@ -219,7 +255,7 @@ def _apply(name: str, op, function, A: Tensor, *args):
 
 
 def _raise_if_failed(name: str, info: Tensor) -> None:
-    if not ops.can_check(info) or not info.numel():
+    if not ops.can_check(info) or not info.any():
         return
     for code, error, text in (
         (ops.linalg.NOT_FINITE, NonFiniteError, "A must be finite, got NaN or Inf"),

@@ -207,16 +207,37 @@ def _unit(kernel_size) -> tuple[list[int], list[int]]:
 # ------------------------------------------------------------------------------------- linear algebra
 
 
+def magnitude(X: Tensor, dim=(-2, -1)) -> Tensor:
+    """Return the power of two p with max |X| / p in [1, 2) over these dimensions, which are kept.
+
+    X / p is exact, and squares and sums of it neither overflow nor lose all of X. p is 1 where X is zero or not finite.
+    """
+    if X.numel() == 0:
+        return X.detach().abs().sum(dim, keepdim=True) + 1
+    largest = X.detach().abs().amax(dim, keepdim=True)
+    mantissa = torch.frexp(largest.to(torch.promote_types(largest.dtype, torch.float32)))[0].to(largest.dtype)
+    return torch.where((largest > 0) & (largest < math.inf), largest / (2 * mantissa), 1)
+
+
+def norm(X: Tensor, dim=None, keepdim: bool = False) -> Tensor:
+    """Return the 2-norm of the entries over these dimensions (None: all) in X's dtype, right wherever it fits in it."""
+    dims = tuple(range(X.dim())) if dim is None else dim
+    p = magnitude(X, dims)
+    size = torch.linalg.vector_norm(X / p, dim=dims, keepdim=True) * p
+    return size if keepdim else size.squeeze(dims)
+
+
 def qr(A: Tensor):
     """Return the reduced Q, R with A = Q R and diag(R) >= 0; for m < n, Q of the first m columns and R = Qᵀ A.
 
     Q is orthonormal even for rank-deficient A (Householder).
     """
-    k = min(A.shape[-2:])
+    k, scale = min(A.shape[-2:]), magnitude(A)
+    A = A / scale
     Q, R = torch.linalg.qr(A[..., :k])
     sign = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(A.dtype)  # +1 for 0, so that no column is lost
     Q, R = Q * sign.unsqueeze(-2), R * sign.unsqueeze(-1)
-    return Q, torch.cat((R, Q.mT @ A[..., k:]), dim=-1)
+    return Q, torch.cat((R, Q.mT @ A[..., k:]), dim=-1) * scale
 
 
 def svd(A: Tensor):
@@ -225,15 +246,19 @@ def svd(A: Tensor):
     LAPACK's divide and conquer can raise or silently return NaN on clustered spectra, which are the normal case here.
     Then float64 is tried, and if that fails too, one-sided Jacobi, which always converges.
     """
+    scale = magnitude(A)
+    A = A / scale
     for dtype in dict.fromkeys((A.dtype, torch.float64)):
         try:
             U, sigma, Vh = torch.linalg.svd(A.to(dtype), full_matrices=False)
         except torch.linalg.LinAlgError:
             continue
-        if _is_svd(A.to(dtype), U, sigma, Vh.mT):
-            return U.to(A.dtype), sigma.to(A.dtype), Vh.mT.to(A.dtype)
-    U, sigma, V = jacobi_svd(A.double())
-    return U.to(A.dtype), sigma.to(A.dtype), V.to(A.dtype)
+        V = Vh.mT
+        if _is_svd(A.to(dtype), U, sigma, V):
+            break
+    else:
+        U, sigma, V = jacobi_svd(A.double())
+    return U.to(A.dtype), sigma.to(A.dtype) * scale.squeeze(-1), V.to(A.dtype)
 
 
 def _is_svd(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor) -> bool:
@@ -258,9 +283,7 @@ def jacobi_svd(A: Tensor, max_sweeps: int = 60):
     if A.shape[-2] < A.shape[-1]:
         V, sigma, U = jacobi_svd(A.mT, max_sweeps)
         return U, sigma, V
-    n = A.shape[-1]
-    scale = A.abs().amax((-2, -1), keepdim=True)
-    scale = torch.where(scale > 0, scale, 1)
+    n, scale = A.shape[-1], magnitude(A)
     W = A / scale
     V = torch.eye(n, dtype=A.dtype, device=A.device).expand(*A.shape[:-2], n, n).clone()
     tol = 4 * torch.finfo(A.dtype).eps
@@ -317,7 +340,7 @@ def cond_from_sigma(sigma: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------- the constraint set
 
 
-def band_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf):
+def band_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float | Tensor = math.inf):
     """Return the edges lo, hi [*] with hi / lo <= 1 + tau of the band for descending singular values sigma [*, k].
 
     rms (CondLR, NeurIPS 2023): [s - e, s + e] with s = ‖sigma‖ / √k and e = tau s / (2 + tau); mean: s = mean sigma;
@@ -330,7 +353,7 @@ def band_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = 
         lo = _optimal_lower_edge(sigma, 1 + tau)
         hi = (1 + tau) * lo
     else:
-        s = sigma.mean(-1) if band == "mean" else torch.linalg.vector_norm(sigma, dim=-1) / sigma.shape[-1] ** 0.5
+        s = sigma.mean(-1) if band == "mean" else norm(sigma, -1) / sigma.shape[-1] ** 0.5
         lo = 2 * s / (2 + tau)  # s - e and s + e without the cancellation
         hi = (1 + tau) * lo
     capped = hi > sigma_max
@@ -357,7 +380,7 @@ def _optimal_lower_edge(sigma: Tensor, c: float) -> Tensor:
     return torch.where(sigma[..., 0] <= c * sigma[..., -1], sigma[..., -1], root)
 
 
-def clip_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf):
+def clip_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float | Tensor = math.inf):
     """Return band_edges; for a single singular value, whose kappa is 1, only the cap acts."""
     if sigma.shape[-1] == 1:
         tau = math.inf
@@ -377,11 +400,13 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = m
     band change by rounding only. A matrix inside its band, or of zeros, is returned unchanged; in others a zero
     singular value is raised along a completed direction.
     """
-    A64 = A.double()
-    U, sigma, V = svd(A64)
-    if sigma.shape[-1] == 0:
+    if A.numel() == 0:
         return A.clone()
-    lo, hi = clip_edges(sigma, tau, band, sigma_max)
+    A64 = A.double()
+    scale = magnitude(A64)
+    A64 = A64 / scale
+    U, sigma, V = svd(A64)
+    lo, hi = clip_edges(sigma, tau, band, sigma_max / scale[..., 0, 0])
     # sigma has errors of a few roundings of the largest one: closer than that to an edge counts as inside
     slack = 8 * torch.finfo(torch.float64).eps * sigma[..., 0]
     inside = (sigma[..., 0] <= hi + slack) & (sigma[..., -1] >= lo - slack)
@@ -393,7 +418,7 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = m
     clipped = sigma.clamp(lo.unsqueeze(-1), hi.unsqueeze(-1))
     cancels = (hi < 0.75 * sigma[..., 0])[..., None, None]
     weights = torch.where(cancels.squeeze(-1), clipped, clipped - sigma)
-    out = (torch.where(cancels, 0, A64) + (U * weights.unsqueeze(-2)) @ V.mT).to(A.dtype)
+    out = ((torch.where(cancels, 0, A64) + (U * weights.unsqueeze(-2)) @ V.mT) * scale).to(A.dtype)
     return torch.where(inside[..., None, None] | (sigma[..., :1, None] == 0), A, out)
 
 

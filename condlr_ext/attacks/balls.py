@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import reference
+
 
 class Ball(NamedTuple):
     """The functions of a norm that attacks need; radii broadcast against samples [N, ...]."""
@@ -31,7 +33,7 @@ def linf_norm(t: Tensor) -> Tensor:
 
 
 def l2_norm(t: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(_flatten(t), dim=1)
+    return reference.norm(_flatten(t), 1)
 
 
 def unit_l2(t: Tensor) -> Tensor:

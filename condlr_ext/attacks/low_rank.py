@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import linalg
+from .. import linalg, reference
 from .._checks import check_batch, check_choice, check_count, check_eps, check_step_size
 from .._modules import frozen
 from ..errors import RankError, ShapeError
@@ -166,7 +166,7 @@ def _norm_and_gradient(U: Tensor, V: Tensor, norm: str) -> tuple[Tensor, Tensor,
     """Return the norm n [N, 1, 1, 1] of D = U Vᵀ over channels, N V and Nᵀ U, N the gradient of n at D."""
     if norm == "l2":
         D = U @ V.mT
-        size = torch.linalg.vector_norm(D, dim=(1, 2, 3), keepdim=True)
+        size = reference.norm(D, (1, 2, 3), keepdim=True)
         N = D / torch.where(size > 0, size, 1)
         return size, N @ V, N.mT @ U
     U_basis, U_core = linalg.qr(U)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .. import reference
 from .stiefel import StiefelSGD
 
 
@@ -43,11 +44,13 @@ class CayleySGD(StiefelSGD):
     @staticmethod
     def retract(X: Tensor, xi: Tensor) -> Tensor:
         """Return (I - W / 2)⁻¹ (I + W / 2) X for the skew W with W X = xi, scaled to ‖W‖_F <= 1."""
+        scale = reference.magnitude(xi)
+        xi = xi / scale  # and so is W
         A = torch.cat([xi - X @ (X.mT @ xi) / 2, X], 1)  # W = A Bᵀ
         B = torch.cat([X, X @ (X.mT @ xi) / 2 - xi], 1)
         BtA, BtX = B.mT @ A, B.mT @ X
         norm = ((A.mT @ A) * (B.mT @ B)).sum().clamp_min(0).sqrt()
-        step = 1 / norm.clamp_min(1)
+        step = 1 / norm.maximum(1 / scale)
         identity = torch.eye(BtA.shape[0], dtype=X.dtype, device=X.device)
         Y = X + step * A @ torch.linalg.solve(identity - step / 2 * BtA, BtX)
         # a Newton step to orthonormality, without which rounding adds up over the steps

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import linalg
+from .. import linalg, reference
 from ..nn import LowRankLayer, low_rank_layers
 from .layerwise import check_factor, check_gradients, check_options, heavy_ball
 
@@ -136,7 +136,8 @@ class RankAdaptiveSGD(Optimizer):
 
 def kept_rank(sigma: Tensor, tolerance: float) -> int:
     """Return the least r >= 1 with ‖(sigma_{r+1}, ...)‖ < tolerance ‖sigma‖, or = 0, for descending sigma."""
-    squares = sigma.detach().cpu().double().square()
+    sigma = sigma.detach().cpu().double()
+    squares = (sigma / reference.magnitude(sigma, -1)).square()
     tails = squares.flip(0).cumsum(0).flip(0)  # tails[r]: squared norm of what rank r drops
     return max(1, int(((tails >= tolerance**2 * squares.sum()) & (tails > 0)).sum()))
 

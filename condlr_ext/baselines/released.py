@@ -6,6 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
+from .. import reference
 from .layerwise import LayerSGD
 
 
@@ -84,7 +85,7 @@ class ReleasedCondLR(LayerSGD):
             if tau > 0:
                 new[S], new[self.state[S]["scale"]] = clamp_spectrum(core, tau)
             else:
-                new[S] = (core.square().sum() / len(core)).sqrt() * sign_fixed_q(core)
+                new[S] = reference.norm(core) / len(core) ** 0.5 * sign_fixed_q(core)
 
 
 def clamp_spectrum(S: Tensor, tau: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import numbers
 import torch
 from torch import Tensor, nn
 
+from .. import reference
 from .layerwise import closure_loss, without_autocast
 from .rank_adaptive import RankAdaptiveSGD
 
@@ -116,8 +117,10 @@ class RobustDLRT(RankAdaptiveSGD):
 
 def penalty_gradient(S: Tensor) -> Tensor:
     """Return the gradient of R(S) = ‖SᵀS - a² I‖_F, 2 S (SᵀS - a² I) / R with a² = ‖S‖_F² / r; 0 if R is rounding."""
+    scale = reference.magnitude(S)
+    S = S / scale  # R is of degree 2, its gradient of degree 1
     mean = S.square().sum() / len(S)
     excess = S.mT @ S - mean * torch.eye(len(S), dtype=S.dtype, device=S.device)
     norm = torch.linalg.matrix_norm(excess)
     least = torch.finfo(S.dtype).eps * len(S) * mean
-    return torch.where(norm > least, 2 * S @ excess / norm, 0)
+    return torch.where(norm > least, 2 * S @ excess / norm, 0) * scale

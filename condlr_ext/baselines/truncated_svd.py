@@ -8,6 +8,7 @@ import numbers
 
 from torch import Tensor, nn
 
+from .. import reference
 from ..factorize import FactorizeReport, factorize
 from ..factorize.budget import stored_parameters
 from ..linalg import svd
@@ -79,7 +80,7 @@ def _least_tolerance(budget: float, spectra: dict[str, Tensor], shapes: dict[str
 
     tails = []  # relative norms dropped by each rank of each layer; between them no rank changes
     for sigma in spectra.values():
-        squares = sigma.double().square()
+        squares = (sigma.double() / reference.magnitude(sigma, -1)).square()
         if squares.any():
             tails += (squares.flip(0).cumsum(0).flip(0)[1:] / squares.sum()).sqrt().tolist()
     candidates = sorted({0.0} | {tail * (1 + 1e-9) for tail in tails})

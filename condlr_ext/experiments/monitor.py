@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import nn
 
+from .. import reference
 from ..linalg import cond, svd
 from ..nn import LowRankLayer
 from .inspect_layers import core, dense_layers, low_rank_layers, orthonormality_error
@@ -102,6 +103,7 @@ def _gram_cond(W: torch.Tensor) -> float:
     """Return kappa of a dense weight by the eigenvalues of its smaller Gram matrix, good to 1e-16 kappa² in float64."""
     if not torch.isfinite(W).all():
         return float("inf")
+    W = W / reference.magnitude(W)
     eigenvalues = torch.linalg.eigvalsh(W.mT @ W if W.shape[0] >= W.shape[1] else W @ W.mT)
     smallest, largest = eigenvalues[0].item(), eigenvalues[-1].item()
     return (largest / smallest) ** 0.5 if smallest > 0 else float("inf")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .. import reference
 from .._modules import matcher, not_plain, parameter_count, refuse_wrapped, replace_modules
 from ..errors import NonFiniteError
 from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention, low_rank_layers
@@ -347,7 +348,7 @@ def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[
         layer = cls(*cls._dense_arguments(module), device=weight.device, dtype=weight.dtype, rank=rank).copy_flags_from(
             module
         )
-        norm = torch.linalg.vector_norm(weight.detach(), dtype=torch.promote_types(weight.dtype, torch.float32))
+        norm = reference.norm(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)))
         if not torch.isfinite(norm):
             raise NonFiniteError(f"factorize: layer {target.name}: the weight must be finite, got NaN or Inf")
         if norm > 0:

@@ -10,6 +10,7 @@ from .. import linalg
 from ..errors import NonFiniteError
 from ..functional import same_padding
 from ..nn.truncated import truncated_svd
+from ..reference import magnitude
 from .example import run_example
 from .selection import Target
 
@@ -17,7 +18,7 @@ ENTRIES = 2**24  # entries of inputs or patches held in float64 at a time
 
 
 def second_moments(model: nn.Module, targets: list[Target], example_input) -> dict[str, Tensor]:
-    """Return Σ z zᵀ [n, n], float64, over all inputs z of each target and its twins in one forward on the example.
+    """Return Σ z zᵀ [n, n], float64, up to a factor, over all inputs z of each target and its twins on the example.
 
     For a convolution z is a patch in the order of weight.flatten(1), those of all groups together. Layers with zero or
     no inputs are missing, and so are attentions' output projections, whose inputs hooks cannot see.
@@ -27,12 +28,17 @@ def second_moments(model: nn.Module, targets: list[Target], example_input) -> di
         NonFiniteError: NaN or Inf among the inputs.
     """
     moments: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}  # of the first inputs that are not zero: squares of scaled ones stay in range
     owner = {t.name: target.name for target in targets for t in (target, *target.twins)}
 
     def add(target: Target, z: Tensor) -> None:
         z, name = z.detach().reshape(-1, target.shape[1]), owner[target.name]
         for part in z.split(max(1, ENTRIES // target.shape[1])):
-            moments[name] = moments.get(name, 0) + part.mT.double() @ part.double()
+            part = part.double()
+            if name not in scales and (part.is_meta or part.any()):
+                scales[name] = magnitude(part)
+            part = part / scales.get(name, 1)
+            moments[name] = moments.get(name, 0) + part.mT @ part
 
     def on_layer(target: Target, x: Tensor, output: Tensor) -> None:
         conv = target.module

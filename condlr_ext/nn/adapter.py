@@ -6,6 +6,7 @@ import numbers
 import torch
 from torch import Tensor, nn
 
+from .. import reference
 from .._modules import not_plain
 from ..errors import NonFiniteError
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
@@ -69,7 +70,7 @@ class LowRankAdapter(nn.Module):
         """Draw orthonormal U, V and set S = s I with ‖delta W‖_F = eps ‖W‖_F: the frozen function to rounding."""
         self.delta.reset_parameters()
         S, W = self.delta.S, self.layer.weight
-        norm = torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32))
+        norm = reference.norm(W.to(torch.promote_types(W.dtype, torch.float32)))
         norm = torch.where(norm > 0, norm, 1)
         s = torch.finfo(W.dtype).eps * norm / (abs(self.scale) * math.sqrt(self.delta.rank))
         S.copy_(s * torch.eye(self.delta.rank, device=S.device, dtype=s.dtype))

@@ -198,7 +198,7 @@ class LowRankLayer(nn.Module):
         Raises:
             TypeError: The module is of another class.
             RankError: The rank does not fit.
-            NonFiniteError: NaN or Inf in the weight.
+            NonFiniteError: NaN or Inf in the weight, or a singular value beyond the range of its dtype.
             ShapeError: row_space is not [n, r].
             ValueError: row_space is not orthonormal to 1e-4.
 
@@ -221,6 +221,10 @@ class LowRankLayer(nn.Module):
                 row_space = row_space.to(A)
                 U, sigma, V = truncated_svd(A @ row_space, layer.rank)
                 V = row_space @ V
+        if not torch.isfinite(sigma.to(W.dtype)).all():
+            raise NonFiniteError(
+                f"{cls.__name__}.from_dense: singular values of module.weight must be within the range of {W.dtype}"
+            )
         for name, X in zip("USV", (U, torch.diag(sigma), V), strict=True):
             setattr(layer, name, nn.Parameter(X.to(W.dtype).contiguous()))
         if layer.bias is not None:

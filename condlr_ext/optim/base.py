@@ -164,7 +164,7 @@ class ConstrainedOptimizer(Optimizer):
         started = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in params]
         start_on_constraint_set(*active_factors(*started), *self._constraint(layer))
         for role, p, X in zip(ROLES, params, started, strict=False):
-            if not p.requires_grad and (X - p).norm() > 8 * torch.finfo(p.dtype).eps * p.norm():
+            if not p.requires_grad and reference.norm(X - p) > 8 * torch.finfo(p.dtype).eps * reference.norm(p):
                 raise ValueError(
                     f"{self._name}: {role} of layer {layer.name!r} is frozen and the layer not on the constraint set;"
                     " put it there first (linalg.orthonormalize, linalg.clip_spectrum) or let all of U, S, V be trained"

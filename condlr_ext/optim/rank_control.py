@@ -257,12 +257,13 @@ class RankController:
             if not torch.isfinite(v.core).all():
                 raise NonFiniteError(f"{_UPDATE}: layer {v.name!r}: the core steps diverged, lr is {v.lr}")
             spectra.append(reference.svd(v.core))
-        ranks = {}
+        ranks, squares = {}, {}
         for v, (_, sigma, _) in zip(views, spectra, strict=True):
-            tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[k]: norm of what rank k drops
+            squares[v] = (sigma / reference.magnitude(sigma, -1)).square()
+            tail = squares[v].flip(0).cumsum(0).flip(0).sqrt()  # tail[k]: norm of what rank k drops
             enough = int((tail > self.theta * tail[0]).sum())
             ranks[v] = min(max(enough, self._least(v)), self._limits[v.name])
-        shares = {v: sigma.square() / sigma.square().sum() for v, (_, sigma, _) in zip(views, spectra, strict=True)}
+        shares = {v: square / square.sum() for v, square in squares.items()}
         rest = sum(v.parameters(v.r) for v in all_views if v not in ranks)
         while self.budget is not None and rest + sum(v.parameters(r) for v, r in ranks.items()) > self.budget:
             able = [v for v in views if ranks[v] > self._least(v)]
@@ -635,7 +636,7 @@ def _scalar(value) -> Tensor:
 def _augmented(X: Tensor, Z: Tensor, k: int) -> Tensor:
     """Return an orthonormal basis of X and the k leading directions of Z outside of it; X comes first, unchanged."""
     Z = reference.tangent_projection(X, Z.double())
-    left, _, _ = reference.svd(Z / Z.norm().clamp_min(torch.finfo(Z.dtype).tiny))
+    left, _, _ = reference.svd(Z)
     return linalg.orthonormalize(torch.cat((X, left[:, :k]), 1))
 
 

@@ -6,7 +6,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .. import linalg
+from .. import linalg, reference
 from ..errors import ShapeError
 from .matrices import Matrices, sum_penalty
 
@@ -61,12 +61,11 @@ def kappa_bound(A: Tensor) -> Tensor:
     if A.dim() < 2 or 0 in A.shape[-2:]:
         raise ShapeError(f"regularizers.kappa_bound: A must be [*, m, n] with rows and columns, got {list(A.shape)}")
     A = A.detach().double()
+    A = A / reference.magnitude(A)
     R = linalg.qr(A.mT if A.shape[-2] < A.shape[-1] else A).R
-    peak = R.abs().amax((-2, -1), keepdim=True)
-    R = R / torch.where(peak > 0, peak, 1)
     r = R.shape[-1]
     log_K = r * (R.square().sum((-2, -1)) / r).log() - 2 * R.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    log_K = torch.where(peak[..., 0, 0] > 0, log_K, torch.inf).clamp_min(0)
+    log_K = torch.where(R.any(-1).any(-1), log_K, torch.inf).clamp_min(0)
     return (log_K / 2).exp() * (1 + torch.sqrt(-torch.expm1(-log_K)))
 
 
@@ -92,13 +91,15 @@ def robust_dlrt(matrices: Matrices) -> Tensor:
     """
 
     def penalty(A: Tensor) -> Tensor:
+        eps, dtype = torch.finfo(A.dtype).eps, A.dtype
+        A = A.double()  # where squares leave the range of float32, the gradient, which has the size of A, does not
         gram = A.mT @ A
         energy = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         r = A.shape[-1]
         eye = torch.eye(r, dtype=A.dtype, device=A.device)
         residual = gram - (energy / r)[..., None, None] * eye
-        noise = torch.linalg.matrix_norm(residual.detach()) <= 2 * torch.finfo(A.dtype).eps * energy.detach()
-        return torch.linalg.vector_norm(torch.where(noise[..., None, None], 0, residual), dim=(-2, -1))
+        noise = torch.linalg.matrix_norm(residual.detach()) <= 2 * eps * energy.detach()
+        return torch.linalg.vector_norm(torch.where(noise[..., None, None], 0, residual), dim=(-2, -1)).to(dtype)
 
     return sum_penalty("regularizers.robust_dlrt", matrices, penalty)
 
@@ -110,10 +111,8 @@ def check_floor(caller: str, floor) -> None:
 
 def log_volumes(A: Tensor, floor: float) -> Tensor:
     """Return log K [*] of A [*, m, n], m >= n."""
-    sigma = linalg.svd(A).sigma
-    peak = sigma.detach()[..., :1]
-    relative = sigma / torch.where(peak > 0, peak, 1)  # K does not change, squares do not underflow
-    share = relative.square()
+    sigma = linalg.svd(A / reference.magnitude(A)).sigma  # K does not change, squares stay in range
+    share = sigma.square()
     mean = share.mean(-1, keepdim=True)
     share = share / torch.where(mean > 0, mean, 1)
     return sigma.shape[-1] * math.log1p(floor**2) - (share + floor**2).log().sum(-1)

@@ -85,14 +85,21 @@ def sum_penalty(
             try:
                 values = penalty(batch)
             except NonFiniteError:
-                finite = torch.isfinite(batch).all(-1).all(-1)
-                values = torch.where(finite, 0, torch.nan).to(batch.dtype)
+                values = torch.cat([_or_nan(penalty, A) for A in batch.split(1)])
         if ops.can_check(values) and not torch.isfinite(values).all():
             finite = torch.isfinite(values).split([len(A) for _, A in members])
             bad = [name for (name, _), ok in zip(members, finite, strict=True) if not ok.all()]
             raise NonFiniteError(f"{caller}: the penalty of {', '.join(bad)} is not finite")
         sums.append(values.sum())
     return torch.stack([s.to(sums[0]) for s in sums]).sum()
+
+
+def _or_nan(penalty: Callable[[Tensor], Tensor], A: Tensor) -> Tensor:
+    """Return the penalty [1] of a batch of one, NaN where it is refused."""
+    try:
+        return penalty(A)
+    except NonFiniteError:
+        return A.new_full((1,), torch.nan)
 
 
 def _check_and_name(caller: str, matrices: Matrices) -> list[tuple[str, Tensor]]:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import linalg
+from .. import linalg, reference
 from .._checks import check_batch, check_logits
 from .._modules import frozen
 from ..nn import LowRankLayer
@@ -115,10 +115,12 @@ def _ratio(module: nn.Module, z: Tensor) -> Tensor:
     V = _row_basis(module)
     if is_plain(module, LINEAR):
         z = z.reshape(-1, z.shape[-1]) if z.ndim == 1 else z
+        z = z / reference.magnitude(z, tuple(range(1, z.ndim)))  # squares stay in range
         total, projected = z.square(), (z @ V).square()
     else:
         kernel, groups = module.kernel_size, module.groups
         z = z[None] if z.ndim == len(kernel) + 1 else z
+        z = z / reference.magnitude(z, tuple(range(1, z.ndim)))
         z = F.pad(z, flat_padding(module), mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
         conv = (F.conv1d, F.conv2d, F.conv3d)[len(kernel) - 1]
         geometry = {"stride": module.stride, "dilation": module.dilation, "groups": groups}

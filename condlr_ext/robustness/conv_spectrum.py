@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import linalg
+from .. import linalg, reference
 from ..errors import NonFiniteError, ShapeError
 from ..functional import as_ints
 
@@ -68,8 +68,10 @@ def largest_singular_value(A: Tensor) -> float:
 
     It comes from the Gram matrix, whose largest eigenvalue loses nothing by the squaring.
     """
+    scale = reference.magnitude(A, tuple(range(A.dim())))
+    A = A / scale
     gram = A @ A.mH if A.shape[-2] <= A.shape[-1] else A.mH @ A
-    return torch.linalg.eigvalsh(gram).amax().clamp_min(0).sqrt().item()
+    return torch.linalg.eigvalsh(gram).amax().clamp_min(0).sqrt().item() * scale.item()
 
 
 def equivalent_torus(size, kernel_size, stride, dilation, pads) -> list[int]:

@@ -256,7 +256,7 @@ class _BoundInterpreter(fx.Interpreter):
         if target in (torch.cat, torch.concat, torch.stack):
             if isinstance(node.args[0], fx.Node):  # all parts of one tensor
                 return self.bounds[node.args[0]] if varying == [node.args[0]] else None
-            return math.sqrt(sum(self.bounds[used] ** 2 for used in node.args[0] if isinstance(used, fx.Node)))
+            return math.hypot(*(self.bounds[used] for used in node.args[0] if isinstance(used, fx.Node)))
         source = node.args[0]
         if varying != [source] or source in _nodes_in(node.args[1:]) or source in _nodes_in(node.kwargs.values()):
             return None

@@ -125,7 +125,7 @@ def positive_map_constant(function: Callable[[Tensor], Tensor], value: Tensor) -
     with torch.enable_grad():
         rows = function(ones) - function(torch.zeros_like(ones))
         (columns,) = torch.autograd.grad(rows.sum(), ones)
-    return math.sqrt(rows.amax().item() * columns.amax().item())
+    return math.sqrt(rows.amax().item()) * math.sqrt(columns.amax().item())
 
 
 def _max_pool_call(d, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):

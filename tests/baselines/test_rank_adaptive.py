@@ -170,6 +170,14 @@ def test_kept_rank():
     assert kept_rank(torch.tensor([4.0, 2, 0]), 0.0) == 2 and kept_rank(torch.zeros(3), 0.1) == 1
 
 
+def test_kept_rank_does_not_depend_on_the_scale():
+    sigma = torch.tensor([4.0, 2, 1, 0.5], dtype=torch.float64)
+    for scale in (1e-300, 1e-170, 1e170, 1e300):
+        assert [kept_rank(sigma * scale, t) for t in (0.1, 0.2, 0.3, 0.6)] == [
+            kept_rank(sigma, t) for t in (0.1, 0.2, 0.3, 0.6)
+        ]
+
+
 def penalty(S):
     mean = S.square().sum() / len(S)
     return torch.linalg.matrix_norm(S.mT @ S - mean * torch.eye(len(S), dtype=S.dtype))
@@ -183,6 +191,12 @@ def test_penalty_gradient(r):
     torch.testing.assert_close(torch.sum(exact * S), 2 * penalty(S))  # R is homogeneous of degree two
     sigma = singular_values(S)
     assert math.log(sigma[0] / sigma[-1]) <= penalty(S).item() / (math.sqrt(2) * sigma[-1].item() ** 2)
+
+
+@pytest.mark.parametrize("exponent", [-100, -73, 64, 100])
+def test_penalty_gradient_is_of_degree_one(exponent):
+    S = torch.randn(5, 5)
+    torch.testing.assert_close(penalty_gradient(S * 2.0**exponent) / 2.0**exponent, penalty_gradient(S))
 
 
 @pytest.mark.parametrize("S", [torch.zeros(3, 3), 2 * torch.eye(4), torch.ones(1, 1), 0.3 * orthonormal(6, 6).float()])

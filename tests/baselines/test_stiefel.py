@@ -34,6 +34,16 @@ def test_cayley_retraction_is_the_cayley_transform(n, p):
         torch.testing.assert_close(Y, exact, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e12, 1e20, 1e35])
+def test_cayley_retraction_of_tiny_and_huge_directions(size):
+    X = orthonormal(7, 3)
+    xi = tangent_projection(X, torch.randn(7, 3, dtype=torch.float64))
+    exact = CayleySGD.retract(X, size * xi)  # beyond ‖W‖_F = 1 only the direction counts
+    if size > 1:
+        torch.testing.assert_close(exact, CayleySGD.retract(X, 10 * xi))
+    torch.testing.assert_close(CayleySGD.retract(X.float(), size * xi.float()).double(), exact, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("cls", [CayleySGD, ProjectedSGD])
 def test_retraction_is_first_order(cls):
     X = orthonormal(8, 3) * torch.tensor([1.0, -1, 1])  # of the signs that Householder QR gives, not all

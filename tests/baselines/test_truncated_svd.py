@@ -43,6 +43,19 @@ def test_prune_by_tolerance():
         torch.testing.assert_close(error, singular_values(W)[expected[name] :].norm() / W.norm())
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e170])
+def test_prune_does_not_depend_on_the_scale(scale):
+    ranks = []
+    for factor in (1.0, scale):
+        model = planted().double()
+        for p in model.parameters():
+            p.data *= factor
+        ranks.append(
+            [ranks_of(svd_prune(copy.deepcopy(model), **how)) for how in (dict(tolerance=0.1), dict(budget=0.5))]
+        )
+    assert ranks[0] == ranks[1]
+
+
 @pytest.mark.parametrize("budget", [0.2, 0.5, 0.9, 3.0])
 def test_prune_by_budget_is_the_least_tolerance(budget):
     model, dense = planted(), planted()

@@ -200,6 +200,23 @@ def test_errors_leave_the_model_unchanged(options, error, text):
     assert [type(m) for m in model] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_random_init_has_the_scale_of_the_weight(scale):
+    model = mlp()
+    model[0].weight.data *= scale
+    norm = model[0].weight.double().norm().item()
+    factorize(model, rank=4, init="random")
+    assert model[0].weight.double().norm().item() == pytest.approx(norm, rel=1e-5)
+
+
+def test_singular_values_beyond_the_dtype_are_named():
+    model = mlp().half()
+    model[2].weight.data.fill_(6e4)
+    with pytest.raises(NonFiniteError, match="factorize: layer 2: .*within the range of torch.float16"):
+        factorize(model, rank=3)
+    assert type(model[0]) is nn.Linear
+
+
 def test_nan_weight_names_the_layer():
     model = mlp()
     model[2].weight.data[3, 3] = torch.nan

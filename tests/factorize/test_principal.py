@@ -125,3 +125,15 @@ def test_inputs_of_few_dimensions_leave_the_rest_to_the_weight():
         model = nn.Sequential(copy.deepcopy(W))
         factorize(model, rank=5, init="pca", example_input=nothing)
         assert torch.equal(model[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_principal_directions_do_not_depend_on_the_scale_of_the_inputs(scale):
+    projectors = []
+    for factor in (1.0, scale):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 8)).double()
+        x = torch.randn(50, 12, dtype=torch.float64) * torch.linspace(0.1, 1, 12)
+        factorize(model, rank=4, init="pca", example_input=x * factor)
+        projectors.append(model[0].V @ model[0].V.mT)
+    torch.testing.assert_close(projectors[1], projectors[0])

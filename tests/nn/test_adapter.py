@@ -51,6 +51,15 @@ def test_starts_as_the_frozen_layer_and_is_its_sum(name):
     assert (adapter.bias is None) == (expected.bias is None)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_start_is_relative_to_the_weight_at_any_scale(scale):
+    layer = nn.Linear(8, 6)
+    layer.weight.data *= scale
+    norm = layer.weight.double().norm().item()
+    adapter = LowRankAdapter(layer, 2)
+    assert adapter.delta.S.double().norm().item() == pytest.approx(torch.finfo(torch.float32).eps * norm, rel=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_start_in_other_precisions(dtype):
     layer = nn.Linear(32, 16).to(dtype)

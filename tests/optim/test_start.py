@@ -90,6 +90,16 @@ def test_frozen_factors_keep_their_values():
     assert torch.equal(layer.S, before)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_a_frozen_core_off_the_set_is_found_at_any_scale(scale):
+    layer = LowRankLinear(6, 5, rank=3)
+    layer.S.requires_grad_(False)
+    with torch.no_grad():
+        layer.S.copy_(scale * torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    with pytest.raises(ValueError, match="S of layer '' is frozen and the layer not on the constraint set"):
+        CondLRSGD(layer, 0.1, tau=0.1)
+
+
 def test_a_layer_unfrozen_later_starts_on_the_constraint_set():
     layer = LowRankLinear(6, 5, rank=3, dtype=torch.float64).requires_grad_(False)
     with torch.no_grad():

@@ -172,6 +172,31 @@ def test_bad_arguments(call, error, message):
         call()
 
 
+# name: degree of the penalty in the scale of the matrix
+@pytest.mark.parametrize("name, degree", [("log_volume", 0), ("cnc", 0), ("robust_dlrt", 2), ("spectral_norm", 2)])
+@pytest.mark.parametrize("exponent", [-100, -73, 60])
+def test_gradients_scale_with_the_matrix(name, degree, exponent):
+    gradients = []
+    for e in (0, exponent):
+        torch.manual_seed(0)
+        A = (torch.randn(2, 5, 3) * 2.0**e).requires_grad_()
+        PENALTIES[name](A).backward()
+        gradients.append(A.grad.double() * 2.0 ** (e * (1 - degree)))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_near_overflow_is_right_or_named():
+    signs = torch.tensor([[1.0, 1, 1], [1, -1, 1], [1, 1, 1]])
+    matrices = {"good": torch.eye(3), "large": 3e38 * signs}
+    for penalty in (log_volume, cnc):
+        torch.testing.assert_close(penalty(matrices), penalty({"good": torch.eye(3), "large": signs}))
+    for penalty in (spectral_norm, lipschitz, robust_dlrt):
+        with pytest.raises(NonFiniteError, match="the penalty of large is not finite"):
+            penalty(matrices)
+    signs, scaled = (regularizers.kappa_bound(s * (signs + 0.5 * torch.eye(3)).double()) for s in (1.0, 1e308))
+    torch.testing.assert_close(scaled, signs)
+
+
 @every_penalty
 def test_nan_names_the_layer(penalty):
     matrices = {"good": torch.eye(3), "bad": torch.full((3, 3), math.nan), "also good": torch.ones(4, 2)}

@@ -112,6 +112,15 @@ def test_misalignment_of_linear_layers():
     assert (layer_condition[3:] <= kappa * found["0"][3:] * EXACT).all() and (layer_condition[3:] > kappa).any()
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_misalignment_does_not_depend_on_the_scale_of_the_input(scale):
+    for model, z in (
+        (LowRankLinear(8, 6, rank=3, dtype=F64), torch.randn(5, 8, dtype=F64)),
+        (LowRankConv2d(2, 4, 3, rank=2).double(), torch.randn(5, 2, 6, 6, dtype=F64)),
+    ):
+        torch.testing.assert_close(misalignment(model, scale * z), misalignment(model, z))
+
+
 @pytest.mark.parametrize(
     "options",
     [

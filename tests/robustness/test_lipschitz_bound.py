@@ -278,3 +278,21 @@ def test_nan_in_a_layer_is_named():
     model[3].bias.data[0] = math.nan
     with pytest.raises(NonFiniteError, match="bias of 3 must be finite"):
         lipschitz(model, torch.rand(1, 2, 8, 8))
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-25, 1e25, 1e200])
+def test_the_bound_scales_with_the_weights(scale):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Conv1d(1, 2, 3, padding=1)
+
+        def forward(self, x):
+            return torch.cat((self.a(x), self.b(x[:, None]).flatten(1)), 1)
+
+    model, x = Both().double(), torch.randn(2, 4, dtype=F64)
+    before = lipschitz(model, x).bound
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= scale
+    assert lipschitz(model, x).bound == pytest.approx(scale * before, rel=1e-9)
