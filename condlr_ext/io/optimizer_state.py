@@ -144,7 +144,8 @@ def _check_entry(name: str, p: Tensor, entry, like: dict[str, Any] | None) -> No
         raise ValueError(f"the optimizer's state of parameter {name} must be a dict")
     if like is None:
         return
-    like = like | {"master": torch.zeros(2, 3)}  # of low-precision layers, which not all have
+    # low-precision layers have a master, others not
+    like = like | {"master": torch.zeros(2, 3, dtype=torch.float32, device="cpu")}
     there, missing = entry.keys() & like.keys() - {"master"}, sorted(like.keys() - entry.keys() - {"master"})
     unknown = sorted(entry.keys() - like.keys())
     if missing and (there or unknown):  # without a missing one, an unknown one is left from other options

