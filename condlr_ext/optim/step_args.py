@@ -268,7 +268,7 @@ class StepCall:
         return frozen
 
     def _is_marked(self, skipped: Tensor) -> bool:
-        """Return whether the op has marked a layer as not orthonormal; on GPUs, where asking would wait, it never does."""
+        """Return whether the op has marked a layer as not orthonormal; on GPUs, where asking would wait, False."""
         return self.device.type == "cpu" and bool(skipped.numpy().max() >= NOT_ORTHONORMAL)
 
     def _step_again(
