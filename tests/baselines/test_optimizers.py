@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 import torch
-from helpers.baselines import Residual, assert_same_state, layers_of, low_rank, mlp, tokens, train
+from helpers.baselines import assert_same_state, layers_of, low_rank, mlp, train
 from helpers.matrices import non_orthonormality
+from helpers.models import DigitsCNN, digits_encoder
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,7 +37,7 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 
 @every_optimizer
 @pytest.mark.parametrize(
-    "build, lr, steps, most", [(mlp, 0.3, 60, 0.9), (Residual, 0.1, 30, 0.6), (tokens, 0.1, 40, 0.95)]
+    "build, lr, steps, most", [(mlp, 0.3, 60, 0.9), (DigitsCNN, 0.1, 30, 0.6), (digits_encoder, 0.1, 40, 0.95)]
 )
 def test_learns_digits(make, build, lr, steps, most, digits):
     model = low_rank(build, rank=0.5)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers.baselines import Residual, one_layer, step_with, train
+from helpers.baselines import one_layer, step_with, train
 from helpers.matrices import kappa, non_orthonormality, orthonormal
+from helpers.models import DigitsCNN
 from torch import nn
 
 import condlr_ext
@@ -120,7 +121,7 @@ def test_orthonormality_lasts_in_float32(cls):
 @pytest.mark.parametrize("cls", [CayleySGD, ProjectedSGD])
 def test_dense_weights_stay_orthonormal(cls, digits):
     torch.manual_seed(0)
-    model = Residual()
+    model = DigitsCNN()
     nearest = condlr_ext.linalg.polar(model.down.weight.detach().flatten(1)).Q
     optimizer = cls(model, 0.05, 0.9, weights=["stem", "grouped", "down", "head"])
     torch.testing.assert_close(model.down.weight.detach().flatten(1), nearest)

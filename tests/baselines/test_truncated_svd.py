@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from helpers.baselines import Residual, train
+from helpers.baselines import train
 from helpers.matrices import singular_values, with_spectrum
+from helpers.models import DigitsCNN
 from torch import nn
 
 from condlr_ext import LowRankConv2d
@@ -103,7 +104,7 @@ def test_prune_by_rank_and_errors():
 
 def test_pruned_network_is_fine_tuned(digits):
     torch.manual_seed(0)
-    model = Residual()
+    model = DigitsCNN()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.8)
     train(model, optimizer, digits, 60)
     svd_prune(model, tolerance=0.5, exclude="head")

@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.baselines import Residual, tokens, train
+from helpers.baselines import train
 from helpers.matrices import singular_values
+from helpers.models import DigitsCNN, digits_encoder
 from torch import nn
 
 import condlr_ext
@@ -51,9 +52,9 @@ def test_vanilla_convolution(conv, shape):
 def test_vanilla_in_networks(digits):
     torch.manual_seed(0)
     for build, ranks in (
-        (Residual, {"stem": 4, "grouped": 4, "down": 5}),
+        (DigitsCNN, {"stem": 4, "grouped": 4, "down": 5}),
         (
-            tokens,
+            digits_encoder,
             {
                 f"2.encoder.layers.0.{name}": rank
                 for name, rank in {"self_attn.out_proj": 6, "linear1": 8, "linear2": 8}.items()

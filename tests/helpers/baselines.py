@@ -7,36 +7,14 @@ from torch.nn import functional as F
 import condlr_ext
 from condlr_ext import LowRankLinear
 from condlr_ext.nn import LowRankLayer
-from helpers.models import Encoder
-
-
-class Residual(nn.Module):
-    """A small residual network with batch norm, a grouped dilated convolution and a strided one."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2, padding_mode="circular")
-        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
-        self.head = nn.Linear(12 * 16, 10)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.stem(x.reshape(-1, 1, 8, 8))))
-        x = F.relu(x + self.grouped(x))
-        return self.head(F.relu(self.down(x)).flatten(1))
-
-
-def tokens():
-    """nn.TransformerEncoder over the eight rows of a digit."""
-    return nn.Sequential(nn.Unflatten(1, (8, 8)), nn.Linear(8, 16), Encoder(16, depth=1, heads=2))
+from helpers.models import DigitsCNN, digits_encoder
 
 
 def mlp():
     return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
 
 
-HEADS = {mlp: "4", Residual: "head", tokens: "2.head"}
+HEADS = {mlp: "4", DigitsCNN: "head", digits_encoder: "2.head"}
 
 
 def low_rank(build=mlp, rank=0.25, seed=0, dtype=torch.float32):

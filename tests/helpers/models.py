@@ -109,6 +109,28 @@ class Encoder(nn.Module):
         return self.head(self.encoder(x, src_key_padding_mask=padding).mean(1))
 
 
+class DigitsCNN(nn.Module):
+    """Digits [B, 64] to classes [B, 10]: batch norm, a residual, a grouped dilated and a strided convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=2, padding_mode="circular")
+        self.down = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.head = nn.Linear(12 * 16, 10)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x.reshape(-1, 1, 8, 8))))
+        x = F.relu(x + self.grouped(x))
+        return self.head(F.relu(self.down(x)).flatten(1))
+
+
+def digits_encoder() -> nn.Module:
+    """nn.TransformerEncoder over the eight rows of digits [B, 64]."""
+    return nn.Sequential(nn.Unflatten(1, (8, 8)), nn.Linear(8, 16), Encoder(16, depth=1, heads=2))
+
+
 class Conv1D(nn.Module):
     """The linear layer of HF's GPT-2, with the interface it has there: weight [in, out], y = x weight + bias."""
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.models import DigitsCNN, digits_encoder
 from helpers.planted import BATCHES, Planted, assert_constraint, digits_like, fit, low_rank, mlp, state_tensors
 from torch import nn
 from torch.nn import functional as F
@@ -98,8 +99,8 @@ def test_rank_goes_where_it_is_worth_most():
 
 def test_untrained_network_loses_nothing():
     x, y = digits_like()
-    model = Encoder()
-    condlr_ext.factorize(model, rank=4, include=nn.Linear, exclude="head")
+    model = digits_encoder()
+    condlr_ext.factorize(model, rank=4, include=nn.Linear, exclude="2.head")
     controller = RankController(model, CondLRSGD(model, 0.1, tau=0.1))
     report = controller.update(lambda b: F.cross_entropy(model(x[b]), y[b]), torch.arange(256).split(128))
     assert all(row.rank_after == row.rank_before for row in report.layers)
@@ -241,35 +242,12 @@ def test_compiled_model_is_updated_and_not_compiled_again():
         assert_constraint(layer, 0.1)
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(1, 12, 3, padding=1)
-        self.body = nn.ModuleList(nn.Conv2d(12, 12, 3, padding=1) for _ in range(2))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(12) for _ in range(2))
-        self.head = nn.Linear(12, 10)
-
-    def forward(self, x):
-        x = F.relu(self.stem(x.view(-1, 1, 8, 8)))
-        for conv, norm in zip(self.body, self.norms, strict=True):
-            x = x + F.relu(norm(conv(x)))
-        return self.head(x.mean((2, 3)))
-
-
-class Encoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(16, 10)
-        self.embed = nn.Linear(8, 16)
-
-    def forward(self, x):
-        return self.head(self.encoder(self.embed(x.view(-1, 8, 8))).mean(1))
-
-
 @pytest.mark.parametrize(
     "make, layers",
-    [(Residual, ["stem", "body.0", "body.1"]), (Encoder, ["encoder.layers.0.linear1", "encoder.layers.0.linear2"])],
+    [
+        (DigitsCNN, ["stem", "grouped", "down"]),
+        (digits_encoder, ["2.encoder.layers.0.linear1", "2.encoder.layers.0.linear2"]),
+    ],
     ids=["residual", "transformer"],
 )
 def test_on_whole_networks(make, layers):
