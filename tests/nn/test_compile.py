@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.inductor import LINKS
 from helpers.models import MODELS, example_input
 from torch._dynamo.utils import counters
 
@@ -107,6 +108,7 @@ def test_products_of_open_sizes_are_right():
         torch.testing.assert_close(traced(A, B, C), A @ B @ C)
 
 
+@LINKS
 def test_inductor_trains_a_transformer():
     model = low_rank("vit")
     expected = train(twin := copy.deepcopy(model), twin, "vit", (8, 8, 8))

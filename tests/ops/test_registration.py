@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.inductor import LINKS
 from helpers.op_arguments import arguments, layer_tensors, one_of_each, step_arguments
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -349,7 +350,7 @@ def make_model():
     )
 
 
-@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=LINKS)])
 def test_compiled_training_does_not_recompile(engine):
     """A model's forward and backward without graph breaks, the same losses as eager, one compilation for all steps."""
     torch._dynamo.reset()
