@@ -25,3 +25,14 @@ def network(classes=5, dtype=torch.float64):
 
 def batch(n=7, d=9, classes=5, dtype=torch.float64):
     return torch.rand(n, d, dtype=dtype), torch.randint(classes, (n,))
+
+
+def image_network():
+    """Images [B, 1, 4, 4] to three classes, by a convolution and two linear layers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)
+    )  # fmt: skip
+
+
+def image_batch(n=12):
+    return torch.rand(n, 1, 4, 4), torch.randint(3, (n,))

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.classifiers import image_batch, image_network
 from helpers.digits import shuffled_batches, shuffled_digits
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -25,16 +26,6 @@ from condlr_ext.pruning import (
 from condlr_ext.robustness import evaluate, kl_pgd, trades_loss, train_epoch
 
 
-def network():
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)
-    )  # fmt: skip
-
-
-def batch(n=12):
-    return torch.rand(n, 1, 4, 4), torch.randint(3, (n,))
-
-
 def test_top_k_mask_keeps_exactly_k_and_passes_the_gradient_through():
     scores = torch.tensor([[3.0, 1.0, 1.0], [0.5, 1.0, 2.0]], requires_grad=True)
     for k in range(7):
@@ -49,7 +40,7 @@ def test_top_k_mask_keeps_exactly_k_and_passes_the_gradient_through():
 
 
 def test_masks_start_as_magnitude_pruning_and_search_trains_scores_alone():
-    model = network()
+    model = image_network()
     weights = {name: model.get_submodule(name).weight.detach().clone() for name in ("0", "4")}
     assert add_masks(model, 0.25, exclude="6") == ["0", "4"]
     assert kept_shares(model) == {"0": 0.25, "4": 0.25, "6": 1.0}
@@ -60,7 +51,7 @@ def test_masks_start_as_magnitude_pruning_and_search_trains_scores_alone():
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"0.parametrizations.weight.0.scores", "6.weight", "4.bias"} <= trained
     assert "0.parametrizations.weight.original" not in trained
-    x, y = batch()
+    x, y = image_batch()
     before = model[4].weight.detach() != 0
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
     train_epoch(model, [(x, y)] * 5, optimizer, lambda m, x, y: F.cross_entropy(m(x), y))
@@ -80,7 +71,7 @@ def test_masks_start_as_magnitude_pruning_and_search_trains_scores_alone():
     assert make_permanent(model) == ["0", "4"]
     assert torch.equal(model(x), expected) and torch.equal(model[4].weight, weight)
     assert type(model[4]) is nn.Linear and model[4].weight.requires_grad
-    assert set(model.state_dict()) == set(network().state_dict())
+    assert set(model.state_dict()) == set(image_network().state_dict())
     assert kept_shares(model, exclude="6") == {"0": 0.25, "4": 0.25}
 
 
@@ -125,12 +116,12 @@ def test_gate_parameters_are_bounded_and_come_back():
 
 
 def test_gates_and_masks_together_become_plain_weights():
-    model = network()
+    model = image_network()
     assert add_gates(model, exclude=["6"]) == ["0", "4"]
     model[4].parametrizations.weight[0].log_alpha.data[:3] = -4.0  # closed in eval mode
     add_masks(model, 0.5, exclude=["0", "6"])
     assert [type(m).__name__ for m in model[4].parametrizations.weight] == ["HardConcreteGate", "TopKMask"]
-    x, _ = batch()
+    x, _ = image_batch()
     model.eval()
     expected = model(x)
     shares = kept_shares(model)
@@ -146,7 +137,7 @@ def test_gates_and_masks_together_become_plain_weights():
 
 
 def test_low_rank_layers_are_left_alone():
-    model = network()
+    model = image_network()
     condlr_ext.factorize(model, rank={"4": 4})
     assert add_masks(model, 0.5) == ["0", "6"]
     assert isinstance(model[4], condlr_ext.LowRankLinear)
@@ -169,7 +160,7 @@ def test_low_rank_layers_are_left_alone():
     ],
 )  # fmt: skip
 def test_bad_arguments_of_pruning(call, message):
-    model = network()
+    model = image_network()
     with pytest.raises(ValueError, match=message):
         call(model)
 
@@ -181,7 +172,7 @@ def tied(model):
 
 
 def test_a_refused_model_is_unchanged():
-    model = network()
+    model = image_network()
     parametrizations.weight_norm(model[4])
     with pytest.raises(ValueError, match="add_masks: the weight of 4"):
         add_masks(model, 0.5)
@@ -190,7 +181,7 @@ def test_a_refused_model_is_unchanged():
 
 def test_weights_that_did_not_train_do_not_train_afterwards():
     for prune in (lambda m: (add_masks(m, 0.5), freeze_masks(m)), lambda m: add_masks(m, 0.5), add_gates):
-        model = network()
+        model = image_network()
         model[0].weight.requires_grad_(False)
         prune(model)
         make_permanent(model)

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.classifiers import image_batch, image_network
 from helpers.digits import shuffled_batches, shuffled_digits
 from torch import nn
 
@@ -16,16 +17,6 @@ from condlr_ext.errors import NonFiniteError, ShapeError
 from condlr_ext.robustness import adversarial_loss, evaluate, kl_pgd, trades_loss, train_epoch
 
 
-def network():
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)
-    )  # fmt: skip
-
-
-def batch(n=12):
-    return torch.rand(n, 1, 4, 4), torch.randint(3, (n,))
-
-
 @pytest.fixture(scope="module")
 def digits():
     x, y = shuffled_digits()
@@ -33,9 +24,9 @@ def digits():
 
 
 def test_losses_by_hand():
-    model = network().eval()
+    model = image_network().eval()
     model[6].weight.data *= 30  # logits far apart, so that the two directions of KL differ
-    x, y = batch()
+    x, y = image_batch()
     shifted = (x + 0.1).clamp(0, 1)
 
     def attack(m, x, y):
@@ -48,8 +39,8 @@ def test_losses_by_hand():
 
 
 def test_kl_pgd_stays_in_its_ball_raises_the_divergence_and_leaves_the_model_alone():
-    model = network()
-    x, y = batch(30)
+    model = image_network()
+    x, y = image_batch(30)
     x = x.round(decimals=1)
     model.train()
     state = copy.deepcopy(model.state_dict())
@@ -88,7 +79,7 @@ def test_kl_pgd_stays_in_its_ball_raises_the_divergence_and_leaves_the_model_alo
 )  # fmt: skip
 def test_bad_arguments_of_adversarial_training(call, error, message):
     with pytest.raises(error, match=message):
-        call(network(), *batch())
+        call(image_network(), *image_batch())
 
 
 def test_train_epoch_refuses_a_step_that_is_not_finite_and_returns_the_mean_per_sample():
