@@ -18,6 +18,12 @@ except ImportError:  # not a POSIX system
 LARGEST_TEXT = 2**20  # bytes
 
 
+def check_path(function: str, argument: str, path) -> None:
+    """Raise TypeError unless path, the argument of that name, is a str or os.PathLike."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{function}: {argument} must be a str or os.PathLike, got {type(path).__name__}")
+
+
 @contextmanager
 def whole_file(path) -> Iterator[BinaryIO]:
     """Yield a new file to write to, then sync it and rename it to `path`; an exception deletes it instead.

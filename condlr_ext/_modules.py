@@ -14,6 +14,12 @@ DENSE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WRAPPING_PACKAGES = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
 
 
+def check_module(function: str, model) -> None:
+    """Raise TypeError unless model is a Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
@@ -130,8 +136,7 @@ def select_layers(
         TypeError: model is not a Module.
         ValueError: A pattern matches no such layer, or no layer is left.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(where, model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, types)}
     known = ", ".join(layers) or "a model without any"
     excluded = matcher(where, "exclude", exclude, list(layers))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._modules import DENSE, chooser, is_peft_layer, refuse_wrapped, replace_modules, undone_on_error
+from ._modules import DENSE, check_module, chooser, is_peft_layer, refuse_wrapped, replace_modules, undone_on_error
 from .nn import LowRankAdapter
 
 __all__ = ["add_adapters", "adapters", "merge_adapters"]
@@ -40,6 +40,7 @@ def add_adapters(
         >>> adapters = condlr_ext.add_adapters(model, rank=8, exclude="head")
         >>> optimizer = condlr_ext.optim.CondLRSGD(model, lr=0.1, tau=0.5)
     """
+    check_module("add_adapters", model)
     if isinstance(model, DENSE):
         raise ValueError(
             f"add_adapters: model must contain the layers, got a bare {type(model).__name__}; use LowRankAdapter"
@@ -66,6 +67,7 @@ def add_adapters(
 
 def adapters(model: nn.Module) -> dict[str, LowRankAdapter]:
     """Return the adapters of a model by name."""
+    check_module("adapters", model)
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankAdapter)}
 
 
@@ -81,6 +83,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     Raises:
         NonFiniteError: NaN or Inf in a merged weight; no module is replaced then.
     """
+    check_module("merge_adapters", model)
     found = adapters(model)
     for adapter in found.values():
         adapter.merge()

@@ -9,6 +9,7 @@ import numbers
 from torch import Tensor, nn
 
 from .. import reference
+from .._modules import check_module
 from ..factorize import FactorizeReport, factorize
 from ..factorize.budget import stored_parameters
 from ..linalg import svd
@@ -47,6 +48,7 @@ def svd_prune(
     Source: Eckart and Young (1936); pruning by the singular values' energy as in Yang et al., Learning low-rank deep
         neural networks, CVPR Workshops 2020, without its training for sparse singular values.
     """
+    check_module("svd_prune", model)
     given = {"rank": rank, "tolerance": tolerance, "budget": budget}
     if sum(value is not None for value in given.values()) != 1:
         raise ValueError(f"svd_prune: give one of rank, tolerance and budget, got {given}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .._modules import replace_modules
+from .._modules import check_module, replace_modules
 from ..errors import RankError
 from ..linalg import svd
 from ..nn.formed import formed
@@ -127,6 +127,7 @@ def vanilla_low_rank(model: nn.Module, ranks: dict[str, int]) -> nn.Module:
         ValueError: A name is no nn.Linear or nn.Conv1d/2d/3d of the model, or its weight is tied or parametrized.
         RankError: A rank is out of range.
     """
+    check_module("vanilla_low_rank", model)
     layers = {name: module for name, module in model.named_modules() if name and type(module) in _TWO_FACTOR}
     for name in ranks:
         if name not in layers:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .. import reference
-from .._modules import matcher, not_plain, parameter_count, refuse_wrapped, replace_modules
+from .._modules import check_module, matcher, not_plain, parameter_count, refuse_wrapped, replace_modules
 from ..errors import NonFiniteError
 from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention, low_rank_layers
 from ..nn.attention import factorize_projection, to_dense_projections
@@ -225,8 +225,7 @@ def _layers(function: str, model: nn.Module) -> dict[LowRankLayer, str]:
     """Return the low-rank layers, but those of adapters, with their names. Raise ValueError for one that cannot be
     replaced because it does not compute U S Vᵀ x + b.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module(function, model)
     changes = {module.delta for module in model.modules() if isinstance(module, LowRankAdapter)}
     layers = {m: name for name, m in low_rank_layers(model).items() if m not in changes}
     for layer, name in layers.items():
@@ -276,6 +275,7 @@ def condition_numbers(model: nn.Module) -> dict[str, float]:
     Raises:
         NonFiniteError: NaN or Inf in a factor, with the layer's name.
     """
+    check_module("condition_numbers", model)
     numbers = {}
     for name, layer in low_rank_layers(model).items():
         try:
@@ -286,6 +286,7 @@ def condition_numbers(model: nn.Module) -> dict[str, float]:
 
 
 def _check_options(model, budget, rank, measure, example_input, init) -> None:
+    check_module("factorize", model)
     if budget is not None and rank is not None:
         raise ValueError(f"factorize: give budget or rank, not both, got budget={budget!r}, rank={rank!r}")
     if init not in ("svd", "random", "pca"):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._modules import refuse_wrapped, undone_on_error, unwrapped, unwrapped_optimizer
+from .._files import check_path
+from .._modules import check_module, refuse_wrapped, undone_on_error, unwrapped, unwrapped_optimizer
 from .._version import __version__
 from ..errors import CheckpointError, NonFiniteError, RankError
 from ..factorize import factorize
@@ -75,7 +76,8 @@ def save(
             at most 100 deep.
 
     Raises:
-        TypeError: A value cannot be stored, such as a complex128 tensor or one that is sharded or quantized.
+        TypeError: model is no module, path no path, or a value cannot be stored, such as a complex128 tensor or one
+            that is sharded or quantized.
         ValueError: A tensor has no values, as on the meta device, tau contradicts the optimizer's, or there are more
             than 100 MB of names and values outside of tensors.
         OSError: The file cannot be written.
@@ -86,6 +88,8 @@ def save(
         >>> condlr_ext.load(model, "run.safetensors", optimizer).extra["epoch"]
         3
     """
+    check_module("save", model)
+    check_path("save", "path", path)
     model = unwrapped(model)
     writer = _Writer()
     state = {"model": {}, "optimizer": None, "extra": writer.encode(extra, ".extra")}
@@ -136,11 +140,14 @@ def load(model: nn.Module, path, optimizer: Optimizer | None = None, *, tau: flo
         The checkpoint; its `extra` is what was given to save.
 
     Raises:
+        TypeError: model is no module or path no path.
         CheckpointError: The file is missing or damaged, its tensors do not fit the model, the optimizer has another
             class, other parameters or other kinds of options, or tau differs.
         RankError: A layer has another rank.
         NonFiniteError: NaN or Inf in a factor.
     """
+    check_module("load", model)
+    check_path("load", "path", path)
     checkpoint = read(path)
     restore(model, checkpoint, optimizer, tau=tau)
     return checkpoint

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from .._factors import orthonormal_factors
-from .._modules import undone_on_error
+from .._files import check_path
+from .._modules import check_module, undone_on_error
 from ..adapters import set_adapters
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
@@ -56,6 +57,7 @@ def condlr(source, model: nn.Module) -> dict[str, int]:
         CheckpointError: Keys are damaged, unknown or missing, or shapes do not fit; the model is unchanged then.
         RankError: A layer of the model is low-rank already, with another rank.
     """
+    _check("condlr", source, model)
     state, where = _read(source)
     if any(key.startswith("lr_model.") for key in state):
         leaves = _leaves(model)
@@ -86,6 +88,7 @@ def robust_dlrt(source, model: nn.Module) -> dict[str, int]:
         CheckpointError: Keys are damaged, unknown or missing, or shapes do not fit; the model is unchanged then.
         RankError: A layer of the model is low-rank already, with another rank.
     """
+    _check("robust_dlrt", source, model)
     state, where = _read(source)
 
     def factors(name, take):
@@ -123,6 +126,7 @@ def oialr(source, model: nn.Module) -> dict[str, int]:
         CheckpointError: Keys are damaged, unknown or missing, or shapes do not fit; the model is unchanged then.
         RankError: A layer of the model is low-rank already, with another rank.
     """
+    _check("oialr", source, model)
     state, where = _read(source)
     for prefix in [key.removesuffix("in_proj_s") for key in state if key.endswith("in_proj_s")]:
         parts = [f"{prefix}in_proj_{part}" for part in ("u", "s", "vh")]
@@ -161,6 +165,7 @@ def geolora(source, model: nn.Module, *, rank: int | dict[str, int], alpha: floa
         CheckpointError: Keys are damaged, unknown or missing, or shapes do not fit; the model is unchanged then.
         ValueError: `rank` names other layers.
     """
+    _check("geolora", source, model)
     state, where = _read(source)
     names = _prefixes(state, ".lora_S")
     ranks = rank if isinstance(rank, dict) else dict.fromkeys(names, rank)
@@ -205,6 +210,7 @@ def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, 
         CheckpointError: Files are missing or damaged, keys are unknown or missing, or shapes do not fit.
         ValueError: The model lacks a layer or has it in another shape, or alpha is missing.
     """
+    _check("polar", source, model)
     config = None
     if not isinstance(source, dict) and Path(source).is_dir():
         where = str(source)
@@ -233,6 +239,13 @@ def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, 
 
 
 # --------------------------------------------------------------------------------------------------- reading
+
+
+def _check(function: str, source, model) -> None:
+    """Raise TypeError unless source is a dict or a path and model a Module."""
+    check_module(f"importers.{function}", model)
+    if not isinstance(source, dict):
+        check_path(f"importers.{function}", "source, where it is no dict of tensors,", source)
 
 
 def _read(source) -> tuple[dict, str]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._factors import orthonormal_factors
-from .._files import read_text, write_whole
-from .._modules import DENSE
+from .._files import check_path, read_text, write_whole
+from .._modules import DENSE, check_module
 from ..adapters import set_adapters
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
@@ -64,6 +64,8 @@ def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> Non
         >>> adapters = condlr_ext.add_adapters(model, rank=4)
         >>> condlr_ext.save_lora(model, "lora")
     """
+    check_module("save_lora", model)
+    check_path("save_lora", "folder", folder)
     modules = model.named_modules(remove_duplicate=False)
     found = {name: module for name, module in modules if isinstance(module, LowRankAdapter)}
     if not found or "" in found:
@@ -119,6 +121,8 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
             more than two factors (DoRA, biases, saved modules).
         ValueError: The model lacks a layer or has it in another shape.
     """
+    check_module("load_lora", model)
+    check_path("load_lora", "folder", folder)
     folder = Path(folder)
     tensors, config = read_peft(folder)
     pairs = split_keys(tensors, {"lora_A": (".weight",), "lora_B": (".weight",)}, str(folder))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .._modules import unwrapped
+from .._modules import check_module, unwrapped
 from ..nn.layer import LowRankLayer, is_factor, low_rank_layers
 from ..reference import ROLES
 
@@ -26,6 +26,7 @@ def param_groups(model: nn.Module, *, factors=None, cores=None, other=None) -> l
     Raises:
         ValueError: tau, band or sigma_max outside of cores, where nothing reads them.
     """
+    check_module("param_groups", model)
     for key, options in (("factors", factors), ("other", other)):
         misplaced = sorted({"tau", "band", "sigma_max"} & set(options or {}))
         if misplaced:

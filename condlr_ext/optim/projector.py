@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import linalg, ops, reference
-from .._modules import unwrapped_optimizer
+from .._modules import check_module, unwrapped_optimizer
 from ..errors import NonFiniteError
 from ..nn.layer import LowRankLayer, low_rank_layers
 from .base import ConstrainedOptimizer, start_on_constraint_set
@@ -54,6 +54,7 @@ class Projector:
         sigma_max: float | None = None,
         tangent: bool = False,
     ):
+        check_module("Projector", model)
         self.model, self.tau, self.band, self.sigma_max, self.tangent = model, tau, band, sigma_max, tangent
         linalg.check_constraint("Projector", tau, band, sigma_max)
         if not any(self._low_rank()):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import _table, linalg, reference
-from .._modules import unwrapped_optimizer
+from .._modules import check_module, unwrapped_optimizer
 from ..errors import NonFiniteError, RankError
 from ..factorize.budget import stored_parameters
 from ..nn.layer import LowRankLayer, low_rank_layers
@@ -671,6 +671,7 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> nn.Module:
     Returns:
         The model.
     """
+    check_module("compact", model)
     for layer in low_rank_layers(model).values():
         if (r := layer.active_rank) < layer.rank:
             _resize(layer, r, optimizer)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .._modules import DENSE, frozen, select_layers
+from .._modules import DENSE, check_module, frozen, select_layers
 from .gates import HardConcreteGate, check_weight, original_weight
 
 
@@ -110,6 +110,7 @@ def freeze_masks(model: nn.Module) -> None:
     Raises:
         ValueError: The model has no masks.
     """
+    check_module("freeze_masks", model)
     layers = [layer for layer in model.modules() if _mask(layer) is not None]
     if not layers:
         raise ValueError("freeze_masks: the model must have masks (add_masks), got none")
@@ -130,6 +131,7 @@ def make_permanent(model: nn.Module) -> list[str]:
     Raises:
         ValueError: The model has neither masks nor gates.
     """
+    check_module("make_permanent", model)
     layers = {name: layer for name, layer in model.named_modules() if _has_mask_or_gate(layer)}
     if not layers:
         raise ValueError("make_permanent: the model must have masks or gates, got none")

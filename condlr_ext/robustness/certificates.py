@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import linalg, reference
 from .._checks import check_batch, check_logits
-from .._modules import frozen
+from .._modules import check_module, frozen
 from ..nn import LowRankLayer
 from .layer_norms import CONV, LINEAR, flat_padding, is_plain
 from .lipschitz_bound import LipschitzReport, lipschitz
@@ -80,8 +80,7 @@ def misalignment(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     Source: Savostianova et al., NeurIPS 2023, section 2, takes kappa for the relative sensitivity of a layer, which
         leaves this factor out; for wide and low-rank weights it is not 1.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"misalignment: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("misalignment", model)
     found: dict[str, list[Tensor]] = {}
     handles = []
     for name, module in model.named_modules():

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from .. import _table
-from .._modules import frozen
+from .._modules import check_module, frozen
 from ..errors import NonFiniteError, ShapeError
 from ..nn import LowRankLayer
 from .conv_spectrum import largest_singular_value
@@ -91,8 +91,7 @@ def lipschitz(model: nn.Module, x: Tensor, *, circulant: bool = True) -> Lipschi
 
     Source: Szegedy et al. (arXiv 1312.6199), section 4.3; convolutions Sedghi, Gupta, Long (arXiv 1805.10408).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"lipschitz: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("lipschitz", model)
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"lipschitz: x must be a floating-point tensor, got {got}")
