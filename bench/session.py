@@ -110,7 +110,8 @@ class Session:
         self._count += len(left)
         if left:
             record = {"kind": "left out", "op": rows[0].operation.name, "count": len(left), "of": len(rows)}
-            self.write(record | {"rows": list(map(str, left))})
+            reason = "the device failed" if lost else "--seconds were over"
+            self.write(record | {"reason": reason, "rows": list(map(str, left))})
         return lost
 
 

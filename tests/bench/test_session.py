@@ -72,7 +72,8 @@ def test_rows_left_out_for_lack_of_time(run, monkeypatch):
 def test_no_time_at_all(run):
     left, results = run(rows(svd=good), seconds=-1)
     (record,) = results.others["left out"]
-    assert left == [] and record["count"] == 3 and not results.times and defects(results) == []
+    assert left == [] and record["count"] == 3 and record["reason"] == "--seconds were over"
+    assert not results.times and defects(results) == []
 
 
 def test_shares_of_operations(monkeypatch):
@@ -154,7 +155,9 @@ def test_a_lost_device_ends_the_session(run):
     left, results = run(rows(polar=problem, svd=good, qr=good), device=device)
     assert left == ["svd", "qr"] and len(device.rows) == 1 and not results.times
     assert defects(results) == [f"polar {device.rows[0]}: RuntimeError: {LOST}"]
-    assert results.others["left out"][0]["count"] == 2
+    assert (
+        results.others["left out"][0]["count"] == 2 and results.others["left out"][0]["reason"] == "the device failed"
+    )
 
 
 @pytest.fixture
