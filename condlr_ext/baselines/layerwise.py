@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..errors import NonFiniteError
-from ..optim.groups import assign_roles, link_layers, module_group
+from ..optim.groups import link_layers, module_group
 
 
 def without_autocast(method):
@@ -45,7 +45,7 @@ class LayerSGD(Optimizer):
     """Heavy-ball SGD of all parameters; subclasses change the direction, the move and the constraint after it.
 
     Nothing is written before all new values have been computed and found finite. Low-rank layers are found as in
-    CondLRSGD: by their parameter names prefix.U, prefix.S, prefix.V.
+    CondLRSGD.
 
     Args:
         model: A module, or parameter groups from optim.param_groups.
@@ -53,8 +53,9 @@ class LayerSGD(Optimizer):
     """
 
     def __init__(self, model, options: dict):
-        self._linked = False
+        self._slots = None
         super().__init__([module_group(model)] if isinstance(model, nn.Module) else model, options)
+        self._slots = link_layers(self.param_groups)
         self._link()
         for group in self.param_groups:
             check_options(type(self).__name__, group)
@@ -63,16 +64,18 @@ class LayerSGD(Optimizer):
                 check_factor(type(self).__name__, f"{role} of layer {name!r}", X)
 
     def add_param_group(self, param_group: dict) -> None:
-        if self._linked:
+        if self._slots is not None:
             raise ValueError(f"{type(self).__name__}.add_param_group: all groups must be there at construction")
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_slots": self._slots}
 
     def __setstate__(self, state) -> None:
         super().__setstate__(state)
         self._link()
 
     def _link(self) -> None:
-        assign_roles(self.param_groups)
         self._names = {
             p: name
             for group in self.param_groups
@@ -80,10 +83,8 @@ class LayerSGD(Optimizer):
         }
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         self._layers: list[tuple[str, Tensor, Tensor, Tensor]] = [
-            (layer.name, *(self.param_groups[g]["params"][i] for g, i in layer.positions[:3]))
-            for layer in link_layers(self.param_groups)
+            (layer.name, *(self.param_groups[g]["params"][i] for g, i in layer.positions[:3])) for layer in self._slots
         ]
-        self._linked = True
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -146,7 +146,8 @@ def _check_entry(name: str, p: Tensor, entry, like: dict[str, Any] | None) -> No
         return
     # low-precision layers have a master, others not
     like = like | {"master": torch.zeros(2, 3, dtype=torch.float32, device="cpu")}
-    there, missing = entry.keys() & like.keys() - {"master"}, sorted(like.keys() - entry.keys() - {"master"})
+    optional = {"master", "started"}  # torch's SGD does not say whether a momentum buffer has started
+    there, missing = entry.keys() & like.keys() - optional, sorted(like.keys() - entry.keys() - optional)
     unknown = sorted(entry.keys() - like.keys())
     if missing and (there or unknown):  # without a missing one, an unknown one is left from other options
         extra = f" and has {', '.join(map(repr, unknown))}" if unknown else ""

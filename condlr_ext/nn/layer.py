@@ -22,9 +22,9 @@ def low_rank_layers(model: nn.Module) -> dict[str, "LowRankLayer"]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LowRankLayer)}
 
 
-def is_factor(p: Tensor) -> bool:
-    """Return whether p is the U, S or V of a live layer."""
-    return any(p is factor for layer in _LAYERS for factor in layer._factors())
+def live_layers() -> list["LowRankLayer"]:
+    """Return all low-rank layers that there are, of whatever model."""
+    return list(_LAYERS)
 
 
 def active_rank(U: Tensor, S: Tensor, V: Tensor) -> int:
@@ -94,10 +94,6 @@ class LowRankLayer(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
-
-    def _factors(self) -> list[Tensor]:
-        parameters = vars(self).get("_parameters", {})  # missing while a layer is being unpickled
-        return [p for name in "USV" if (p := parameters.get(name)) is not None]
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -125,8 +125,9 @@ class CondLRAdamW(ConstrainedOptimizer):
     Steps depend on the basis of U and V, because the square roots are taken entry by entry.
 
     Args:
-        model_or_groups: A module, its named_parameters(), or parameter groups (see param_groups). Layers are found by
-            their parameter names prefix.U, prefix.S, prefix.V.
+        model_or_groups: A module, its parameters or named_parameters(), or parameter groups (see param_groups). Layers
+            are known by their parameters, whatever the names. A group's `roles` ("U", "S", "V" or "other" for each
+            parameter) makes factors of parameters prefix.U, prefix.S, prefix.V of a module of one's own.
         lr: As in torch.optim.AdamW.
         betas: As in torch.optim.AdamW.
         eps: As in torch.optim.AdamW.
@@ -147,7 +148,7 @@ class CondLRAdamW(ConstrainedOptimizer):
         fused: As foreach.
 
     Raises:
-        ValueError: Hyper-parameters out of range, bare parameters of low-rank layers, or a layer without all factors.
+        ValueError: Hyper-parameters out of range, a layer without all factors, or factors that share memory.
         NonFiniteError: NaN or Inf in a factor, with the layer's name.
 
     Source: Loshchilov & Hutter, Decoupled weight decay regularization, ICLR 2019 (arXiv 1711.05101); moments in
@@ -214,6 +215,9 @@ class CondLRAdamW(ConstrainedOptimizer):
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         return {key: state[key] for key in (*self._buffers, "step") if key in state}
+
+    def _create_state(self, p: Tensor, group: dict) -> None:
+        self._moments(p, self.state[p].get("master", p), group["amsgrad"])
 
     def _add_layer(self, call: AdamCall, slots: list[Slot]) -> None:
         for slot in slots:

@@ -11,16 +11,16 @@ from .. import linalg, ops, reference
 from ..errors import NonFiniteError
 from ..nn.layer import active_rank
 from ..reference import LOW_PRECISION, ORTHONORMAL_INPUT, ROLES
-from .groups import LayerSlots, assign_roles, link_layers, module_group
+from .groups import LayerSlots, link_layers, module_group, refuse_overlaps
 from .step_args import Slot, StepCall
 
 
 class ConstrainedOptimizer(Optimizer):
     """An optimizer whose step keeps every low-rank layer on the constraint set.
 
-    It finds the layers by the names of their parameters and puts them on the constraint set at construction, keeps
-    float32 masters of low-precision layers and makes the calls of the step op. A subclass adds its directions: it
-    fills each call with its state (`_add_layer`) and steps the parameters outside of low-rank layers (`_step_dense`).
+    At construction it finds the layers of its parameters, puts them on the constraint set and creates the state, with
+    float32 masters of low-precision layers. It makes the calls of the step op. A subclass adds its directions: it fills
+    each call with its state (`_add_layer`) and steps the parameters outside of low-rank layers (`_step_dense`).
     """
 
     _options: tuple[str, ...]  # group options that are columns of the step op's table
@@ -41,16 +41,17 @@ class ConstrainedOptimizer(Optimizer):
         self._skipped: dict[torch.device, Tensor] = {}  # by device: a count for each layer
         self._waiting: set[str] = set()  # frozen layers, put on the constraint set when they first get a gradient
         self._captured: list[tuple] = []  # keeps alive what captured CUDA graphs read by address
-        self._layers = None  # linked once all groups are there
+        self._layers: list[LayerSlots] = []
+        self._ready = False  # layers are looked for once all groups are there
         super().__init__(model_or_groups, defaults)
-        self._link()
+        self._take_groups(0)
+        self._ready = True
         if not self._layers:  # a stage of a pipeline may have none
             warnings.warn(
                 f"{self._name}: there is no low-rank layer among the parameters, so no bound is kept: call factorize"
-                " before making the optimizer, and pass the model or named parameters",
+                " before making the optimizer",
                 stacklevel=3,
             )
-        self._start(self._layers)
 
     @property
     def _name(self) -> str:
@@ -58,6 +59,10 @@ class ConstrainedOptimizer(Optimizer):
 
     def _state_signature(self, group: dict):
         """Return the options of a group that determine which buffers there are."""
+        raise NotImplementedError
+
+    def _create_state(self, p: Tensor, group: dict) -> None:
+        """Create what is missing of the state of a parameter; that of a layer may have its master already."""
         raise NotImplementedError
 
     def _add_layer(self, call: StepCall, slots: list[Slot]) -> None:
@@ -73,37 +78,66 @@ class ConstrainedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Add a group, as torch does; it must hold all of U, S, V of every layer that it has one of.
 
+        Parameters without names get some if those of the other groups have names.
+
         Raises:
             ValueError: An option is out of range, or a layer is incomplete. Nothing has changed then.
         """
+        if self._ready and "param_names" in self.param_groups[0]:
+            param_group = self._named(param_group)
         super().add_param_group(param_group)
         try:
             self._check_options(self.param_groups[-1])
-            if self._layers is not None:
-                known = len(self._layers)
-                self._link()
-                self._start(self._layers[known:])
+            if self._ready:
+                self._take_groups(len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
-            if self._layers is not None:
-                self._link()
             raise
 
-    def _link(self) -> None:
-        assign_roles(self.param_groups)
-        self._layers = link_layers(self.param_groups)
-        in_layer = {position for layer in self._layers for position in layer.positions}
-        self._others = [
-            [i for i in range(len(group["params"])) if (g, i) not in in_layer]
-            for g, group in enumerate(self.param_groups)
-        ]
-        for group, others in zip(self.param_groups, self._others, strict=True):
+    def _named(self, group: dict) -> dict:
+        """Return the group with names for its parameters, which torch wants in all groups or in none."""
+        params = group["params"] if isinstance(group["params"], Tensor) else list(group["params"])
+        group["params"] = params
+        if "param_names" in group or isinstance(params, list) and any(isinstance(p, tuple) for p in params):
+            return group
+        g, count = len(self.param_groups), 1 if isinstance(params, Tensor) else len(params)
+        return group | {"param_names": [f"parameter {i} of group {g}" for i in range(count)]}
+
+    def _take_groups(self, first: int) -> None:
+        """Find the layers of the groups from the first on, put them on the constraint set, and create the state."""
+        layers = link_layers(self.param_groups, first)
+        others = self._other_parameters([*self._layers, *layers])
+        self._start(layers)
+        self._layers += layers
+        self._create_states(first)
+        self._plan(others)
+
+    def _other_parameters(self, layers: list[LayerSlots]) -> list[list[int]]:
+        """Return the indices of the parameters that belong to no layer, by group."""
+        in_layer = {position for layer in layers for position in layer.positions}
+        all_others = []
+        for g, group in enumerate(self.param_groups):
+            others = [i for i in range(len(group["params"])) if (g, i) not in in_layer]
             tensors = [name for name in self._tensor_options if isinstance(group[name], Tensor)]
             if self.capturable and others and tensors:
                 raise ValueError(
                     f"{self._name}: {tensors[0]} may be a tensor under capturable=True in groups of low-rank layers"
                     " alone, got it in one with other parameters"
                 )
+            all_others.append(others)
+        return all_others
+
+    @torch.no_grad()
+    def _create_states(self, first: int = 0) -> None:
+        """Create the state of the parameters that are trained, so that tools which save or load it find all of it."""
+        for group in self.param_groups[first:]:
+            for p in group["params"]:
+                if p.requires_grad and not p.is_meta:
+                    self._create_state(p, group)
+
+    def _plan(self, others: list[list[int]]) -> None:
+        """Take the parameters outside of layers, and make all calls anew."""
+        self._others = others
         self._calls: list[StepCall] = []
         self._calls_key = None  # the gradients and options that the calls were made for
 
@@ -126,6 +160,7 @@ class ConstrainedOptimizer(Optimizer):
     @torch.no_grad()
     def _start(self, layers) -> None:
         """Put the layers on the constraint set; nothing is written before all of them have been checked."""
+        refuse_overlaps(self._name, {layer.name: [self._param_at(at) for at in layer.positions] for layer in layers})
         for layer in layers:
             params = [p for p in map(self._param_at, layer.positions) if p is not None]
             kinds = {(p.device, p.dtype) for p in params}
@@ -222,8 +257,8 @@ class ConstrainedOptimizer(Optimizer):
         if key != self._calls_key or not all(c.is_valid_for(params, self.state) for c in self._calls):
             if self.capturable and _capturing():
                 raise RuntimeError(
-                    f"{self._name}.step: take a step with these parameters and buffers, two if momentum starts, before"
-                    " one is captured"
+                    f"{self._name}.step: take a step with these parameters and buffers, two with dampening,"
+                    " before one is captured"
                 )
             self._calls = self._make_calls(params, grads)
             self._calls_key = key
@@ -337,7 +372,7 @@ class ConstrainedOptimizer(Optimizer):
     # --------------------------------------------------------------------------------------------- state
 
     def __getstate__(self) -> dict:
-        own = ("capturable", "check_finite", "_skipped", "_waiting")
+        own = ("capturable", "check_finite", "_skipped", "_waiting", "_layers", "_ready")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state) -> None:
@@ -345,7 +380,7 @@ class ConstrainedOptimizer(Optimizer):
         self.__dict__.setdefault("_captured", [])  # loading a state_dict comes here too
         for group in self.param_groups:
             self._check_options(group)
-        self._link()
+        self._plan(self._other_parameters(self._layers))
 
     def load_state_dict(self, state_dict) -> None:
         """Load a state, as torch does; it may be that of torch's own optimizer.
@@ -382,6 +417,7 @@ class ConstrainedOptimizer(Optimizer):
             if "master" in saved and p.dtype in LOW_PRECISION:  # undo the projection done at construction
                 with torch.no_grad():
                     p.copy_(self.state[p]["master"])
+        self._create_states()
 
     def _check_shapes(self, g: int, ids: list, state: dict) -> None:
         """Raise ValueError if the shape of a state tensor is not that of its parameter in group g."""

@@ -1,12 +1,15 @@
-"""Parameter groups by role, and the low-rank layers that their parameters form."""
+"""Parameter groups by role, and the low-rank layers that their parameters belong to."""
 
+import itertools
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .._modules import check_module, unwrapped
-from ..nn.layer import LowRankLayer, is_factor, low_rank_layers
+from ..nn.layer import LowRankLayer, live_layers, low_rank_layers
 from ..reference import ROLES
+
+Position = tuple[int, int]  # group, index in group
 
 
 def param_groups(model: nn.Module, *, factors=None, cores=None, other=None) -> list[dict]:
@@ -68,88 +71,122 @@ class LayerSlots:
     """A low-rank layer in an optimizer.
 
     Attributes:
-        name: Prefix of its parameter names.
+        name: Prefix of its parameter names; where they have none, its class and place.
         positions: (group, index in group) of U, S, V and bias, None for a missing bias.
     """
 
     name: str
-    positions: tuple[tuple[int, int] | None, ...]
+    positions: tuple[Position | None, ...]
 
 
-def assign_roles(groups: list[dict]) -> None:
-    """Write `roles` into named groups that have none: of prefix.U, prefix.S, prefix.V with fitting shapes.
+def link_layers(groups: list[dict], first: int = 0) -> list[LayerSlots]:
+    """Return the low-rank layers that the parameters of groups[first:] form, in order of appearance.
+
+    A parameter is a factor if an existing layer has it as one, whatever its name, or if its group's `roles` say so.
+    `roles` are written into groups that have none.
 
     Raises:
-        ValueError: A layer lacks some of its factors, a name occurs twice, a `roles` list does not fit its group, or
-            factors have no names.
+        ValueError: A layer lacks some of its factors, or shares them, or they do not fit; a name occurs twice; or a
+            `roles` list does not fit its group.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    seen = set()
-    for group in groups:
-        names, roles = group.get("param_names"), group.get("roles")
-        if names is None:
-            _refuse_bare_factors(group)
-            continue
-        if roles is not None and (len(roles) != len(group["params"]) or not set(roles) <= {"U", "S", "V", "other"}):
-            raise ValueError(
-                f'roles must name "U", "S", "V" or "other" for each of {len(group["params"])} parameters, got {roles}'
-            )
-        for i, (name, p) in enumerate(zip(names, group["params"], strict=True)):
+    params: dict[Position, Tensor] = {}
+    names: dict[Position, str] = {}
+    given: dict[Position, str] = {}  # roles
+    seen = {name for group in groups[:first] for name in group.get("param_names", ())}
+    for g, group in enumerate(groups[first:], first):
+        _check_roles(group)
+        params |= {(g, i): p for i, p in enumerate(group["params"])}
+        given |= {(g, i): role for i, role in enumerate(group.get("roles", ()))}
+        for i, name in enumerate(group.get("param_names", ())):
             if name in seen:
                 raise ValueError(f"two parameters are called {name!r}; give those of a second model a prefix")
             seen.add(name)
-            prefix, _, leaf = name.rpartition(".")
-            role = roles[i] if roles is not None else leaf if leaf in ("U", "S", "V") else "other"
-            if role not in ("other", leaf):
-                raise ValueError(
-                    f"parameter {name!r} has the role {role!r}; the name of such a factor ends in {role!r}"
-                )
-            if role != "other":
-                found.setdefault(prefix, {})[role] = p
-    layers = set()
-    for prefix, factors in found.items():
-        refuse_sharded(prefix, factors)
-        if len(factors) < 3:
-            missing, present = (", ".join(sorted(k)) for k in ({"U", "S", "V"} - set(factors), factors))
-            raise ValueError(
-                f"layer {prefix!r} has {present} in the parameter groups but not {missing}; pass all three (frozen"
-                ' ones too, shared ones cannot be), or give a group `roles` with "other" for what is no factor'
-            )
-        if _is_layer(**factors):
-            layers.add(prefix)
-    for group in groups:
-        if "param_names" not in group:
-            continue
-        split = [name.rpartition(".") for name in group["param_names"]]
-        if "roles" not in group:
-            group["roles"] = [leaf if leaf in "USV" and prefix in layers else "other" for prefix, _, leaf in split]
-        for (prefix, _, _), role in zip(split, group["roles"], strict=True):
-            if role != "other" and prefix not in layers:
-                shapes = ", ".join(f"{k} {list(X.shape)}" for k, X in sorted(found[prefix].items()))
-                raise ValueError(f"layer {prefix!r} must have U [m, r], S [r, r], V [n, r], got {shapes}")
-
-
-def link_layers(groups: list[dict]) -> list[LayerSlots]:
-    """Return the low-rank layers formed by the groups' names and roles, in order of appearance."""
-    position_of, prefixes = {}, {}
-    for g, group in enumerate(groups):
-        for i, name in enumerate(group.get("param_names", ())):
-            role = group["roles"][i]
-            position_of[name] = (g, i) if role != "other" or name.rpartition(".")[2] == "bias" else None
-            if role != "other":
-                prefixes[name.rpartition(".")[0]] = None
-    layers = []
-    for prefix in prefixes:
-        layers.append(LayerSlots(prefix, tuple(position_of.get(_join(prefix, role)) for role in ROLES)))
+            names[g, i] = name
+    no_factors = {at for at, role in given.items() if role == "other"}
+    found = _existing_layers({id(p): at for at, p in params.items()}, names, no_factors)
+    by_identity = {at for _, slots in found for at in slots.values()}
+    found += _layers_by_role({at: role for at, role in given.items() if at not in by_identity | no_factors}, names)
+    role_of = dict.fromkeys(params, "other")
+    layers, biases = [], set()
+    for name, slots in found:
+        _check_factors(name, {role: params[slots[role]] for role in "USV" if role in slots})
+        for role in "USV":
+            if role_of[slots[role]] != "other":
+                raise ValueError(f"{role} of layer {name!r} is a factor of something else too; shared ones cannot be")
+            role_of[slots[role]] = role
+        bias = slots.get("bias")  # of the first layer, if several share it
+        layers.append(LayerSlots(name, (*(slots[role] for role in "USV"), None if bias in biases else bias)))
+        biases.add(bias)
+    for g, group in enumerate(groups[first:], first):
+        group.setdefault("roles", [role_of[g, i] for i in range(len(group["params"]))])
     return layers
 
 
-def _refuse_bare_factors(group: dict) -> None:
-    if any(is_factor(p) for p in group["params"]) or set(group.get("roles", ())) - {"other"}:
+def _check_roles(group: dict) -> None:
+    """Raise ValueError if a group's `roles` do not fit its parameters."""
+    roles, count = group.get("roles"), len(group["params"])
+    if roles is None:
+        return
+    if len(roles) != count or not set(roles) <= {"U", "S", "V", "other"}:
+        raise ValueError(f'roles must name "U", "S", "V" or "other" for each of {count} parameters, got {roles}')
+    names = group.get("param_names")
+    if names is None and set(roles) != {"other"}:
+        raise ValueError("roles of parameters need their names: pass pairs of names and parameters")
+    for name, role in zip(names or (), roles, strict=False):
+        if role not in ("other", name.rpartition(".")[2]):
+            raise ValueError(f"parameter {name!r} has the role {role!r}; the name of such a factor ends in {role!r}")
+
+
+def _existing_layers(position_of: dict[int, Position], names: dict[Position, str], no_factors: set[Position]) -> list:
+    """Return (name, position of each role) of the existing layers with a factor among parameters, given by id."""
+    found = {}
+    for layer in live_layers():
+        parameters = vars(layer).get("_parameters", {})  # missing while a layer is being unpickled
+        slots = {role: position_of.get(id(parameters.get(role))) for role in ROLES}
+        slots = {k: at for k, at in slots.items() if at is not None and (k == "bias" or at not in no_factors)}
+        if slots.keys() - {"bias"}:
+            found[tuple(slots.get(role) for role in "USV")] = layer, slots  # once for copies that share all parameters
+    whole = {at for key in found if None not in key for at in key}
+    layers = []
+    for key, (layer, slots) in found.items():
+        if None in key and set(key) - {None} <= whole:
+            continue  # what is left of a layer that another replaced
+        role = next(role for role in "UVS" if role in slots)
+        g, i = slots[role]
+        name = names.get((g, i), f"{type(layer).__name__} at {i} of group {g}")
+        name = name.removesuffix(role).removesuffix(".") if name.rpartition(".")[2] == role else name
+        refuse_computed(name, layer)
+        layers.append((name, slots))
+    return sorted(layers, key=lambda item: min(item[1].values()))
+
+
+def _layers_by_role(roles: dict[Position, str], names: dict[Position, str]) -> list:
+    """Return (name, position of each role) of the layers whose factors are known by their roles and names."""
+    at_name = {name: at for at, name in names.items()}
+    found = {}
+    for at, role in roles.items():
+        prefix = names[at].rpartition(".")[0]
+        bias = at_name.get(_join(prefix, "bias"))
+        found.setdefault(prefix, {} if bias is None else {"bias": bias})[role] = at
+    return list(found.items())
+
+
+def _check_factors(name: str, factors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless these are the whole U, S, V of a layer."""
+    refuse_sharded(name, factors)
+    missing = [role for role in "SUV" if role not in factors]
+    if missing:
         raise ValueError(
-            "the parameters of low-rank layers need their names: pass the model, or model.named_parameters(), instead"
-            " of model.parameters()"
+            f"layer {name!r} has {', '.join(sorted(factors))} in the parameter groups but not {', '.join(missing)};"
+            ' pass all three (frozen ones too, shared ones cannot be), or give a group `roles` with "other" for what is'
+            " no factor"
         )
+    U, S, V = (factors[role] for role in "USV")
+    r = S.shape[-1] if S.dim() else 0
+    fits = all(X.dim() == 2 for X in (U, S, V)) and S.shape[0] == r == U.shape[1] == V.shape[1]
+    if not fits or r > min(U.shape[0], V.shape[0]):
+        shapes = ", ".join(f"{k} {list(X.shape)}" for k, X in sorted(factors.items()))
+        raise ValueError(f"layer {name!r} must have U [m, r], S [r, r], V [n, r], got {shapes}")
 
 
 def refuse_computed(prefix: str, layer: LowRankLayer) -> None:
@@ -162,6 +199,21 @@ def refuse_computed(prefix: str, layer: LowRankLayer) -> None:
         )
 
 
+def refuse_overlaps(owner: str, layers: dict[str, list[Tensor | None]]) -> None:
+    """Raise ValueError if two parameters of layers, or two places of one, share memory: a step would write it twice."""
+    spans = []
+    for name, params in layers.items():
+        for role, p in zip(ROLES, params, strict=True):
+            if p is None or p.is_meta or not p.numel() or not p.is_contiguous():
+                continue  # views with strides may lie between each other
+            start = p.data_ptr()
+            spans.append((str(p.device), start, start + p.numel() * p.element_size(), f"{role} of layer {name!r}"))
+    spans.sort()
+    for (device, _, end, one), (other_device, start, _, other) in itertools.pairwise(spans):
+        if device == other_device and start < end:
+            raise ValueError(f"{owner}: {one} and {other} must not share memory; give each its own tensor")
+
+
 def refuse_sharded(prefix: str, factors: dict[str, Tensor]) -> None:
     """Raise ValueError if a factor of the layer is a DTensor."""
     for role, X in factors.items():
@@ -172,13 +224,6 @@ def refuse_sharded(prefix: str, factors: dict[str, Tensor]) -> None:
                 f" {tuple(placements)}, as fully_shard makes them; the step needs all rows of U and V: use"
                 " DistributedDataParallel"
             )
-
-
-def _is_layer(U: Tensor, S: Tensor, V: Tensor) -> bool:
-    if any(X.dim() != 2 for X in (U, S, V)):
-        return False
-    r = S.shape[0]
-    return S.shape == (r, r) and U.shape[1] == V.shape[1] == r and r <= min(U.shape[0], V.shape[0])
 
 
 def _join(prefix: str, leaf: str) -> str:

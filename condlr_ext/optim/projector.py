@@ -14,7 +14,7 @@ from .._modules import check_module, unwrapped_optimizer
 from ..errors import NonFiniteError
 from ..nn.layer import LowRankLayer, low_rank_layers
 from .base import ConstrainedOptimizer, start_on_constraint_set
-from .groups import refuse_computed, refuse_sharded
+from .groups import refuse_computed, refuse_overlaps, refuse_sharded
 
 
 class Projector:
@@ -97,6 +97,7 @@ class Projector:
             )
         for layer in layers:
             layer.check()
+        refuse_overlaps("Projector", {layer.name: layer.parameters() for layer in layers})
         for _, module in self._low_rank():
             self._seen.setdefault(module.U, False)
         for layer in layers:
@@ -257,6 +258,10 @@ class ProjectedLayer:
                 f"Projector: layer {self.name!r} must use all of its columns, got {r} of {self.module.rank} directions"
                 " in use; see condlr_ext.compact"
             )
+
+    def parameters(self) -> list[Tensor | None]:
+        """U, S, V and the bias."""
+        return [getattr(self.module, role) for role in reference.ROLES]
 
     @torch.no_grad()
     def start(self) -> bool:

@@ -40,8 +40,9 @@ class CondLRSGD(ConstrainedOptimizer):
     masters.
 
     Args:
-        model_or_groups: A module, its named_parameters(), or parameter groups (see param_groups). Layers are found by
-            their parameter names prefix.U, prefix.S, prefix.V.
+        model_or_groups: A module, its parameters or named_parameters(), or parameter groups (see param_groups). Layers
+            are known by their parameters, whatever the names. A group's `roles` ("U", "S", "V" or "other" for each
+            parameter) makes factors of parameters prefix.U, prefix.S, prefix.V of a module of one's own.
         lr: As in torch.optim.SGD.
         momentum: As in torch.optim.SGD.
         dampening: As in torch.optim.SGD.
@@ -53,8 +54,8 @@ class CondLRSGD(ConstrainedOptimizer):
         band: As in linalg.clip_spectrum.
         sigma_max: As in linalg.clip_spectrum.
         maximize: As in torch.optim.SGD.
-        capturable: Never wait for the device or allocate once every momentum buffer has started, so that a CUDA graph
-            can capture the step after a few warm-up steps, as torch asks; needs the Triton step. lr, tau and
+        capturable: Never wait for the device or allocate after the first step (the second with dampening), so that a
+            CUDA graph can capture the step after a few warm-up steps, as torch asks; needs the Triton step. lr, tau and
             sigma_max, and momentum, dampening and weight_decay in groups of nothing but low-rank layers, may then be
             tensors of one element on the device and are read at every step; plain numbers are captured.
         check_finite: Raise, with the layer's name, for gradients that are not finite (before anything changes) and
@@ -64,7 +65,7 @@ class CondLRSGD(ConstrainedOptimizer):
         fused: As foreach.
 
     Raises:
-        ValueError: Hyper-parameters out of range, bare parameters of low-rank layers, or a layer without all factors.
+        ValueError: Hyper-parameters out of range, a layer without all factors, or factors that share memory.
         NonFiniteError: NaN or Inf in a factor, with the layer's name.
 
     Source: Savostianova et al., Robust low-rank training via approximate orthonormal constraints, NeurIPS 2023;
@@ -128,31 +129,41 @@ class CondLRSGD(ConstrainedOptimizer):
                     stacklevel=4,
                 )
 
+    def _create_state(self, p: Tensor, group: dict) -> None:
+        state = self.state[p]
+        if group["momentum"] and state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(state.get("master", p))
+            if group["dampening"]:  # without it a buffer of zeros starts itself
+                state["started"] = False
+
     def _add_layer(self, call: StepCall, slots: list[Slot]) -> None:
         for slot in slots:
-            if slot.index is None or not self.param_groups[slot.position[0]]["momentum"]:
+            group = self.param_groups[slot.position[0]]
+            if slot.index is None or not group["momentum"]:
                 call.add(slot, {})
                 continue
+            self._create_state(slot.param, group)
             state = self.state[slot.param]
-            buffer = state.get("momentum_buffer")
-            if buffer is None:
-                call.add(slot, {}, torch.zeros_like(slot.storage), fresh=True)
-                continue
+            buffer = state["momentum_buffer"]
             if buffer.dtype != slot.target.dtype or not buffer.is_contiguous():  # as after model.double()
                 buffer = state["momentum_buffer"] = buffer.to(slot.target.dtype).contiguous()
-            call.add(slot, {"momentum_buffer": buffer}, buffer)
+            call.add(slot, {"momentum_buffer": buffer}, buffer, fresh=not state.get("started", True))
 
     def _finish(self, call: StepCall, skipped: set[int]) -> None:
-        """Store the momentum buffers that started, as those of the layers skipped did not."""
-        for p, buffer in call.started_buffers(skipped):
-            self.state[p]["momentum_buffer"] = buffer
+        """Note which momentum buffers have started, as those of the layers skipped did not."""
+        for p in call.started(skipped):
+            self.state[p]["started"] = True
         if call.starts_buffers:
             self._calls_key = None
         super()._finish(call, skipped)
 
     def _step_dense(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
         momentum = bool(group["momentum"])
-        buffers = [self.state[p].get("momentum_buffer") if momentum else None for p in params]
+        buffers: list[Tensor | None] = []
+        for p in params:
+            self._create_state(p, group)
+            state = self.state[p]
+            buffers.append(state["momentum_buffer"] if momentum and state.get("started", True) else None)
         started = {b is not None for b in buffers}
         fused = (
             (self.capturable or not isinstance(group["lr"], Tensor))
@@ -173,3 +184,5 @@ class CondLRSGD(ConstrainedOptimizer):
         if momentum:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
+                if "started" in self.state[p]:
+                    self.state[p]["started"] = True

@@ -66,7 +66,6 @@ class StepCall:
         self.starts_buffers = False
         self._fresh: list[bool] = []  # by slot: whether its momentum buffer starts
         self._buffers: list[Tensor] = []  # by slot: the momentum buffer for the op, empty if none
-        self._stored_buffers: list[Tensor | None] = []  # by slot: the same as the state holds it
         self._cores: list[Tensor] = []  # the parameters S
         self._table_options: list[list] | None = None  # the options that the table was made from
         self._option_tensors: list[Tensor] = []  # those among them, kept so that no other tensor gets their id
@@ -106,7 +105,6 @@ class StepCall:
         """
         self.slots.append(slot)
         self._buffers.append(self.empty(slot.target.dtype) if buffer is None else self.active_part(slot, buffer))
-        self._stored_buffers.append(buffer)
         self._fresh.append(fresh)
         self.starts_buffers |= fresh
         if slot.index is None:
@@ -143,11 +141,11 @@ class StepCall:
         """A counter for the layers of this call."""
         return torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
 
-    def started_buffers(self, skipped: set[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (parameter, momentum buffer) for the buffers that started, except in the layers skipped."""
+    def started(self, skipped: set[int]) -> Iterator[Tensor]:
+        """Yield the parameters whose momentum buffers started, except in the layers skipped."""
         for i, (slot, fresh) in enumerate(zip(self.slots, self._fresh, strict=True)):
             if fresh and i // len(ROLES) not in skipped:
-                yield slot.param, self._stored_buffers[i]
+                yield slot.param
 
     # ------------------------------------------------------------------------------------------ validity
 

@@ -165,7 +165,6 @@ def test_a_step_that_overflows_changes_nothing(name, digits):
         (lambda m: CayleySGD(m, 0.1, tau=-1), "CayleySGD: tau must be a number >= 0"),
         (lambda m: CayleySGD(mlp(), 0.1), "must have low-rank layers, or weights name dense ones"),
         (lambda m: CayleySGD(m, 0.1, weights="5"), "weights must be names of modules .* got '5'"),
-        (lambda m: ProjectedSGD(m.parameters(), 0.1), "the parameters of low-rank layers need their names"),
         (lambda m: ProjectedSGD(m, 0.1, weight_decay="x"), "ProjectedSGD: weight_decay must be"),
         (lambda m: DLRT(m, 0.1, tolerance=1), r"DLRT: tolerance must be a number in \[0, 1\), got 1"),
         (lambda m: DLRT(m, 0.1, tolerance=0.1, min_rank=0), "min_rank must be an int >= 1, got 0"),

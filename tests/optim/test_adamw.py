@@ -391,7 +391,6 @@ model = make_model()
         (lambda: CondLRAdamW(model, eps=-1.0, tau=0.1), "eps must be finite and >= 0"),
         (lambda: CondLRAdamW(model, weight_decay=-1.0, tau=0.1), "weight_decay must be finite and >= 0"),
         (lambda: CondLRAdamW(model, tau=-1), "tau must be a number >= 0"),
-        (lambda: CondLRAdamW(model.parameters(), tau=0.1), "need their names: pass the model"),
     ],
 )  # fmt: skip
 def test_bad_input(call, text):

@@ -1,6 +1,7 @@
 """Parameter groups: options by role, layers found by their names, factors that cannot be stepped."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers.training import assert_constraint, batches, make_model, train
 from torch import nn
 
 from condlr_ext import LowRankLinear
-from condlr_ext.optim import CondLRSGD, param_groups
+from condlr_ext.optim import CondLRAdamW, CondLRSGD, Projector, param_groups
 
 
 def test_groups_by_role_have_their_own_options():
@@ -30,8 +31,9 @@ def test_add_param_group():
     optimizer = CondLRSGD(model, 0.1, tau=0.1)
     optimizer.add_param_group({"params": [(f"late.{n}", p) for n, p in late.named_parameters()], "tau": 0.3})
     assert kappa(late[0].S) == pytest.approx(1.3, rel=1e-5)
+    whole = LowRankLinear(4, 4, rank=2)
     with pytest.raises(ValueError, match="layer 'x' has U in the parameter groups but not S, V"):
-        optimizer.add_param_group({"params": [("x.U", nn.Parameter(torch.randn(4, 2)))]})
+        optimizer.add_param_group({"params": [("x.U", whole.U)]})
     assert len(optimizer.param_groups) == 2
     train(model, optimizer, batches(2))
 
@@ -50,38 +52,133 @@ def test_two_models_need_different_names():
     assert_constraint(b, 0.1)
 
 
+def test_parameters_without_names_join_those_with_names():
+    """As Lightning's fine-tuning callbacks and transfer-learning scripts add them."""
+    model, head, late = make_model(), nn.Linear(10, 5), LowRankLinear(3, 3, rank=2)
+    optimizer = CondLRSGD(model, 0.1, tau=0.1)
+    optimizer.add_param_group({"params": head.parameters()})
+    optimizer.add_param_group({"params": list(late.parameters()), "tau": 0.3})
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(2))})
+    assert optimizer.param_groups[1]["param_names"] == ["parameter 0 of group 1", "parameter 1 of group 1"]
+    late.S.grad = torch.diag(torch.tensor([-50.0, 0.0]))
+    head.bias.grad = torch.ones(5)
+    before = head.bias.detach().clone()
+    optimizer.step()
+    assert torch.equal(head.bias, before - 0.1) and kappa(late.S) == pytest.approx(1.3, rel=1e-5)
+
+
 def from_meta():
-    layer = LowRankLinear(5, 4, rank=2, device="meta").to_empty(device="cpu")
-    layer.reset_parameters()
-    return layer
+    model = make_model().to("meta").to_empty(device="cpu")
+    for module in model:
+        getattr(module, "reset_parameters", list)()
+    return model
 
 
 def assigned():
-    layer = LowRankLinear(5, 4, rank=2)
-    layer.load_state_dict({name: torch.ones_like(p) for name, p in layer.state_dict().items()}, assign=True)
-    return layer
+    model = make_model()
+    model.load_state_dict({name: p.clone() for name, p in model.state_dict().items()}, assign=True)
+    return model
 
 
-@pytest.mark.parametrize(
-    "pick", ["reversed", "one", "two groups", "deep copy", "off the meta device", "assigned", "roles without names"]
-)
-def test_bare_factors_are_refused(pick):
-    layer = copy.deepcopy(LowRankLinear(5, 4, rank=2))
+GROUPS = {
+    "in order": lambda m: m.parameters(),
+    "reversed": lambda m: [*m.parameters()][::-1],
+    "by dimension": lambda m: [
+        {"params": [p for p in m.parameters() if p.dim() == 1]},
+        {"params": [p for p in m.parameters() if p.dim() > 1]},
+    ],
+    "U and V apart": lambda m: [
+        {"params": [m[0].V, *(p for p in m.parameters() if p is not m[0].U and p is not m[0].V)]},
+        {"params": [m[0].U]},
+    ],
+    "other names": lambda m: [(f"{i}", p) for i, p in enumerate(m.parameters())],
+}
+
+
+@pytest.mark.parametrize("make", [make_model, lambda: copy.deepcopy(make_model()), from_meta, assigned])
+@pytest.mark.parametrize("groups", GROUPS)
+def test_layers_are_known_by_their_parameters(make, groups):
+    """As timm's groups, skorch, SAM and the Trainer's optimizer class give them: without names."""
+    torch.manual_seed(0)
+    model = make()
     with torch.no_grad():
-        layer.U.add_(0.1)  # trained by something else: no longer orthonormal
-    U, S, V, _ = layer.parameters()
-    others = [copy.deepcopy(layer), from_meta(), assigned()]
-    groups = {
-        "reversed": [V, S, U],
-        "one": [V],
-        "two groups": [{"params": [U, V]}, {"params": [S]}],
-        "deep copy": others[0].parameters(),
-        "off the meta device": others[1].parameters(),
-        "assigned": others[2].parameters(),
-        "roles without names": [{"params": [nn.Parameter(torch.ones(2, 2))], "roles": ["S"]}],
-    }[pick]
-    with pytest.raises(ValueError, match="need their names"):
-        CondLRSGD(groups, 0.1, tau=0.1)
+        model[0].U.add_(0.1)  # trained by something else: no longer orthonormal
+    twin = copy.deepcopy(model)
+    optimizer = CondLRSGD(GROUPS[groups](model), 0.1, 0.9, tau=0.1)
+    expected = CondLRSGD(twin, 0.1, 0.9, tau=0.1)
+    data = list(batches(3))
+    train(model, optimizer, data)
+    train(twin, expected, data)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert_constraint(model, 0.1)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_an_optimizer_keep_its_layers(duplicate):
+    model = make_model()
+    optimizer = CondLRSGD(model.parameters(), 0.1, tau=0.1)
+    alone = duplicate(optimizer)  # without the model: its parameters belong to no layer
+    for p, q in zip(optimizer.param_groups[0]["params"], alone.param_groups[0]["params"], strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    optimizer.step()
+    alone.step()
+    for p, q in zip(optimizer.param_groups[0]["params"], alone.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
+def with_shared_core():
+    model = make_model()
+    model[3] = LowRankLinear(model[3].V.shape[0], model[3].U.shape[0], rank=model[0].rank)
+    model[3].S = model[0].S
+    return model
+
+
+def test_factors_that_are_missing_or_shared_are_named():
+    layer = LowRankLinear(5, 5, rank=2)
+    with pytest.raises(ValueError, match="layer 'LowRankLinear at 0 of group 0' has V in .* but not S, U; pass all"):
+        CondLRSGD([layer.V], 0.1, tau=0.1)
+    model = with_shared_core()
+    for params in (model, model.parameters(), model.named_parameters()):
+        with pytest.raises(ValueError, match="S of layer '.*' is a factor of something else too; shared ones cannot"):
+            CondLRSGD(params, 0.1, tau=0.1)
+    layer.V = layer.U
+    with pytest.raises(ValueError, match="V of layer '.*' is a factor of something else too"):
+        CondLRSGD(layer.parameters(), 0.1, tau=0.1)
+    with pytest.raises(ValueError, match="pass pairs of names and parameters"):
+        CondLRSGD([{"params": [nn.Parameter(torch.ones(2, 2))], "roles": ["S"]}], 0.1, tau=0.1)
+
+
+@pytest.mark.parametrize("make", [CondLRSGD, CondLRAdamW, Projector])
+def test_factors_that_share_memory_are_named(make):
+    def build(model):
+        return (
+            make(model, tau=0.1).attach(torch.optim.SGD(model.parameters()))
+            if make is Projector
+            else make(model, 0.1, tau=0.1)
+        )
+
+    flat = torch.randn(2, 20, 3)
+    layer = LowRankLinear(20, 20, rank=3)
+    layer.U, layer.V = (nn.Parameter(X) for X in flat)  # neighbors in one tensor
+    build(layer)
+    layer.V = nn.Parameter(flat.flatten()[57:117].view(20, 3))
+    with pytest.raises(ValueError, match=f"{make.__name__}.*: U of layer '' and V of layer '' must not share memory"):
+        build(layer)
+    model = nn.Sequential(*(LowRankLinear(4, 4, rank=2) for _ in range(2)))
+    model[1].S.data = model[0].S.data
+    with pytest.raises(ValueError, match="S of layer '[01]' and S of layer '[01]' must not share memory"):
+        build(model)
+
+
+def test_a_copy_of_a_module_may_share_its_parameters():
+    layer = LowRankLinear(5, 4, rank=2)
+    twin, half = LowRankLinear(5, 4, rank=2), LowRankLinear(5, 4, rank=2)
+    for role in ("U", "S", "V", "bias"):
+        setattr(twin, role, getattr(layer, role))
+    half.U = layer.U  # as what is left of a layer whose core was replaced
+    optimizer = CondLRSGD(layer.parameters(), 0.1, tau=0.1)
+    assert optimizer.param_groups[0]["roles"] == ["U", "S", "V", "other"]
 
 
 def test_roles_that_do_not_fit_are_named():
@@ -115,9 +212,15 @@ def test_foreign_parameters_named_like_factors():
     class Cell(nn.Module):
         def __init__(self):
             super().__init__()
-            self.U, self.S, self.V = (nn.Parameter(torch.randn(3, k)) for k in (3, 2, 4))
+            self.U, self.S, self.V = (nn.Parameter(torch.randn(k, 2)) for k in (3, 2, 4))
 
-    cell = Cell()  # no U S Vᵀ: the shapes do not fit
-    for source in (cell, cell.named_parameters()):
-        optimizer = CondLRSGD(source, 0.1, tau=0.1)
+    cell = Cell()
+    before = [p.detach().clone() for p in cell.parameters()]
+    for source in (cell, cell.named_parameters(), cell.parameters()):
+        with pytest.warns(UserWarning, match="no low-rank layer"):
+            optimizer = CondLRSGD(source, 0.1, tau=0.1)
         assert optimizer.param_groups[0]["roles"] == ["other"] * 3
+    assert all(torch.equal(p, q) for p, q in zip(cell.parameters(), before, strict=True))
+    roles = {"params": cell.named_parameters(), "roles": ["U", "S", "V"]}  # those of a layer of one's own
+    CondLRSGD([roles], 0.1, tau=0.1)
+    assert non_orthonormality(cell.U) < 2e-6

@@ -218,7 +218,6 @@ def nan_core():
         (lambda: CondLRSGD(model, 0.1, tau=-0.5), ValueError, "tau must be a number >= 0 .* got -0.5"),
         (lambda: CondLRSGD(model, 0.1, tau=0.1, band="max"), ValueError, "band must be one of"),
         (lambda: CondLRSGD(model, 0.1, tau=0.1, sigma_max=-1), ValueError, "sigma_max must be None or a number > 0"),
-        (lambda: CondLRSGD(model.parameters(), 0.1, tau=0.1), ValueError, "need their names: pass the model"),
         (lambda: CondLRSGD([(n, p) for n, p in model.named_parameters() if n != "3.V"], 0.1, tau=0.1), ValueError, "layer '3' has S, U .* but not V"),
         (lambda: CondLRSGD(nan_core(), 0.1, tau=0.1), NonFiniteError, "S of layer '3' must be finite, got NaN or Inf"),
         (lambda: CondLRSGD([], 0.1, tau=0.1), ValueError, "empty parameter list"),

@@ -66,7 +66,7 @@ def test_a_skipped_first_step_does_not_start_the_momentum(backend):
     good = layer.S.grad.clone()
     layer.S.grad = good * math.nan
     ours.step()
-    assert ours.skipped == 1 and "momentum_buffer" not in ours.state[layer.bias]
+    assert ours.skipped == 1 and not ours.state[layer.bias]["momentum_buffer"].any()
     layer.S.grad, twin.grad = good, layer.bias.grad.clone()
     ours.step()
     theirs.step()
