@@ -99,7 +99,7 @@ def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..
     for p in patterns:
         if isinstance(p, str):
             if not any(fnmatchcase(name, p) for name in names):
-                raise ValueError(f"{function}: {what} {p!r} matches no module of the model")
+                raise ValueError(f"{function}: {what} {p!r} matches nothing in the model")
         elif not callable(p):
             raise TypeError(f"{function}: {what} entries must be names, types or predicates, got {p!r}")
 

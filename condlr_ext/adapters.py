@@ -16,8 +16,8 @@ def add_adapters(
 ) -> dict[str, LowRankAdapter]:
     """Freeze a model and wrap its linear and convolutional layers in LowRankAdapters, in place.
 
-    To train other parameters too (a new classifier, say), unfreeze them afterwards. An error leaves the model as it
-    was.
+    To train other parameters too (a new classifier, say), unfreeze them afterwards; where a model has adapters already,
+    only the layers that get new ones are frozen. An error leaves the model as it was.
 
     Args:
         model: Changed in place; its forward code is untouched, and its function changes by rounding only.
@@ -56,11 +56,9 @@ def add_adapters(
     }
     if not layers:
         raise ValueError(f"add_adapters: no nn.Linear or nn.Conv1d/2d/3d with include={include!r}, exclude={exclude!r}")
-    parameters = list(model.parameters())
     with undone_on_error(model):
         made = {name: _make("add_adapters", name, layer, rank, scale) for name, layer in layers.items()}
-    for p in parameters:
-        p.requires_grad_(False)
+    _freeze_base(model)
     replace_modules(model, {layers[name]: adapter for name, adapter in made.items()})
     return made
 
@@ -98,6 +96,8 @@ def set_adapters(
 ) -> dict[str, LowRankAdapter]:
     """Wrap the named layers in adapters with given U, S, V and scale, replacing adapters that they have already.
 
+    A model without adapters is frozen.
+
     An all-zero core, which cannot be trained, is replaced by the start of a new adapter. An error leaves the model as
     it was.
 
@@ -110,8 +110,8 @@ def set_adapters(
         The new adapters by name, in the model's order.
 
     Raises:
-        ValueError: A name is no linear or convolutional layer, factors do not fit it, or two names of one layer have
-            different ones.
+        ValueError: A name is no linear or convolutional layer, factors do not fit it, it is on the meta device, or two
+            names of one layer have different factors.
     """
     modules, layers, names = dict(model.named_modules(remove_duplicate=False)), {}, {}
     for name, (U, S, V, scale) in changes.items():
@@ -120,6 +120,8 @@ def set_adapters(
         if not isinstance(layer, DENSE):
             got = "no such module" if module is None else type(module).__name__
             raise ValueError(f"{where}: layer {name!r} must be nn.Linear or nn.Conv1d/2d/3d, got {got}")
+        if layer.weight.is_meta:
+            raise ValueError(f"{where}: layer {name!r} is on the meta device; call model.to_empty(device=...) first")
         if isinstance(module, LowRankAdapter) and module.merged:
             raise ValueError(f"{where}: the adapter of layer {name!r} is merged; call unmerge() first")
         m, n = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
@@ -151,8 +153,15 @@ def set_adapters(
                 for p, value in zip((adapter.delta.U, adapter.delta.S, adapter.delta.V), (U, S, V), strict=True):
                     p.copy_(value)
         replacement[module] = adapter
+    _freeze_base(model)
     replace_modules(model, replacement)
     return {name: m for name, m in model.named_modules(remove_duplicate=False) if name in layers}
+
+
+def _freeze_base(model: nn.Module) -> None:
+    """Freeze a model before it gets its first adapters; later it stays as its user has set it."""
+    if not adapters(model):
+        model.requires_grad_(False)
 
 
 def _make(where: str, name: str, layer: nn.Module, rank, scale: float) -> LowRankAdapter:

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import warnings
 from pathlib import Path
 
 import torch
@@ -11,16 +10,16 @@ from torch import Tensor, nn
 
 from .._factors import orthonormal_factors
 from .._files import check_path, read_text, write_whole
-from .._modules import DENSE, check_module
+from .._modules import DENSE, check_module, unwrapped
 from ..adapters import set_adapters
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
+from .saved_modules import PREFIX, set_parts, split_parts, trained_parts
 from .tensor_files import read_tensors, write_tensors
 
 __all__ = ["load_lora", "save_lora"]
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
 _LARGEST_ALPHA = 1e30  # float32 ends at 3e38
 
 # settings that would change the function, with the values that do not
@@ -43,21 +42,28 @@ _HARMLESS = {
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> None:
-    """Write the adapters of a model as a plain LoRA in PEFT's format.
+def save_lora(model: nn.Module, folder, *, base_model: str | None = None, exclude=None) -> None:
+    """Write the adapters of a model, and what else is trained, as a plain LoRA in PEFT's format.
 
     B = U S and A = Vᵀ per layer and lora_alpha = scale * rank, so (lora_alpha / r) B A is delta W up to the rounding of
-    U S. A layer under several names is written under each, as PEFT changes the modules of a name alone. The files
-    adapter_model.safetensors and adapter_config.json are each written atomically; the frozen weights are not written,
-    and trained parameters outside of the adapters, such as a new head, neither: a warning names them.
+    U S. A layer under several names is written under each, as PEFT changes the modules of a name alone.
+
+    Of the rest, parameters that require gradients are trained: biases alone are written as PEFT's bias="all", others
+    with the whole module that holds them, its frozen parameters and buffers too, as modules_to_save. Frozen modules are
+    the base model's, their buffers too: a BatchNorm whose statistics change is trained. The files
+    adapter_model.safetensors and adapter_config.json are each written atomically.
 
     Args:
-        model: A model with adapters.
+        model: A model with adapters; names do not include wrappers of torch.compile, DataParallel or
+            DistributedDataParallel.
         folder: Created if it is missing.
         base_model: Name or path of the frozen model, for PEFT's "base_model_name_or_path".
+        exclude: Trained parameters to leave out: names or fnmatch patterns of parameters or of modules that hold them.
 
     Raises:
-        ValueError: No adapters, or one on a convolution with dilation, groups or a padding mode that PEFT's LoRA lacks.
+        ValueError: No adapters, one on a convolution with dilation, groups or a padding mode that PEFT's LoRA lacks, or
+            a trained parameter that PEFT has no words for: one of the model itself, of a module with adapters in it, or
+            the weight under an adapter.
         OSError: The folder cannot be written; one that was created here is removed.
 
     Examples:
@@ -66,24 +72,17 @@ def save_lora(model: nn.Module, folder, *, base_model: str | None = None) -> Non
     """
     check_module("save_lora", model)
     check_path("save_lora", "folder", folder)
+    model = unwrapped(model)
     modules = model.named_modules(remove_duplicate=False)
     found = {name: module for name, module in modules if isinstance(module, LowRankAdapter)}
     if not found or "" in found:
         what = "the model has no adapter" if not found else "the model is itself an adapter, which has no name"
         raise ValueError(f"save_lora: {what}")
-    inside = {id(p) for adapter in found.values() for p in adapter.delta.parameters()}
-    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    if left_out:
-        warnings.warn(
-            f"save_lora: trained parameters outside of the adapters are not in the file: {', '.join(left_out)}; save"
-            " them with condlr_ext.save",
-            stacklevel=2,
-        )
-    tensors = {}
+    tensors, settings = trained_parts(model, found, exclude)
     for name, adapter in found.items():
         A, B = _lora_factors(name, adapter)
-        tensors[f"{_PREFIX}{name}.lora_A.weight"], tensors[f"{_PREFIX}{name}.lora_B.weight"] = A, B
-    config = _config(model, found) | {"base_model_name_or_path": base_model}
+        tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+    config = _config(model, found) | settings | {"base_model_name_or_path": base_model}
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode()
     folder = Path(folder)
     try:
@@ -107,24 +106,27 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
     """Load the LoRA of a PEFT folder into adapters of a model, with the same function.
 
     B A becomes U S Vᵀ by two QR decompositions. The core is not clipped here: an optimizer with tau < inf does that at
-    construction. A LoRA whose B is still zero starts as a new adapter. An error leaves the model unchanged.
+    construction. A LoRA whose B is still zero starts as a new adapter. Saved modules (modules_to_save) and biases are
+    written into the model's own, which are trained from then on. An error leaves the model unchanged.
 
     Args:
-        model: The base model; its layers get adapters in place, and their own parameters are frozen.
+        model: The base model; its layers get adapters in place. All else is frozen, unless the model has adapters
+            already.
         folder: Folder with adapter_model.safetensors and adapter_config.json.
 
     Returns:
         The adapters by name.
 
     Raises:
-        CheckpointError: Files are missing or damaged, have keys other than lora_A and lora_B, or belong to a LoRA with
-            more than two factors (DoRA, biases, saved modules).
-        ValueError: The model lacks a layer or has it in another shape.
+        CheckpointError: Files are missing or damaged, have keys other than lora_A, lora_B and those of saved modules
+            and biases, or belong to a LoRA with more than two factors (DoRA) or with biases of its own.
+        ValueError: The model lacks a layer or a tensor, or has it in another shape or on the meta device.
     """
     check_module("load_lora", model)
     check_path("load_lora", "folder", folder)
     folder = Path(folder)
-    tensors, config = read_peft(folder)
+    tensors, config = read_peft(folder, ("modules_to_save", "bias"))
+    tensors, others = split_parts(model, tensors, config, str(folder))
     pairs = split_keys(tensors, {"lora_A": (".weight",), "lora_B": (".weight",)}, str(folder))
     changes = {}
     for name, parts in pairs.items():
@@ -141,7 +143,9 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
         core = torch.eye(r, dtype=B.dtype, device=B.device)
         factors = orthonormal_factors(B.flatten(1), core, A.flatten(1).mT)
         changes[name] = (*factors, scaling(config, name, r, str(folder)))
-    return set_adapters(model, changes, str(folder))
+    made = set_adapters(model, changes, str(folder))
+    set_parts(others)
+    return made
 
 
 def read_peft(folder: Path, known: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
@@ -186,7 +190,7 @@ def split_keys(tensors: dict[str, Tensor], endings: dict[str, tuple[str, ...]], 
         CheckpointError: There are other keys, or a layer lacks a part.
     """
     patterns = {
-        part: re.compile(rf"(?:{re.escape(_PREFIX)})?(.+)\.{part}(?:\.[^.]+)?(?:{'|'.join(map(re.escape, ends))})")
+        part: re.compile(rf"(?:{re.escape(PREFIX)})?(.+)\.{part}(?:\.[^.]+)?(?:{'|'.join(map(re.escape, ends))})")
         for part, ends in endings.items()
     }
     layers, unknown = {}, []

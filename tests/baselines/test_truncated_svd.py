@@ -93,7 +93,7 @@ def test_prune_by_rank_and_errors():
         ({"tolerance": 1.0}, r"tolerance must be in \[0, 1\), got 1.0"),
         ({"budget": 0}, r"budget must be in \(0, inf\), got 0"),
         ({"budget": math.nan}, "budget must be in"),
-        ({"tolerance": 0.1, "include": "nothing"}, "matches no module"),
+        ({"tolerance": 0.1, "include": "nothing"}, "matches nothing"),
     ):
         with pytest.raises(ValueError, match=text):
             svd_prune(model, **options)

@@ -243,7 +243,7 @@ def test_what_the_model_reads_can_be_dense_and_so_is_what_shares_it():
     model, x = FeedForward(), torch.randn(2, 16)
     factorize(model, rank=3)
     before = model(x)
-    with pytest.raises(ValueError, match="fold: dense 'w0' matches no module"):
+    with pytest.raises(ValueError, match="fold: dense 'w0' matches nothing"):
         fold(model, dense="w0")
     fold(model, dense="wo")
     torch.testing.assert_close(model(x), before)

@@ -232,6 +232,8 @@ def test_lora_errors_change_nothing(tmp_path):
     fails("cannot read .*adapter_model", tensors=None)
     fails("cannot read .*adapter_config", config="{")
     fails("peft_type must be LORA, got POLAR", config=config | {"peft_type": "POLAR"})
+    fails("modules_to_save must be a list of names", config=config | {"modules_to_save": "head"})
+    fails("bias must be none, all or lora_only, got some", config=config | {"bias": "some"})
     fails("use_dora=True is more than low-rank factors", config=config | {"use_dora": True})
     fails("must have r, an integer, .* got None and", config={k: v for k, v in config.items() if k != "r"})
     for bad in ({"r": True}, {"r": "2"}, {"r": 2.0}, {"r": None}):
@@ -359,12 +361,3 @@ def test_deep_settings_are_refused(folder):
     path.write_text("[" * 10**5 + "]" * 10**5)
     with pytest.raises(CheckpointError, match="cannot read"):
         load_lora(nn.Sequential(nn.Linear(8, 6)), path.parent)
-
-
-def test_a_trained_head_is_not_dropped_in_silence(tmp_path):
-    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
-    add_adapters(model, 2, include="0")
-    save_lora(model, tmp_path / "a")
-    model[1].requires_grad_(True)
-    with pytest.warns(UserWarning, match="not in the file: 1.weight, 1.bias; save them with condlr_ext.save"):
-        save_lora(model, tmp_path / "b")

@@ -180,7 +180,7 @@ def test_add_adapters_chooses_layers_and_shares_modules():
             ValueError,
             "add_adapters: layer 0: LowRankAdapter: scale must be a finite number other than 0, got 0",
         ),
-        (dict(rank=2, include="nine"), ValueError, "add_adapters: include 'nine' matches no module"),
+        (dict(rank=2, include="nine"), ValueError, "add_adapters: include 'nine' matches nothing"),
         (
             dict(rank=2, exclude=[3]),
             TypeError,

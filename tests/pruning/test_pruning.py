@@ -147,7 +147,7 @@ def test_low_rank_layers_are_left_alone():
     "call, message",
     [
         (lambda m: add_masks(m, 0), r"add_masks: keep must be a number in \(0, 1\], got 0"),
-        (lambda m: add_masks(m, 0.5, exclude="head"), "exclude 'head' matches no module"),
+        (lambda m: add_masks(m, 0.5, exclude="head"), "exclude 'head' matches nothing"),
         (lambda m: [add_masks(m, 0.5), add_masks(m, 0.5)], "0 has a mask already; make_permanent first"),
         (lambda m: [add_gates(m), add_gates(m)], "add_gates: the weight of 0 must not be parametrized"),
         (lambda m: add_masks(tied(m), 0.5), "add_masks: the weight of 4 must be its own, got one shared by 4.weight, 7.weight"),

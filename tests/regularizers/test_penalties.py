@@ -159,7 +159,7 @@ def test_reserved_directions_are_neutral(sigma):
         (lambda: cnc({"head": torch.ones(2, 2).long()}), TypeError, "cnc: head must be a real .* got torch.int64"),
         (lambda: log_volume(nn.ReLU()), ValueError, "layer_matrices: the model must have a layer to act on"),
         (lambda: layer_matrices([1]), TypeError, "layer_matrices: model must be a torch.nn.Module, got list"),
-        (lambda: layer_matrices(nn.Linear(2, 2), exclude="head"), ValueError, "exclude 'head' matches no module"),
+        (lambda: layer_matrices(nn.Linear(2, 2), exclude="head"), ValueError, "exclude 'head' matches nothing"),
         (lambda: log_volume(torch.ones(2, 2), floor=-1), ValueError, r"floor must be a number in \[0, 1\), got -1"),
         (lambda: cnc(torch.ones(2, 2), form="paper"), ValueError, "form must be one of corrected, released, got 'paper'"),
         (lambda: tsc(nn.Linear(2, 2), a=0), ValueError, "tsc: a must be a finite number > 0, got 0"),
