@@ -15,7 +15,8 @@ class _TwoFactor(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         down, up = self
-        return formed((up.weight.flatten(1) @ down.weight.flatten(1)).reshape(len(up.weight), *down.weight.shape[1:]))
+        W = (up.weight.flatten(1) @ down.weight.flatten(1)).reshape(len(up.weight), *down.weight.shape[1:])
+        return formed(W, self.training)
 
     @property
     def bias(self) -> Tensor | None:

@@ -87,7 +87,9 @@ class LowRankAdapter(nn.Module):
     @property
     def weight(self) -> Tensor:
         """W + scale U S Vᵀ in torch's shape, differentiable; computed at each access, unless it is merged."""
-        return self.layer.weight if self.merged else formed(self.layer.weight + self.scale * self.delta.weight)
+        if self.merged:
+            return self.layer.weight
+        return formed(self.layer.weight + self.scale * self.delta.weight, self.training)
 
     @property
     def bias(self) -> Tensor | None:

@@ -124,8 +124,8 @@ class LowRankLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W = U S Vᵀ in torch's shape, differentiable, computed at each access: its methods that write raise."""
-        return formed(self._from_matrix(self.U @ self.S @ self.V.mT))
+        """W = U S Vᵀ in torch's shape, differentiable, computed at each access: what writes into it raises."""
+        return formed(self._from_matrix(self.U @ self.S @ self.V.mT), self.training)
 
     def _from_matrix(self, W: Tensor) -> Tensor:
         return W.reshape(self.weight_shape)

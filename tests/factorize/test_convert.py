@@ -182,7 +182,7 @@ def test_bad_measures_and_examples_leave_the_model_unchanged(options, text):
         (dict(rank=11), RankError, r"layer 4: rank must be in 1..min\(m, n\) = 10 for a 10 x 256 weight, got 11"),
         (dict(rank=-1), RankError, "got -1"),
         (dict(rank={"0": 3, "nine": 2}), ValueError, "rank names layers that are not there or not eligible: nine"),
-        (dict(rank=2, include="nine"), ValueError, "include 'nine' matches no module"),
+        (dict(rank=2, include="nine"), ValueError, "include 'nine' matches nothing"),
         (dict(rank=2, exclude=3), TypeError, "exclude must be a name, a type"),
         (dict(rank=2, include=nn.Conv2d), ValueError, "no layer to factorize with include=<class"),
         (dict(rank={}), ValueError, "no layer to factorize with include=None, exclude=None, rank={}"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from condlr_ext import LowRankAdapter, LowRankConv2d, LowRankLinear, factorize
 from condlr_ext.baselines import vanilla_low_rank
-from condlr_ext.nn.formed import FormedWeight
+from condlr_ext.nn.formed import FormedWeight, WatchedWeight
 
 
 def attention():
@@ -69,6 +69,92 @@ def test_writes_raise(name, write):
     assert torch.equal(getattr(module, attribute), before)
 
 
+A = torch.eye(6)
+FUNCTIONS = {
+    "out": lambda W: torch.mul(A, A, out=W),
+    "out of init": nn.init.eye_,
+    "clamp_": lambda W: torch.clamp_(W, -1e-3, 1e-3),
+    "relu_": torch.relu_,
+    "inplace": lambda W: nn.functional.relu(W, inplace=True),
+    "module": nn.ReLU(inplace=True),
+    "foreach": lambda W: torch._foreach_mul_([W], 2),
+    "foreach of views": lambda W: torch._foreach_zero_([torch.transpose(W, 0, 1)]),
+    "copy": lambda W: torch._foreach_copy_([W], [A]),
+    "aten": torch.ops.aten.zero_,
+    "put": lambda W: torch.index_put_(W, (torch.tensor([0]),), torch.tensor(1.0)),
+    "vector": lambda W: nn.utils.vector_to_parameters(torch.zeros(36), [W]),
+    "view by a function": lambda W: torch.movedim(W, 0, 1).zero_(),
+    "views by a function": lambda W: torch.split(W, 2)[1].zero_(),
+    "out into a view": lambda W: torch.add(A[0], A[0], out=torch.select(W, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("write", FUNCTIONS)
+def test_functions_that_write_raise_in_training(write):
+    layer = LowRankLinear(6, 6, rank=2)
+    before = layer.weight.detach().clone()
+    with torch.no_grad(), pytest.raises(AttributeError, match="formed from its factors at each access"):
+        FUNCTIONS[write](layer.weight)
+    with pytest.raises((AttributeError, RuntimeError), match="formed from|support automatic|is a view and is being"):
+        FUNCTIONS[write](layer.weight)
+    layer.requires_grad_(False)
+    with pytest.raises(AttributeError, match="formed from its factors at each access"):
+        FUNCTIONS[write](layer.weight)
+    assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("train", (True, False))
+def test_every_method_that_gives_a_view_gives_one_that_refuses_writes(train):
+    layer = LowRankLinear(6, 6, rank=2).train(train)
+    calls = {
+        "as_strided": ((2, 2), (1, 2)), "broadcast_to": ((1, 6, 6),), "chunk": (2,), "dsplit": None, "expand": (1, 6, 6),
+        "expand_as": (A,), "hsplit": (2,), "moveaxis": (0, 1), "movedim": (0, 1), "narrow": (0, 1, 2), "permute": (1, 0),
+        "reshape": (36,), "reshape_as": (A.view(-1),), "select": (0, 1), "split": (2,), "split_with_sizes": ([2, 4],),
+        "swapaxes": (0, 1), "swapdims": (0, 1), "tensor_split": (2,), "transpose": (0, 1), "unflatten": (0, (2, 3)),
+        "unfold": (0, 2, 2), "unsqueeze": (0,), "view": (-1,), "view_as": (A.view(-1),), "vsplit": (2,),
+    }  # fmt: skip
+    itself_or_a_copy = {"contiguous", "cpu", "cuda", "pin_memory", "positive", "resolve_conj", "resolve_neg", "to"}
+    not_strided = {"ccol_indices", "coalesce", "col_indices", "crow_indices", "indices", "row_indices", "values"}
+    attributes = {"H", "T", "mH", "mT", "real"}
+    for name in dir(torch.Tensor):
+        schemas = [] if name.startswith("_") else torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+        if not any(r.alias_info and not r.alias_info.is_write for s in schemas for r in s.returns):
+            continue
+        if name in itself_or_a_copy | not_strided | {
+            "imag",
+            "dsplit",
+            "slice_inverse",
+        }:  # imag, dsplit: not of a matrix
+            continue
+        with torch.no_grad():
+            W = layer.weight
+            result = getattr(W, name) if name in attributes else getattr(W, name)(*calls.get(name, ()))
+            for view in result if isinstance(result, tuple) else (result,):
+                with pytest.raises(AttributeError, match="would be lost"):
+                    view.zero_()
+    for name in attributes:
+        with torch.no_grad(), pytest.raises(AttributeError, match="would be lost"):
+            getattr(layer.weight, name).zero_()
+
+
+def test_numpy_gets_a_weight_that_is_read_only():
+    array = LowRankLinear(6, 6, rank=2).weight.detach().numpy()
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 0
+
+
+def test_only_training_and_recording_watch_functions():
+    layer = LowRankLinear(6, 6, rank=2)
+    assert type(layer.weight) is WatchedWeight
+    assert type(layer.eval().weight) is WatchedWeight  # a frozen one, or without gradients: torch's fused kernels run
+    with torch.no_grad():
+        assert type(layer.weight) is FormedWeight
+        assert type(layer.train().weight) is WatchedWeight
+    assert type(layer.requires_grad_(False).eval().weight) is FormedWeight
+    with torch.inference_mode():
+        assert torch.equal(layer.train().weight @ A, layer.weight)
+
+
 def test_every_inplace_method_of_torch_is_refused():
     W = LowRankLinear(4, 4, rank=2).weight
     for name in dir(torch.Tensor):
@@ -91,7 +177,6 @@ def test_the_two_factor_baseline_refuses_too():
 def test_results_are_plain_and_differentiable():
     layer = LowRankLinear(8, 6, rank=2)
     W = layer.weight
-    assert type(W) is FormedWeight and not torch.overrides.has_torch_function((W,))
     for result in (W + 1, W.clone(), W.double(), W @ W.mT, torch.relu(W), W[torch.tensor([0, 2])]):
         assert type(result) is torch.Tensor
     W.clone().zero_()
