@@ -64,7 +64,8 @@ def save(
     in the string metadata. Tensors of the optimizer and of `extra` are in the same file under names that begin with a
     dot, which no parameter's does; strict readers elsewhere must leave those out. Without such tensors the file is one
     of the model alone. Tensors that share memory (tied weights) are stored once. The file is written atomically: an
-    interruption leaves the old file of that name, or none; its mode is what the umask leaves.
+    interruption leaves the old file of that name, or none; its mode is what the umask leaves. Its metadata have a
+    checksum of all else, which load compares.
 
     Args:
         model: Any module; names do not include wrappers of torch.compile, DataParallel or DistributedDataParallel.

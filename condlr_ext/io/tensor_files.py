@@ -3,6 +3,8 @@
 A file is the length of its header in eight bytes, the header, which is JSON with the dtype, shape and place of each
 tensor, and their bytes without gaps. The safetensors package itself opens a file by its name twice, and so may take
 header and data of different files while a third party replaces it.
+
+Files written here have a checksum of all else in their metadata, so that no flipped bit is loaded.
 """
 
 import ctypes
@@ -10,6 +12,8 @@ import json
 import math
 import os
 import stat
+import zlib
+from collections.abc import Iterable
 from typing import BinaryIO
 
 import torch
@@ -29,6 +33,7 @@ DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHECKSUM = "condlr_ext_crc32"  # a key of the metadata
 _LARGEST_HEADER = 100_000_000  # bytes, a rule of the format
 _MOST_DIMENSIONS = 64
 
@@ -72,6 +77,7 @@ def write_tensors(path, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
         t = tensors[name]
         begin, end = end, end + t.nbytes
         header[name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [begin, end]}
+    header["__metadata__"] = metadata | {CHECKSUM: _checksum(header, [tensors[name] for name in names])}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _LARGEST_HEADER:
@@ -87,7 +93,7 @@ def write_tensors(path, tensors: dict[str, Tensor], metadata: dict[str, str]) ->
 
 
 def read_tensors(path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, on the CPU, and its metadata.
+    """Return the tensors of a safetensors file, on the CPU, and its metadata without a checksum, which is compared.
 
     Raises:
         CheckpointError: The file is missing or damaged.
@@ -127,6 +133,12 @@ def _read(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
         t = tensors[name] = torch.empty(shape, dtype=dtype, device="cpu")
         if begin < stop and file.readinto(_memory(t)) != stop - begin:
             raise ValueError("it was cut off while it was read")
+    checksum = metadata.pop(CHECKSUM, None)  # files of other tools and of earlier versions have none
+    if checksum not in (None, _checksum(header | {"__metadata__": metadata}, tensors.values())):
+        raise ValueError(
+            f"its content is not what was written: the checksum differs. If another tool has changed it on purpose, it"
+            f" must also leave {CHECKSUM} out of the metadata"
+        )
     return tensors, metadata
 
 
@@ -146,6 +158,15 @@ def _entry(name: str, entry) -> tuple[str, torch.dtype, list[int], int, int]:
     if offsets[1] - offsets[0] != need:
         raise ValueError(f"tensor {name!r} needs {need} bytes, its data_offsets are {offsets}")
     return name, DTYPES[dtype], shape, *offsets
+
+
+def _checksum(header: dict, tensors: Iterable[Tensor]) -> str:
+    """Return the CRC-32 of a header without checksum and of the tensors in their order: it tells every single flip."""
+    crc = zlib.crc32(json.dumps(header, sort_keys=True).encode())
+    for t in tensors:
+        if t.nbytes:
+            crc = zlib.crc32(_memory(t), crc)
+    return f"{crc:08x}"
 
 
 def _memory(t: Tensor) -> ctypes.Array:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import condlr_ext
 from condlr_ext.errors import CheckpointError, NonFiniteError, RankError
 from condlr_ext.io.checkpoint import read
+from condlr_ext.io.tensor_files import CHECKSUM
 
 REFUSED = (CheckpointError, RankError, NonFiniteError)
 KINDS = ["CondLRSGD", "CondLRAdamW", "SGD", "AdamW", "LBFGS"]
@@ -41,15 +42,16 @@ def train(model, optimizer):
 
 @pytest.fixture(scope="module", params=KINDS)
 def saved(request, tmp_path_factory):
-    """Path, bytes, header, data, and a model and an optimizer to load into."""
+    """Path, bytes, header, data, and a model and an optimizer to load into; without the checksum, as lies would be."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("hostile") / "m.safetensors"
     model, optimizer = trained(request.param)
     condlr_ext.save(model, path, optimizer, extra={"epoch": 3, "rng": torch.get_rng_state(), "best": (0.5, None)})
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
-    header = json.loads(content[8 : 8 + length])
-    return path, content, header, content[8 + length :], trained(request.param)
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    del header["__metadata__"][CHECKSUM]
+    return path, packed(header, data), header, data, trained(request.param)
 
 
 def attempt(path, content, target) -> str | None:
