@@ -53,6 +53,7 @@ $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)" numpy $(BUILD_TOOLS)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation "$(TORCH)" -e ".[attacks,demo,test]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps torchattacks
 	touch $@
 
 # builds, audits, and tries the wheel in a fresh environment, outside the repository and without a compiler

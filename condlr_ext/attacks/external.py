@@ -231,7 +231,10 @@ def _require(caller: str, *names: str):
         except ModuleNotFoundError as error:
             if error.name != name:
                 raise
-    raise ImportError(f"{caller} needs {names[-1]}: pip install 'condlr_ext[attacks]'")
+    install = "pip install 'condlr_ext[attacks]'"
+    if "torchattacks" in names:  # its torchvision, which it does not use, may not fit torch
+        install += " && pip install --no-deps torchattacks"
+    raise ImportError(f"{caller} needs {names[-1]}: {install}")
 
 
 def _attack_class(caller: str, module, name: str) -> type:
