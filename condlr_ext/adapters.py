@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._modules import DENSE, check_module, chooser, is_peft_layer, refuse_wrapped, replace_modules, undone_on_error
-from .nn import LowRankAdapter
+from ._modules import check_module, chooser, is_peft_layer, refuse_wrapped, replace_modules, undone_on_error
+from .nn import LowRankAdapter, low_rank_layers
 
 __all__ = ["add_adapters", "adapters", "merge_adapters"]
 
@@ -32,8 +32,8 @@ def add_adapters(
         The new adapters by name.
 
     Raises:
-        ValueError: No layer is left, a pattern matches no module, the model is wrapped (DistributedDataParallel), or a
-            weight is computed, sharded or quantized.
+        ValueError: No layer is left, a pattern matches no module, the model is wrapped (DistributedDataParallel), a
+            layer is low-rank already, or a weight is computed, sharded or quantized.
         RankError: The rank does not fit a layer.
 
     Examples:
@@ -41,7 +41,7 @@ def add_adapters(
         >>> optimizer = condlr_ext.optim.CondLRSGD(model, lr=0.1, tau=0.5)
     """
     check_module("add_adapters", model)
-    if isinstance(model, DENSE):
+    if LowRankAdapter.serves(model):
         raise ValueError(
             f"add_adapters: model must contain the layers, got a bare {type(model).__name__}; use LowRankAdapter"
         )
@@ -52,10 +52,18 @@ def add_adapters(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, DENSE) and id(module) not in inside and chosen(name, module)
+        if LowRankAdapter.serves(module) and id(module) not in inside and chosen(name, module)
     }
+    low_rank = [name for name, m in low_rank_layers(model).items() if id(m) not in inside and chosen(name, m)]
+    if low_rank:
+        raise ValueError(
+            f"add_adapters: these layers are low-rank already: {', '.join(low_rank)}; call to_dense first, or leave"
+            " them out, by exclude=condlr_ext.nn.LowRankLayer, say"
+        )
     if not layers:
-        raise ValueError(f"add_adapters: no nn.Linear or nn.Conv1d/2d/3d with include={include!r}, exclude={exclude!r}")
+        raise ValueError(
+            f"add_adapters: no nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D with include={include!r}, exclude={exclude!r}"
+        )
     with undone_on_error(model):
         made = {name: _make("add_adapters", name, layer, rank, scale) for name, layer in layers.items()}
     _freeze_base(model)
@@ -117,14 +125,14 @@ def set_adapters(
     for name, (U, S, V, scale) in changes.items():
         module = modules.get(name)
         layer = module.layer if isinstance(module, LowRankAdapter) else module
-        if not isinstance(layer, DENSE):
+        if not LowRankAdapter.serves(layer):
             got = "no such module" if module is None else type(module).__name__
-            raise ValueError(f"{where}: layer {name!r} must be nn.Linear or nn.Conv1d/2d/3d, got {got}")
+            raise ValueError(f"{where}: layer {name!r} must be nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D, got {got}")
         if layer.weight.is_meta:
             raise ValueError(f"{where}: layer {name!r} is on the meta device; call model.to_empty(device=...) first")
         if isinstance(module, LowRankAdapter) and module.merged:
             raise ValueError(f"{where}: the adapter of layer {name!r} is merged; call unmerge() first")
-        m, n = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
+        m, n = LowRankAdapter.matrix_shape(layer)
         if (U.shape[0], V.shape[0]) != (m, n):
             raise ValueError(
                 f"{where}: layer {name!r} is {m} x {n}, the change in the file {U.shape[0]} x {V.shape[0]}"

@@ -25,7 +25,6 @@ _LARGEST_ALPHA = 1e30  # float32 ends at 3e38
 # settings that would change the function, with the values that do not
 _NEUTRAL = {
     "bias": "none",
-    "fan_in_fan_out": False,
     "layer_replication": None,
     "lora_bias": False,
     "modules_to_save": None,
@@ -33,10 +32,10 @@ _NEUTRAL = {
 }
 # settings of which every value leaves the function that of W + scaling B A, as the tensors say it
 _HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "inference_mode",
-    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
-    "task_type", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "use_rslora",
 }  # fmt: skip
 # starts of A and B that leave W as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ subtract their start from W
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -263,7 +262,8 @@ def matches(expression: str, name: str) -> bool:
 def _lora_factors(name: str, adapter: LowRankAdapter) -> tuple[Tensor, Tensor]:
     """Return A [r, in, *kernel] and B [m, r, 1...]; the product U S is rounded once."""
     layer, delta = adapter.layer, adapter.delta
-    if not isinstance(layer, nn.Linear):
+    convolution = isinstance(layer, DENSE) and not isinstance(layer, nn.Linear)
+    if convolution:
         lacking = {
             "dilation": any(d != 1 for d in layer.dilation),
             "groups": layer.groups != 1,
@@ -278,7 +278,7 @@ def _lora_factors(name: str, adapter: LowRankAdapter) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(S.dtype, torch.float32)
     kernel = layer.weight.shape[2:]
     B = (U.to(dtype) @ S.to(dtype)).to(U.dtype).reshape(*U.shape, *[1] * len(kernel))
-    A = V.mT.reshape(-1, layer.weight.shape[1], *kernel)
+    A = V.mT.reshape(len(S), layer.weight.shape[1], *kernel) if convolution else V.mT
     return A.clone(memory_format=torch.contiguous_format), B.contiguous()
 
 
@@ -287,7 +287,7 @@ def _config(model: nn.Module, found: dict[str, LowRankAdapter]) -> dict:
     alphas = {name: adapter.scale * adapter.rank for name, adapter in found.items()}
     r, alpha = (max(set(values), key=values.count) for values in (list(ranks.values()), list(alphas.values())))
     # PEFT applies a name of the list to every module whose name ends in it
-    others = {n for n, m in model.named_modules() if isinstance(m, DENSE)}
+    others = {n for n, m in model.named_modules() if LowRankAdapter.serves(m)}
     others -= {f"{name}.layer" for name in found}
     alike = any(other != name and other.endswith(f".{name}") for name in found for other in (*others, *found))
     exact = {name: f"^{re.escape(name)}" for name in found}
@@ -301,6 +301,7 @@ def _config(model: nn.Module, found: dict[str, LowRankAdapter]) -> dict:
         "target_modules": "|".join(re.escape(name) for name in found) if alike else sorted(found),
         "lora_dropout": 0.0,
         "init_lora_weights": True,
+        "fan_in_fan_out": not any(isinstance(adapter.layer, DENSE) for adapter in found.values()),  # all HF's Conv1D
         "use_rslora": False,
         "inference_mode": True,
         **_NEUTRAL,

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from .._modules import not_plain
+from .._modules import DENSE, not_plain
 from ..errors import NonFiniteError
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .formed import formed
 from .linear import LowRankLinear
+from .transposed import LowRankTransposedLinear
 
 _CONVS = {nn.Conv1d: LowRankConv1d, nn.Conv2d: LowRankConv2d, nn.Conv3d: LowRankConv3d}
 
@@ -27,7 +28,7 @@ class LowRankAdapter(nn.Module):
     weight: delta W is all that needs to be exported (see save_lora).
 
     Args:
-        layer: nn.Linear or nn.Conv1d/2d/3d. It becomes part of the adapter, and its parameters are frozen.
+        layer: nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D. It becomes part of the adapter, and its parameters are frozen.
         rank: Rank of the change: an int in 1..min(m, n) for the weight as a matrix m x n, or a fraction of min(m, n).
         scale: Factor of the change: PEFT's lora_alpha / r (it is not divided by the rank).
 
@@ -126,7 +127,7 @@ class LowRankAdapter(nn.Module):
         W = _own_weight("LowRankAdapter.merge", self.layer)
         dtype = torch.promote_types(W.dtype, torch.float32)
         U, S, V = (p.to(dtype) for p in (self.delta.U, self.delta.S, self.delta.V))
-        merged = (W.to(dtype) + self.scale * (U @ S @ V.mT).reshape(W.shape)).to(W.dtype)
+        merged = (W.to(dtype) + self.scale * self.delta._from_matrix(U @ S @ V.mT)).to(W.dtype)
         if not torch.isfinite(merged).all():
             raise NonFiniteError("LowRankAdapter.merge: the merged weight must be finite, got NaN or Inf")
         self._own = (W,)
@@ -148,34 +149,49 @@ class LowRankAdapter(nn.Module):
             own.data = fn(own.data)
         return self
 
+    @staticmethod
+    def serves(module: nn.Module) -> bool:
+        """Return whether a module is a layer that an adapter can wrap."""
+        return isinstance(module, DENSE) or LowRankTransposedLinear.serves(module)
+
+    @staticmethod
+    def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+        """Return [m, n] of the weight of such a layer as a matrix."""
+        m, n = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
+        return (m, n) if isinstance(layer, DENSE) else (n, m)
+
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}" + (", merged" if self.merged else "")
 
 
 def _delta(layer: nn.Module, rank) -> nn.Module:
     """Return a low-rank layer of this rank with the geometry of a dense one, without bias."""
+    if not LowRankAdapter.serves(layer):
+        raise TypeError(
+            f"LowRankAdapter: layer must be nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D, got {type(layer).__name__}"
+        )
+    options = {"device": layer.weight.device, "dtype": layer.weight.dtype, "rank": rank}
     if isinstance(layer, nn.Linear):
-        options = {"device": layer.weight.device, "dtype": layer.weight.dtype, "rank": rank}
         return LowRankLinear(layer.in_features, layer.out_features, bias=False, **options)
-    for dense, low_rank in _CONVS.items():
-        if isinstance(layer, dense):
-            delta = low_rank(
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel_size,
-                layer.stride,
-                layer.padding,
-                layer.dilation,
-                layer.groups,
-                bias=False,
-                padding_mode=layer.padding_mode,
-                device=layer.weight.device,
-                dtype=layer.weight.dtype,
-                rank=rank,
-            )
-            delta.channels_last = delta._is_channels_last(layer.weight)
-            return delta
-    raise TypeError(f"LowRankAdapter: layer must be nn.Linear or nn.Conv1d/2d/3d, got {type(layer).__name__}")
+    if LowRankTransposedLinear.serves(layer):
+        delta = LowRankTransposedLinear(type(layer), layer.nf, layer.weight.shape[0], **options)
+        delta.bias = None
+        return delta
+    low_rank = next(low_rank for dense, low_rank in _CONVS.items() if isinstance(layer, dense))
+    delta = low_rank(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+        bias=False,
+        padding_mode=layer.padding_mode,
+        **options,
+    )
+    delta.channels_last = delta._is_channels_last(layer.weight)
+    return delta
 
 
 def _own_weight(where: str, layer: nn.Module) -> nn.Parameter:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers.layers import spread
 from helpers.matrices import non_orthonormality
+from helpers.models import Conv1D
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -189,6 +190,27 @@ def test_a_layer_under_two_names_is_written_under_both(tmp_path):
         load_lora(copy.deepcopy(plain), tmp_path)
 
 
+def test_layers_with_a_transposed_weight(tmp_path):
+    """HF's Conv1D: PEFT's A and B are those of its transpose, whatever fan_in_fan_out says, which PEFT corrects."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(Conv1D(9, 6), nn.ReLU(), nn.Linear(9, 4))
+    for include, all_transposed in (("0", True), (None, False)):
+        model, x = copy.deepcopy(plain), torch.randn(5, 6)
+        for adapter in add_adapters(model, 2, include=include, scale=0.5).values():
+            spread(adapter)
+        save_lora(model, tmp_path)
+        path = tmp_path / "adapter_config.json"
+        config, tensors = json.loads(path.read_text()), load_file(tmp_path / "adapter_model.safetensors")
+        A, B = (tensors[f"base_model.model.0.lora_{k}.weight"] for k in "AB")
+        assert config["fan_in_fan_out"] is all_transposed and A.shape == (2, 6) and B.shape == (9, 2)
+        torch.testing.assert_close(model[0].weight, plain[0].weight + 0.5 * (B @ A).mT)
+        for told in (True, False):
+            path.write_text(json.dumps(config | {"fan_in_fan_out": told}))
+            again = copy.deepcopy(plain)
+            load_lora(again, tmp_path)
+            torch.testing.assert_close(again(x), model(x))
+
+
 def test_a_failed_save_leaves_no_folder(tmp_path, monkeypatch):
     _, model = adapted_net()
     real, count = os.fsync, iter(range(100))
@@ -262,7 +284,9 @@ def test_lora_errors_change_nothing(tmp_path):
     fails(r"must have lora_A \[r, n, ...\]", tensors | {key: torch.ones(0, 6), other: torch.ones(16, 0)})
     fails("of layer 'mlp.0' must be finite, got NaN or Inf", tensors | {key: torch.full((2, 6), torch.nan)})
     renamed = {k.replace("mlp.0", "mlp.9"): v for k, v in tensors.items()}
-    fails("layer 'mlp.9' must be nn.Linear or nn.Conv1d/2d/3d, got no such module", renamed, error=ValueError)
+    fails(
+        "layer 'mlp.9' must be nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D, got no such module", renamed, error=ValueError
+    )
     model.mlp[0].merge()
     fails(r"the adapter of layer 'mlp.0' is merged; call unmerge\(\) first", model=model, error=ValueError)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers.layers import spread
 from helpers.matrices import non_orthonormality
-from helpers.models import MODELS, example_input
+from helpers.models import MODELS, Conv1D, example_input
 from torch import nn
 
 import condlr_ext
@@ -23,6 +23,7 @@ LAYERS = {
     "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 9, 7)),
     "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, dilation=2, groups=2, padding="same", padding_mode="circular"), (2, 4, 9, 7)),
     "conv3d": (lambda: nn.Conv3d(2, 6, 2), (2, 2, 4, 5, 4)),
+    "transposed": (lambda: Conv1D(9, 12), (5, 12)),
 }  # fmt: skip
 
 
@@ -186,7 +187,11 @@ def test_add_adapters_chooses_layers_and_shares_modules():
             TypeError,
             "add_adapters: exclude entries must be names, types or predicates, got 3",
         ),
-        (dict(rank=2, include=nn.Conv2d), ValueError, "add_adapters: no nn.Linear or nn.Conv1d/2d/3d with include="),
+        (
+            dict(rank=2, include=nn.Conv2d),
+            ValueError,
+            "add_adapters: no nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D with",
+        ),
     ],
 )
 def test_add_adapters_errors_leave_the_model_unchanged(options, error, text):
@@ -194,7 +199,7 @@ def test_add_adapters_errors_leave_the_model_unchanged(options, error, text):
     with pytest.raises(error, match=text):
         add_adapters(model, **options)
     assert [type(m) for m in model] == [nn.Linear] * 2 and all(p.requires_grad for p in model.parameters())
-    with pytest.raises(TypeError, match="LowRankAdapter: layer must be nn.Linear or nn.Conv1d/2d/3d, got ReLU"):
+    with pytest.raises(TypeError, match="must be nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D, got ReLU"):
         LowRankAdapter(nn.ReLU(), 2)
     with pytest.raises(ValueError, match="add_adapters: model must contain the layers, got a bare Linear"):
         add_adapters(nn.Linear(3, 3), 2)
@@ -252,6 +257,15 @@ def test_computed_weights_are_refused(wrap):
     wrap(model[1].layer)
     with pytest.raises(ValueError, match="LowRankAdapter.merge: .* must be a parameter"):
         merge_adapters(model)
+
+
+def test_layers_that_are_low_rank_already_are_not_passed_over_in_silence():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
+    condlr_ext.factorize(model, rank=2, include="0")
+    with pytest.raises(ValueError, match="add_adapters: these layers are low-rank already: 0; call to_dense first"):
+        add_adapters(model, 2)
+    assert type(model[1]) is nn.Linear and model[1].weight.requires_grad
+    assert list(add_adapters(model, 2, exclude=condlr_ext.nn.LowRankLayer)) == ["1"]
 
 
 def test_factorize_and_to_dense_leave_adapters_alone():
