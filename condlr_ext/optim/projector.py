@@ -74,7 +74,8 @@ class Projector:
 
         Raises:
             TypeError: It is no torch optimizer, or calls no step hooks.
-            ValueError: It keeps the constraint itself, is attached already, or has no parameter of a low-rank layer.
+            ValueError: It keeps the constraint itself, puts other weights in place by train() and eval(), is attached
+                already, or has no parameter of a low-rank layer.
             NonFiniteError: NaN or Inf in a layer, with its name.
         """
         optimizer = unwrapped_optimizer(optimizer)
@@ -88,6 +89,11 @@ class Projector:
             )
         if isinstance(optimizer, ConstrainedOptimizer):
             raise ValueError(f"Projector.attach: {name} keeps the constraint itself, it needs no projector")
+        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            raise ValueError(
+                f"Projector.attach: optimizer must write to the weights in step() alone, got {name}, whose eval() puts"
+                " averages in their place, for which no bound holds"
+            )
         if optimizer in self._attached:
             raise ValueError(f"Projector.attach: this {name} is attached already")
         layers = self._layers(optimizer)

@@ -193,6 +193,16 @@ def test_groups_by_role_are_read_from_the_core():
     assert min(kappa(layer.S) for layer in low_rank_layers(model)) > 1.2
 
 
+class ScheduleFree(torch.optim.SGD):
+    """The interface of the schedule-free optimizers."""
+
+    def train(self):
+        pass
+
+    def eval(self):
+        pass
+
+
 def test_remove_and_what_cannot_be_attached():
     model, other = make_model(), make_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.2)
@@ -211,6 +221,8 @@ def test_remove_and_what_cannot_be_attached():
         projector.attach(model)
     with pytest.raises(ValueError, match="must have a parameter of the model's low-rank layers, got Adam without"):
         projector.attach(torch.optim.Adam(other.parameters()))
+    with pytest.raises(ValueError, match=r"alone, got ScheduleFree, whose eval\(\) puts averages in their place"):
+        Projector(model, 0.1).attach(ScheduleFree(model.parameters()))
     with pytest.raises(ValueError, match="CondLRSGD keeps the constraint itself"):
         projector.attach(CondLRSGD(model, 0.1, tau=0.1))
     with pytest.raises(ValueError, match="model must have low-rank layers, got none"):
