@@ -17,6 +17,9 @@ LOW_PRECISION = (torch.float16, torch.bfloat16)  # dtypes of parameters that are
 ORTHONORMAL_INPUT = 1e-4  # given factors above it are replaced by their Q, or refused
 NOT_ORTHONORMAL = 2**32  # what a layer that is left unchanged because U or V is not orthonormal adds to its count
 ORTHONORMAL_STEP = 2e-6  # what a step keeps to in float32; better factors are taken as they are
+ORTHONORMAL_STEP64 = 1e-12  # the same in float64
+# what storing a clipped core may add to kappa and to sigma_1, relative
+KAPPA_ROUNDING, CAP_ROUNDING = 5e-6, 2e-6
 MANY = 1024  # what a size that a trace keeps open counts as in decisions
 
 # ----------------------------------------------------------------------------------------------- sizes
@@ -390,7 +393,8 @@ def clip_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float | 
 def meets_bound(sigma: Tensor, tau: float, sigma_max: float | None) -> bool:
     """Return whether singular values [k], descending, keep kappa <= 1 + tau and the cap, to the rounding of a clip."""
     cap = math.inf if sigma_max is None else sigma_max
-    return bool(cond_from_sigma(sigma) <= (1 + tau) * (1 + 5e-6) and sigma[0] <= cap * (1 + 2e-6))
+    kappa = cond_from_sigma(sigma)
+    return bool(kappa <= (1 + tau) * (1 + KAPPA_ROUNDING) and sigma[0] <= cap * (1 + CAP_ROUNDING))
 
 
 def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf) -> Tensor:
@@ -497,7 +501,8 @@ def layer_step(params, grads, buffers, hyper):
         if direction[i] is None:
             continue
         moves = hyper[i]["lr"] and direction[i].any()
-        if not moves and orthonormality_error(X) <= (ORTHONORMAL_STEP if X.dtype == torch.float32 else 1e-12):
+        enough = ORTHONORMAL_STEP if X.dtype == torch.float32 else ORTHONORMAL_STEP64
+        if not moves and orthonormality_error(X) <= enough:
             continue  # a step that moves nothing is the identity
         D = tangent_projection(X, direction[i])
         if hyper[i]["precondition"]:

@@ -124,7 +124,7 @@ def test_groups_clip_the_cores_of_a_network(at_once):
     hyper, info = torch.zeros(3, 4, len(HYPER), dtype=torch.float64), torch.full((3,), -1, dtype=torch.int32)
     hyper[..., HYPER.index("tau")], hyper[..., HYPER.index("sigma_max")] = 0.1, math.inf
     clip = core_clip.CoreClip(views, range(3))
-    clip(hyper, info)
+    clip(hyper, torch.ones_like(info), info)
     assert at_once == [MEMBERS, MEMBERS] and info.tolist() == [OK] * 3
     assert clip._active_mask.tolist() == [0, 0, 1] and not clip._counters.any()
     for view, core in zip(views, cores, strict=True):

@@ -165,9 +165,68 @@ def test_huge_steps_stay_orthonormal(size):
 def test_drift_is_corrected():
     params, grads, buffers = network(torch.float32, SHAPES[:2])
     for X in params[0::4] + params[2::4]:
-        X += 1e-2 * torch.randn_like(X) / len(X) ** 0.5
-    run(params, [0 * g for g in grads], [0 * b for b in buffers], hyper_table(2))
+        X += 1e-5 * torch.randn_like(X) / len(X) ** 0.5
+    assert not run(params, [0 * g for g in grads], [0 * b for b in buffers], hyper_table(2)).any()
     assert max(non_orthonormality(X) for X in params[0::4] + params[2::4]) <= 1e-6
+
+
+@pytest.mark.parametrize("role, size", [(0, 1e-3), (2, 1e15)])
+def test_a_factor_that_is_not_orthonormal_is_left_alone_and_marked(role, size):
+    """By the last of its entries, rows and splits; a later step finds no trace of that."""
+    shapes = [(260, 30, 25) if role == 0 else (30, 260, 25), SHAPES[3]]
+    params, grads, buffers = network(torch.float32, shapes)
+    whole = params[role].clone()
+    params[role][-1, -1] += size
+    before = copies(params + buffers)
+    hyper, skipped = hyper_table(2), torch.tensor([5, 0])
+    ours = step.StepPlan(params, grads)
+    ours.run(params, grads, buffers, hyper, skipped)
+    assert skipped.tolist() == [reference.NOT_ORTHONORMAL + 5, 0]
+    same = [torch.equal(p, q) for p, q in zip(params + buffers, before, strict=True)]
+    assert same[:4] == same[8:12] == [True] * 4 and not any(same[i] for i in (5, 7, 13, 15))  # U = V = 1 stay
+    assert reference_step(params[:4], grads[:4], buffers[:4], hyper[:1]).tolist() == [reference.NOT_ORTHONORMAL]
+    grads[role][0, 0] = math.nan
+    ours.run(params, grads, buffers, hyper, skipped.zero_())
+    assert skipped.tolist() == [1, 0]
+    grads[role][0, 0] = 0
+    params[role].copy_(whole)
+    ours.run(params, grads, buffers, hyper, skipped.zero_())
+    assert not skipped.any()
+
+
+def test_dependent_columns_are_marked():
+    params, grads, buffers = network(torch.float64, SHAPES[:2])
+    params[4][:, 1] = params[4][:, 0]
+    assert run(params, grads, buffers, hyper_table(2)).tolist() == [0, reference.NOT_ORTHONORMAL]
+    grads[4] = grads[4].new_empty(0)  # one without a gradient is not looked at
+    assert run(params, grads, buffers, hyper_table(2)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "dtype, band", [(torch.float32, 0), (torch.float32, 1), (torch.float32, 2), (torch.float64, 0)], ids=str
+)
+def test_a_step_that_moves_nothing_is_the_identity(dtype, band):
+    params, grads, buffers = network(dtype, SHAPES[2:4])
+    reference_step(params, grads, buffers, hyper_table(2, band=band))
+    before, skipped = copies(params), torch.zeros(2, dtype=torch.int64)
+    ours = step.StepPlan(params, grads)
+    for lr, scale in ((0.0, 1.0), (0.05, 0.0)):
+        hyper = hyper_table(2, band=band, lr=lr, sigma_max=singular_values(params[1])[0].item())
+        ours.run(params, [scale * g for g in grads], [scale * b for b in buffers], hyper, skipped)
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    ours.run(params, grads, buffers, hyper_table(2, band=band, lr=0.0, tau=0.01, sigma_max=0.5), skipped)
+    assert kappa(params[1]) <= 1.01 * (1 + 5e-6) and singular_values(params[1])[0] <= 0.5 * (1 + 2e-6)
+    assert all(torch.equal(p, q) == (i % 4 != 1) for i, (p, q) in enumerate(zip(params, before, strict=True)))
+    ours.run(params, grads, buffers, hyper_table(2, band=band), skipped)
+    assert not any(torch.equal(p, q) for p, q in zip(params[:4], before[:4], strict=True)) and not skipped.any()
+
+
+def test_a_core_above_rank_64_that_does_not_move_stays():
+    core = torch.diag(torch.linspace(1, 1.0999, 66))
+    before, info = core.clone(), torch.full((1,), -1, dtype=torch.int32)
+    assert not torch.equal(reference.clip_spectrum(core, 0.1), core)
+    core_clip.CoreClip([core], [0])(hyper_table(1, tau=0.1), torch.zeros_like(info), info)
+    assert info == 0 and torch.equal(core, before)
 
 
 @pytest.mark.parametrize("role", range(4))
@@ -348,7 +407,7 @@ def test_clip_of_all_spectra(tau, band, dtype):
     cores = [c.view(r, r) for c, r in zip(together.split([r * r for r in ranks]), ranks, strict=True)]
     before = copies(cores)
     info = torch.full((6,), -1, dtype=torch.int32)
-    core_clip.CoreClip(cores, range(6))(hyper_table(6, tau=tau, band=band), info)
+    core_clip.CoreClip(cores, range(6))(hyper_table(6, tau=tau, band=band), torch.ones_like(info), info)
     assert (info == 0).all()
     for kind, out, A in zip(kinds, cores, before, strict=True):
         sigma = singular_values(A)  # directions of equal ones, also of zero, are anyone's choice
@@ -372,7 +431,7 @@ def test_clip_of_cores_above_rank_64():
     before = copies(cores, torch.float64)
     hyper, info = hyper_table(6, tau=0.1), torch.full((6,), -1, dtype=torch.int32)
     hyper[4, :, HYPER.index("tau")] = 0.2
-    core_clip.CoreClip(cores, [0, 1, 4, 5])(hyper, info)
+    core_clip.CoreClip(cores, [0, 1, 4, 5])(hyper, torch.ones_like(info), info)
     assert info.tolist() == [0, 0, -1, -1, 0, 0]
     for core, A, tau in zip(cores, before, (0.1, 0.1, 0.2, 0.1), strict=True):
         torch.testing.assert_close(core.double(), reference.clip_spectrum(A, tau, "rms"), rtol=0, atol=2e-6)

@@ -12,6 +12,7 @@ TAU, BAND, SIGMA_MAX = map(tl.constexpr, range(3))  # columns of a constraint
 # The correction A + U diag(shift) Vᵀ is off by a few rounding errors of sigma_1: too much for a band whose upper edge
 # is below this share of sigma_1.
 CANCELS = tl.constexpr(0.75)
+KAPPA_ROUNDING, CAP_ROUNDING = tl.constexpr(reference.KAPPA_ROUNDING), tl.constexpr(reference.CAP_ROUNDING)
 
 
 @triton.jit
@@ -84,11 +85,17 @@ def clip_weights(
 
 
 @triton.jit
+def meets_bound(smallest, tau, cap):
+    """Return whether singular values from 1 down to `smallest` keep kappa <= 1 + tau and the cap, to rounding."""
+    return (1 <= (1 + tau) * (1 + KAPPA_ROUNDING) * smallest) & (1 <= cap * (1 + CAP_ROUNDING))
+
+
+@triton.jit
 def interval(lo, hi, check):
     """Return p and q with which p x + q maps [lo², hi²], a little widened, to [-1, 1]; p = 0 where nothing is checked.
 
-    kappa may exceed 1 + tau by 5e-6 of it and sigma_1 the cap by 2e-6, both more than the interval is widened. Nothing
-    is checked where `check` is false or the band has no upper edge.
+    KAPPA_ROUNDING and CAP_ROUNDING are more than the interval is widened. Nothing is checked where `check` is false or
+    the band has no upper edge.
     """
     check = check & (hi < float("inf"))
     lo = tl.where(check, lo * (1 - 1.5e-6), 1.0)

@@ -27,9 +27,12 @@ LARGEST_SINGLE = tl.constexpr(jacobi.PAIR)  # the largest rank that one program 
 class CoreClip:
     """Clips a fixed list of cores by the tau, band and sigma_max in the rows of S of hyper; info is clip_spectrum's.
 
+    A core that has not moved, whose entry of `moved` is 0, stays as it is where it meets the bound: the bands "rms" and
+    "mean" shrink a core a little.
+
     Args:
         cores: The cores, each [r, r], contiguous, of one dtype.
-        layers: Their layers, which say where in hyper and info each core's values are.
+        layers: Their layers, which say where in hyper, moved and info each core's values are.
     """
 
     def __init__(self, cores: Sequence[Tensor], layers: Sequence[int]):
@@ -68,7 +71,7 @@ class CoreClip:
         self._counters = cooperative.counters(len(cores), device)
         self._together = cooperative.grid_options(len(programs), len(cores), device)
 
-    def __call__(self, hyper: Tensor, info: Tensor) -> None:
+    def __call__(self, hyper: Tensor, moved: Tensor, info: Tensor) -> None:
         if self._base is None:
             return
         base = self._base
@@ -78,7 +81,7 @@ class CoreClip:
                 options = config(architecture(base.device), dtype, self._width, self._large) | self._together
                 clip[(len(self._work),)](
                     self._cores, self._work, hyper, base, self._workspace, self._wide, self._active, self._active_mask,
-                    self._counters, info, MASKED=masked, **options,
+                    self._counters, moved, info, MASKED=masked, **options,
                 )  # fmt: skip
 
 
@@ -91,7 +94,7 @@ def _constraint(hyper_ptr, layer):
 
 @triton.jit
 def _clip(
-    core, hyper_ptr, base_ptr, U_ptr, active_mask_ptr, info_ptr,
+    core, hyper_ptr, base_ptr, U_ptr, active_mask_ptr, moved_ptr, info_ptr,
     MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr,
 ):  # fmt: skip
     """Clip a core of rank at most LARGEST_SINGLE. core: its row of cores; U: the start of its workspace."""
@@ -127,10 +130,12 @@ def _clip(
     SLACK: tl.constexpr = 8 * 2.0**-52 if own == tl.float64 else 4 * 2.0**-23
     OUT: tl.constexpr = 2.0**-52 if dtype == tl.float64 else 2.0**-23
     weight, rebuild, in_band, _, _ = band.clip_weights(sigma_ptr, x, real, n, tau, kind, cap, OUT, SLACK, R, BLOCK)
+    smallest = tl.min(tl.where(real, x, 1.0), 0)
+    in_band |= (tl.load(moved_ptr + layer) == 0) & band.meets_bound(smallest, tau, cap)
     ill_conditioned = 0
     if not MASKED:
         # rounding errors of a large singular value are large for a small one, and for a low band
-        spread = 3 * tl.min(tl.where(real, x, 1.0), 0) < 1
+        spread = 3 * smallest < 1
         ill_conditioned = tl.where((own == tl.float32) & (spread | (rebuild & ~in_band)), 1, 0)
         tl.store(active_mask_ptr, ill_conditioned)
     if ill_conditioned == 0:
@@ -157,7 +162,8 @@ def _clip(
 
 @triton.jit
 def _clip_by_products(
-    core, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_mask_ptr, info_ptr, member, group_size, counter_ptr,
+    core, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_mask_ptr, moved_ptr, info_ptr, member, group_size,
+    counter_ptr,
     POLAR: tl.constexpr, SIGN: tl.constexpr, TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr,
     FLAT: tl.constexpr,
 ):  # fmt: skip
@@ -165,10 +171,12 @@ def _clip_by_products(
     S_ptr, layer = base_ptr + tl.load(core + col.CORE_START), tl.load(core + col.CORE_LAYER)
     n = tl.load(core + col.CORE_RANK).to(tl.int32)
     tau, kind, sigma_max = _constraint(hyper_ptr, layer)
-    good = newton_schulz.clip_by_group(
-        S_ptr, n, 1, n, n, tau, kind, sigma_max, workspace_ptr, wide_ptr, S_ptr, n, 1, POLAR, SIGN, member, group_size,
-        counter_ptr, TILE, WIDE_TILE, DEPTH, FLAT,
-    )  # fmt: skip
+    good = tl.load(moved_ptr + layer) != 0  # the singular values tell whether a core that has not moved can stay
+    if good:
+        good = newton_schulz.clip_by_group(
+            S_ptr, n, 1, n, n, tau, kind, sigma_max, workspace_ptr, wide_ptr, S_ptr, n, 1, POLAR, SIGN, member,
+            group_size, counter_ptr, TILE, WIDE_TILE, DEPTH, FLAT,
+        )  # fmt: skip
     if member == 0:
         failed = timed_out(counter_ptr)  # then S may be anything
         tl.store(active_mask_ptr, tl.where(good | failed, 0, 1))
@@ -178,7 +186,7 @@ def _clip_by_products(
 
 @triton.jit
 def _clip_by_blocks(
-    core, hyper_ptr, base_ptr, U_ptr, active_ptr, info_ptr, member, group_size, counter_ptr,
+    core, hyper_ptr, base_ptr, U_ptr, active_ptr, moved_ptr, info_ptr, member, group_size, counter_ptr,
     PAIR: tl.constexpr, LARGE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, SWEEPS_OF_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Clip a larger core in float64 by its singular value decomposition."""
@@ -207,6 +215,8 @@ def _clip_by_blocks(
         weight, rebuild, in_band, _, _ = band.clip_weights(
             sigma_ptr, x, real, n, tau, kind, cap, OUT, 8 * 2.0**-52, LARGE, BLOCK
         )
+        smallest = tl.min(tl.where(real, x, 1.0), 0)
+        in_band |= (tl.load(moved_ptr + layer) == 0) & band.meets_bound(smallest, tau, cap)
         barrier(counter_ptr, group_size)  # all have read sigma
         if not in_band:
             if member == 0:
@@ -227,7 +237,7 @@ def _clip_by_blocks(
 @triton.jit
 def clip(
     cores_ptr, work_ptr, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_ptr, active_mask_ptr, counter_ptr,
-    info_ptr,
+    moved_ptr, info_ptr,
     MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr, LARGE: tl.constexpr,
     PAIR: tl.constexpr, SWEEPS_OF_BLOCKS: tl.constexpr, POLAR: tl.constexpr, SIGN: tl.constexpr, TILE: tl.constexpr,
     WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, FLAT: tl.constexpr,
@@ -251,17 +261,17 @@ def clip(
         wide_ptr += tl.load(core + col.CORE_WIDE_WORKSPACE)
         own_ptr = workspace_ptr if single else wide_ptr
         if LARGE == 0:
-            _clip(core, hyper_ptr, base_ptr, own_ptr, active_mask_ptr, info_ptr, MASKED, R, BLOCK, SWEEPS)
+            _clip(core, hyper_ptr, base_ptr, own_ptr, active_mask_ptr, moved_ptr, info_ptr, MASKED, R, BLOCK, SWEEPS)
         elif tl.load(core + col.CORE_RANK) <= LARGEST_SINGLE:
-            _clip(core, hyper_ptr, base_ptr, own_ptr, active_mask_ptr, info_ptr, MASKED, R, BLOCK, SWEEPS)
+            _clip(core, hyper_ptr, base_ptr, own_ptr, active_mask_ptr, moved_ptr, info_ptr, MASKED, R, BLOCK, SWEEPS)
         elif single:
             _clip_by_products(
-                core, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_mask_ptr, info_ptr, member, group_size,
-                counter_ptr, POLAR, SIGN, TILE, WIDE_TILE, DEPTH, FLAT,
+                core, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_mask_ptr, moved_ptr, info_ptr, member,
+                group_size, counter_ptr, POLAR, SIGN, TILE, WIDE_TILE, DEPTH, FLAT,
             )  # fmt: skip
         else:
             _clip_by_blocks(
-                core, hyper_ptr, base_ptr, wide_ptr, active_ptr + index * SWEEPS_OF_BLOCKS, info_ptr, member,
+                core, hyper_ptr, base_ptr, wide_ptr, active_ptr + index * SWEEPS_OF_BLOCKS, moved_ptr, info_ptr, member,
                 group_size, counter_ptr, PAIR, LARGE, BLOCK, WIDE_TILE, SWEEPS_OF_BLOCKS,
             )  # fmt: skip
         reset(counter_ptr, group_size)
@@ -281,7 +291,7 @@ def config(architecture: str, dtype: torch.dtype, width: int, large: int) -> dic
 def variants(architecture: str):
     """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
     types = dict(cores_ptr="*i64", work_ptr="*i32", hyper_ptr="*fp64", wide_ptr="*fp64", counter_ptr="*i64")
-    types |= dict.fromkeys(("active_ptr", "active_mask_ptr", "info_ptr"), "*i32")
+    types |= dict.fromkeys(("active_ptr", "active_mask_ptr", "moved_ptr", "info_ptr"), "*i32")
     for base, dtype, masked in (
         ("fp32", torch.float32, False),
         ("fp32", torch.float64, True),

@@ -112,9 +112,9 @@ class StepPlan:
         self._upload(tables, params[0])
         blocks = [self._trial[at : at + ranks[i] ** 2].view(ranks[i], ranks[i]) for i, at in cores.items()]
         self._clip = CoreClip(blocks, list(cores))
-        self._state = torch.zeros(2 * layers, dtype=torch.int32, device=self.device)
-        self._bias_state = torch.zeros(layers, dtype=torch.int32, device=self.device)
-        self._info = torch.zeros(layers, dtype=torch.int32, device=self.device)
+        zeros = functools.partial(torch.zeros, dtype=torch.int32, device=self.device)
+        self._state, self._need = zeros(2 * layers), zeros(2 * layers)
+        self._bias_state, self._moved, self._info = zeros(layers), zeros(layers), zeros(layers)
 
     def _factor_tables(self, tables: _Tables, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Add the rows, jobs and work of every U and V with a gradient."""
@@ -129,9 +129,9 @@ class StepPlan:
         sides = {f: tiles(f.rank, self._tile) for f in factors}
         square = {f: [(i, j) for i in side for j in side] for f, side in sides.items()}
         lower = {f: [(i, j) for i, j in square[f] if j <= i] for f in factors}
-        per_overlap, per_gram = (
-            rows_per_split([(f.rows, len(t[f])) for f in factors], block, self.device) for t in (square, lower)
-        )
+        first_lengths = [(f.rows, len(square[f]) + len(lower[f])) for f in factors]  # of O and XᵀX
+        per_overlap = rows_per_split(first_lengths, block, self.device)
+        per_gram = rows_per_split([(f.rows, len(lower[f])) for f in factors], block, self.device)
         # the longest programs come first
         tables.prepare_work += [(network_step.MAKE_PRECONDITIONER.value, f.index, 0) for f in factors]
         tables.finish_work += [(network_step.RESCUE_FACTOR.value, f.index, 0) for f in factors]
@@ -154,7 +154,7 @@ class StepPlan:
                 overlap=tables.wide.take(r * r),
                 core=tables.wide.take(r * r),
                 core_L=tables.wide.take(r * r),
-                gram=tables.wide.take(gram_splits * r * r),
+                gram=tables.wide.take(max(overlap_splits, gram_splits) * r * r),
                 gram_splits=gram_splits,
                 L=tables.wide.take(r * r),
             )
@@ -164,6 +164,10 @@ class StepPlan:
                 cholesky_qr.ProductJob(
                     a=x, a_row=r, a_col=1, b=grad, b_row=r, b_col=1, h=buffer, rows=m, p=r, q=r,
                     per_split=per_overlap, out=row.overlap_parts, hyper=f.slot,
+                ),
+                cholesky_qr.ProductJob(
+                    a=x, a_row=r, a_col=1, b=x, b_row=r, b_col=1, h=x, rows=m, p=r, q=r,
+                    per_split=per_overlap, out=row.gram, hyper=-1,
                 ),
                 cholesky_qr.ProductJob(
                     a=f.S, a_row=core_row, a_col=core_col, b=f.S, b_row=core_row, b_col=core_col, h=f.S, rows=r, p=r,
@@ -176,13 +180,14 @@ class StepPlan:
                     per_split=per_gram, out=row.gram, hyper=-1,
                 )
             )  # fmt: skip
-            overlap_job, core_job = len(tables.first_jobs) - 2, len(tables.first_jobs) - 1
+            overlap_job, input_job, core_job = (len(tables.first_jobs) - i for i in (3, 2, 1))
             tables.first_work += [(overlap_job, i, j, split) for i, j in square[f] for split in range(overlap_splits)]
+            tables.first_work += [(input_job, i, j, split) for i, j in lower[f] for split in range(overlap_splits)]
             tables.first_work += [(core_job, i, j, 0) for i, j in square[f]]
             gram_job = len(tables.gram_jobs) - 1
             tables.gram_work += [(gram_job, i, j, split) for i, j in lower[f] for split in range(gram_splits)]
             blocks = tiles(r * r, network_step.BLOCK)
-            tables.prepare_work += [(network_step.SUM_OVERLAP.value, f.index, i) for i in blocks]
+            tables.prepare_work += [(network_step.SUM_PRODUCTS.value, f.index, i) for i in blocks]
             tables.trial_work += [(f.index, i) for i in tiles(m, rows_per_program)]
             tables.decide_work.append((f.index,))
             tables.finish_work += [(network_step.MOVE_ROWS.value, f.index, i) for i in tiles(m, rows_per_program)]
@@ -240,23 +245,23 @@ class StepPlan:
             )
             _launch(network_step.prepare, self._prepare_work)(
                 pointer_table, self._factors, self._layers, self._prepare_work, hyper, base, wide, self._trial,
-                self._state, self._bias_state, **network_step.prepare_options(),
+                self._state, self._bias_state, self._need, self._moved, **network_step.prepare_options(),
             )  # fmt: skip
             _launch(network_step.trial, self._trial_work)(
-                pointer_table, self._factors, self._trial_work, hyper, base, wide, self._Y,
+                pointer_table, self._factors, self._trial_work, hyper, base, wide, self._Y, self._need,
                 **cholesky_qr.solve_options(),
             )  # fmt: skip
             _launch(cholesky_qr.products, self._gram_work)(
                 pointer_table, self._gram_jobs, self._gram_work, hyper, self._Y, self._Y, wide, **products
             )
             _launch(network_step.decide, self._decide_work)(
-                self._factors, self._decide_work, wide, self._state, _FAR[self.dtype],
+                self._factors, self._decide_work, wide, self._state, self._need, _FAR[self.dtype],
                 **cholesky_qr.factor_options(),
             )  # fmt: skip
-            self._clip(hyper, self._info)
+            self._clip(hyper, self._moved, self._info)
             _launch(network_step.finish, self._finish_work)(
                 pointer_table, self._factors, self._layers, self._finish_work, hyper, base, wide, self._Y, self._trial,
-                self._state, self._bias_state, self._info, skipped, **network_step.finish_options(),
+                self._state, self._bias_state, self._moved, self._info, skipped, **network_step.finish_options(),
             )  # fmt: skip
 
     def _update_pointer_table(self, base: Tensor, *sections: Sequence[Tensor]) -> Tensor:

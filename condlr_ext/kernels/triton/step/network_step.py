@@ -2,19 +2,21 @@
 
 With d the direction of SGD, a step of a factor X = U (core S) or V (core Sᵀ) is
 
-    O = Xᵀ d and C = core coreᵀ            `products`
-    C = L Lᵀ                               `prepare`, which also makes the trial cores S - lr d
+    O = Xᵀ d, XᵀX and C = core coreᵀ       `products`
+    C = L Lᵀ                               `prepare`, which also makes the trial cores S - lr d and looks at XᵀX
     Y = X - lr (d - X O) L⁻ᵀ L⁻¹           `trial`; without a preconditioner L = I
     G = Yᵀ Y                               `products`
     G = L Lᵀ                               `decide`
     X = Y L⁻ᵀ, B = the new buffer          `finish`
 
-Only workspace is written before `finish`, which skips a layer if any part of it is not finite.
+Only workspace is written before `finish`, which skips a layer if any part of it is not finite or its X not orthonormal.
+An X that is, and that the step does not move, stays bit for bit.
 """
 
 import triton
 import triton.language as tl
 
+from ....reference import NOT_ORTHONORMAL, ORTHONORMAL_INPUT, ORTHONORMAL_STEP, ORTHONORMAL_STEP64
 from ..qr.cholesky_qr import (
     ALL_ZERO,
     EPSILON,
@@ -34,8 +36,14 @@ from ..qr.cholesky_qr import (
 from ..runtime.launching import variant
 from . import tables as col
 
-SUM_OVERLAP, TRY_CORE, MAKE_PRECONDITIONER, CHECK_BIAS = map(tl.constexpr, range(4))  # what a program of `prepare` does
+SUM_PRODUCTS, TRY_CORE, MAKE_PRECONDITIONER, CHECK_BIAS = map(tl.constexpr, range(4))  # a program of `prepare`
 RESCUE_FACTOR, MOVE_ROWS, REST_OF_LAYER = map(tl.constexpr, range(3))  # what a program of `finish` does
+# what a factor needs: nothing; a move, if only by its rounding; that its caller makes it orthonormal
+NOTHING, MOVE, ABSORPTION = map(tl.constexpr, range(3))
+KEPT, OUTSIDE = tl.constexpr(5), tl.constexpr(6)  # states of factors that need NOTHING or ABSORPTION, beside RESCUE
+_INPUT = tl.constexpr(ORTHONORMAL_INPUT)
+_ROUNDING, _WIDE_ROUNDING = tl.constexpr(ORTHONORMAL_STEP), tl.constexpr(ORTHONORMAL_STEP64)
+_MARK = tl.constexpr(NOT_ORTHONORMAL)
 
 
 @triton.jit
@@ -66,30 +74,44 @@ def _is_finite(x):
 
 
 @triton.jit
-def _sum_overlap(factor, entries, wide_ptr, dtype: tl.constexpr):
-    """Sum the parts of O."""
+def _sum_products(factor, entries, wide_ptr, need_ptr, dtype: tl.constexpr):
+    """Sum the parts of O and of XᵀX, which tells what X needs."""
+    ROUNDING: tl.constexpr = _WIDE_ROUNDING if dtype == tl.float64 else _ROUNDING
     LARGEST: tl.constexpr = 1.7976931348623157e308 if dtype == tl.float64 else 3.4028234663852886e38
     n = tl.load(factor + col.FACTOR_RANK)
     mask = entries < n * n
+    splits = tl.load(factor + col.FACTOR_OVERLAP_SPLITS).to(tl.int32)
     parts = wide_ptr + tl.load(factor + col.FACTOR_OVERLAP_PARTS) + entries
     total = load_wide(parts, mask)
-    for split in range(1, tl.load(factor + col.FACTOR_OVERLAP_SPLITS).to(tl.int32)):
+    for split in range(1, splits):
         total += load_wide(parts + split * n * n, mask)
     # an overflow in dtype must not come out finite because the sum is float64
     total = tl.where(tl.abs(total) <= LARGEST, total, float("nan"))
     tl.store(wide_ptr + tl.load(factor + col.FACTOR_OVERLAP) + entries, total, mask=mask)
+    lower = mask & (entries // n >= entries % n)
+    parts = wide_ptr + tl.load(factor + col.FACTOR_GRAM) + entries
+    off = load_wide(parts, lower) - tl.where(lower & (entries // n == entries % n), 1.0, 0.0)
+    for split in range(1, splits):
+        off += load_wide(parts + split * n * n, lower)
+    off = tl.abs(off)
+    need = tl.where(off <= ROUNDING, NOTHING, tl.where(off > _INPUT, ABSORPTION, MOVE))  # NaN: a move, which will fail
+    need = tl.max(need, 0)
+    tl.atomic_max(need_ptr, need, mask=need > NOTHING)
 
 
 @triton.jit
-def _try_core(layer, entries, row, pointers_ptr, hyper_ptr, base_ptr, trial_ptr):
-    """Make the new core before its clip."""
+def _try_core(layer, entries, row, pointers_ptr, hyper_ptr, base_ptr, trial_ptr, moved_ptr):
+    """Make the new core before its clip; moved becomes 1 if it differs from the old one."""
     rank = tl.load(layer + col.LAYER_RANK)
     mask = entries < rank * rank
     S = load_wide(_tensor(base_ptr, pointers_ptr, layer + col.LAYER_S) + entries, mask)
     g = load_wide(_tensor(base_ptr, pointers_ptr, layer + col.LAYER_S_GRAD) + entries, mask)
     b_ptrs = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_S_BUFFER) + entries
     new, _ = _new_entries(S, g, b_ptrs, mask, hyper_ptr, row)
-    tl.store(trial_ptr + tl.load(layer + col.LAYER_TRIAL) + entries, new.to(trial_ptr.dtype.element_ty), mask=mask)
+    new = new.to(trial_ptr.dtype.element_ty)
+    tl.store(trial_ptr + tl.load(layer + col.LAYER_TRIAL) + entries, new, mask=mask)
+    moved = tl.max((new.to(tl.float64) != S).to(tl.int32), 0)
+    tl.store(moved_ptr, moved, mask=moved > 0)
 
 
 @triton.jit
@@ -144,22 +166,24 @@ def _make_preconditioner(factor, tau, wide_ptr, state_ptr, PANEL: tl.constexpr, 
 @triton.jit
 def prepare(
     pointers_ptr, factors_ptr, layers_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, trial_ptr, state_ptr,
-    bias_state_ptr,
+    bias_state_ptr, need_ptr, moved_ptr,
     PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Make what `trial` and the clip need.
 
     work: kind of work, factor or layer, block of entries. state of a factor and bias_state of a layer become OK,
-    NOT_FINITE or ALL_ZERO (the core is); unless all are OK the layer must not change.
+    NOT_FINITE or ALL_ZERO (the core is); unless all are OK the layer must not change. need of a factor is raised to
+    what XᵀX tells, moved of a layer set where its core moves; both are 0 between steps.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * 3
     what, index = tl.load(work), tl.load(work + 1).to(tl.int64)
     entries = tl.load(work + 2).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     factor, layer = factors_ptr + index * col.FACTOR_COLUMNS, layers_ptr + index * col.LAYER_COLUMNS
-    if what == SUM_OVERLAP:
-        _sum_overlap(factor, entries, wide_ptr, base_ptr.dtype.element_ty)
+    if what == SUM_PRODUCTS:
+        _sum_products(factor, entries, wide_ptr, need_ptr + index, base_ptr.dtype.element_ty)
     elif what == TRY_CORE:
-        _try_core(layer, entries, col.ROLE_COUNT * index + col.S_ROLE, pointers_ptr, hyper_ptr, base_ptr, trial_ptr)
+        row = col.ROLE_COUNT * index + col.S_ROLE
+        _try_core(layer, entries, row, pointers_ptr, hyper_ptr, base_ptr, trial_ptr, moved_ptr + index)
     elif what == CHECK_BIAS:
         row, state_ptr = col.ROLE_COUNT * index + col.BIAS_ROLE, bias_state_ptr + index
         _check_bias(layer, row, pointers_ptr, hyper_ptr, base_ptr, state_ptr, BLOCK)
@@ -172,16 +196,17 @@ def prepare(
 
 @triton.jit
 def trial(
-    pointers_ptr, factors_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr,
+    pointers_ptr, factors_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr, need_ptr,
     ROWS: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """Compute Y = X - lr (d - X O) L⁻ᵀ L⁻¹ for ROWS rows of one factor, L = I without a preconditioner.
 
-    work: factor, block of rows.
+    work: factor, block of rows. need of the factor is raised to MOVE where Y differs from X.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * 2
     index = tl.load(work).to(tl.int64)
     factor = factors_ptr + index * col.FACTOR_COLUMNS
+    need_ptr += index
     rows = tl.load(work + 1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n_rows, n = tl.load(factor + col.FACTOR_ROWS), tl.load(factor + col.FACTOR_RANK).to(tl.int32)
     row = tl.load(factor + col.FACTOR_HYPER)
@@ -228,37 +253,49 @@ def trial(
             tl.debug_barrier()
             tl.store(Y + rows[:, None] * n + cols[None, :], z.to(dtype), mask=mask)
             tl.debug_barrier()
+    need = tl.full([ROWS, PANEL], NOTHING, tl.int32)
     for begin in range(0, n, PANEL):
         cols = begin + index
         at = rows[:, None] * n + cols[None, :]
         mask = inside & (cols[None, :] < n)
-        y = load_wide(X + at, mask) - lr * load_wide(Y + at, mask)
+        x = load_wide(X + at, mask)
+        y = (x - lr * load_wide(Y + at, mask)).to(dtype)
+        need = tl.where(y.to(tl.float64) != x, MOVE, need)
         tl.debug_barrier()
-        tl.store(Y + at, y.to(dtype), mask=mask)
+        tl.store(Y + at, y, mask=mask)
+    need = tl.max(tl.max(need, 1), 0)
+    tl.atomic_max(need_ptr, need, mask=need > NOTHING)
 
 
 @triton.jit
-def decide(factors_ptr, work_ptr, wide_ptr, state_ptr, limit, PANEL: tl.constexpr):
-    """Factor the Gram matrices of the trial points; states become OK, RESCUE if too far from I, or NOT_FINITE."""
+def decide(factors_ptr, work_ptr, wide_ptr, state_ptr, need_ptr, limit, PANEL: tl.constexpr):
+    """Factor the Gram matrices of the trial points; need becomes 0.
+
+    States become OK, RESCUE if too far from I, NOT_FINITE or, by what the factor needs, KEPT or OUTSIDE.
+    """
     index = tl.load(work_ptr + tl.program_id(0).to(tl.int64)).to(tl.int64)
     factor = factors_ptr + index * col.FACTOR_COLUMNS
     n, splits = tl.load(factor + col.FACTOR_RANK).to(tl.int32), tl.load(factor + col.FACTOR_GRAM_SPLITS).to(tl.int32)
     gram, L = wide_ptr + tl.load(factor + col.FACTOR_GRAM), wide_ptr + tl.load(factor + col.FACTOR_L)
     ok, distance2 = factorize(gram, splits, n, 0.0, n * EPSILON, L, PANEL)
     near = tl.where(distance2 <= limit * limit, ok, 0)
+    need = tl.load(need_ptr + index)
+    tl.store(need_ptr + index, NOTHING)
     state = tl.where(near != 0, OK, RESCUE)
+    state = tl.where(need == NOTHING, KEPT, tl.where(need == ABSORPTION, OUTSIDE, state))
     state = tl.where(distance2 < float("inf"), state, NOT_FINITE)
     before = tl.load(state_ptr + index)
     tl.store(state_ptr + index, tl.where(before == OK, state, before))
 
 
 @triton.jit
-def _must_skip(layer, state_ptr, bias_state_ptr, info_ptr):
-    """Return whether some part of the layer failed, so that none of it may change."""
+def _skips(layer, state_ptr, bias_state_ptr, info_ptr):
+    """Return 0, or what to count for a layer of which some part failed, so that none of it may change."""
     U, V = tl.load(state_ptr + 2 * layer), tl.load(state_ptr + 2 * layer + 1)
     factors = (U == NOT_FINITE) | (U == ALL_ZERO) | (V == NOT_FINITE) | (V == ALL_ZERO)
     others = (tl.load(bias_state_ptr + layer) != OK) | (tl.load(info_ptr + layer) != OK)
-    return tl.where(factors | others, 1, 0)
+    outside = tl.where((U == OUTSIDE) | (V == OUTSIDE), _MARK, 0).to(tl.int64)
+    return tl.where(factors | others, 1, outside)
 
 
 @triton.jit
@@ -274,7 +311,7 @@ def _move_rows(
     ROWS: tl.constexpr,
     PANEL: tl.constexpr,
 ):
-    """Write ROWS rows of X = Y L⁻ᵀ, unless `_rescue` makes it, and of the new buffer."""
+    """Write ROWS rows of X = Y L⁻ᵀ, unless it is kept or `_rescue` makes it, and of the new buffer."""
     rows = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     n_rows, n = tl.load(factor + col.FACTOR_ROWS), tl.load(factor + col.FACTOR_RANK).to(tl.int32)
     row = tl.load(factor + col.FACTOR_HYPER)
@@ -326,27 +363,29 @@ def _rescue(factor, pointers_ptr, base_ptr, wide_ptr, Y_ptr, ROWS: tl.constexpr,
 @triton.jit
 def finish(
     pointers_ptr, factors_ptr, layers_ptr, work_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr, trial_ptr,
-    state_ptr, bias_state_ptr, info_ptr, skipped_ptr,
+    state_ptr, bias_state_ptr, moved_ptr, info_ptr, skipped_ptr,
     ROWS: tl.constexpr, PANEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write parameters and buffers of the layers that did not fail; count the others in skipped.
 
     A factor whose step was too long for one Cholesky-QR is made by one program with Householder reflections.
-    work: kind of work, factor or layer, block of rows. info of a layer: that of the clip of its core.
+    work: kind of work, factor or layer, block of rows. info of a layer: that of the clip of its core. moved becomes 0.
     """
     work = work_ptr + tl.program_id(0).to(tl.int64) * 3
     what, index = tl.load(work), tl.load(work + 1).to(tl.int64)
     if what == MOVE_ROWS:
-        if _must_skip(index // 2, state_ptr, bias_state_ptr, info_ptr) == 0:
+        if _skips(index // 2, state_ptr, bias_state_ptr, info_ptr) == 0:
             factor, state = factors_ptr + index * col.FACTOR_COLUMNS, tl.load(state_ptr + index)
             block = tl.load(work + 2)
             _move_rows(factor, block, state, pointers_ptr, hyper_ptr, base_ptr, wide_ptr, Y_ptr, ROWS, PANEL)
     elif what == RESCUE_FACTOR:
         if tl.load(state_ptr + index) == RESCUE:
-            if _must_skip(index // 2, state_ptr, bias_state_ptr, info_ptr) == 0:
+            if _skips(index // 2, state_ptr, bias_state_ptr, info_ptr) == 0:
                 _rescue(factors_ptr + index * col.FACTOR_COLUMNS, pointers_ptr, base_ptr, wide_ptr, Y_ptr, ROWS, PANEL)
     else:
-        if _must_skip(index, state_ptr, bias_state_ptr, info_ptr) == 0:
+        tl.store(moved_ptr + index, 0)
+        count = _skips(index, state_ptr, bias_state_ptr, info_ptr)
+        if count == 0:
             layer = layers_ptr + index * col.LAYER_COLUMNS
             S = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_S)
             g = _tensor(base_ptr, pointers_ptr, layer + col.LAYER_S_GRAD)
@@ -359,7 +398,7 @@ def finish(
             length = tl.load(layer + col.LAYER_BIAS_LENGTH)
             _move_entries(bias, g, b, length, hyper_ptr, col.ROLE_COUNT * index + col.BIAS_ROLE, core, False, BLOCK)
         else:
-            tl.store(skipped_ptr + index, tl.load(skipped_ptr + index) + 1)
+            tl.store(skipped_ptr + index, tl.load(skipped_ptr + index) + count)
 
 
 # ------------------------------------------------------------------------------------------ configurations
@@ -378,7 +417,7 @@ def finish_options() -> dict:
 def variants(architecture: str):
     """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
     types = dict.fromkeys(("pointers_ptr", "factors_ptr", "layers_ptr", "skipped_ptr"), "*i64")
-    types |= dict.fromkeys(("work_ptr", "state_ptr", "bias_state_ptr", "info_ptr"), "*i32")
+    types |= dict.fromkeys(("work_ptr", "state_ptr", "bias_state_ptr", "need_ptr", "moved_ptr", "info_ptr"), "*i32")
     types |= dict.fromkeys(("hyper_ptr", "wide_ptr"), "*fp64") | {"limit": "fp32"}
     yield variant(decide, types, factor_options())
     for dtype in ("fp32", "fp64"):

@@ -19,7 +19,7 @@ class FactorRow(NamedTuple):
 
     x, grad, buffer, trial: entries of the pointer table. hyper: row of hyper. overlap_parts, overlap, core, core_L,
     gram, L: offsets in the float64 workspace of what network_step.py calls O, C, G and their Cholesky factors; the sums
-    O and G come in overlap_splits and gram_splits parts.
+    O and G come in overlap_splits and gram_splits parts. Before G, XᵀX is at gram, in overlap_splits parts.
     """
 
     x: int = 0
