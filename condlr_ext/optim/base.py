@@ -12,7 +12,7 @@ from ..errors import NonFiniteError
 from ..nn.layer import active_rank
 from ..reference import LOW_PRECISION, ORTHONORMAL_INPUT, ROLES
 from .groups import LayerSlots, link_layers, module_group, refuse_overlaps
-from .step_args import Slot, StepCall
+from .step_args import Slot, StepCall, skipped_steps
 
 
 class ConstrainedOptimizer(Optimizer):
@@ -245,7 +245,7 @@ class ConstrainedOptimizer(Optimizer):
     @property
     def skipped(self) -> Tensor:
         """Number of times a layer was left unchanged, int64, on the parameters' device."""
-        totals = [counts.sum() for counts in self._skipped.values()]
+        totals = [skipped_steps(counts).sum() for counts in self._skipped.values()]
         return (
             sum((t.to(totals[0].device) for t in totals[1:]), totals[0])
             if totals
@@ -282,7 +282,7 @@ class ConstrainedOptimizer(Optimizer):
                     core.device, self._name, self._options, precondition=self._precondition, capturable=self.capturable
                 )
             call = calls[core.device]
-            call.add_layer(number, core)
+            call.add_layer(number, [params[i] for i in indices[:3]])
             masters = [None if i is None else self._master(params[i]) for i in indices]
             r = active_rank(*masters[:3])
             slots = []
@@ -302,7 +302,7 @@ class ConstrainedOptimizer(Optimizer):
         waits = call.starts_buffers or self.check_finite
         all_layers = len(call.layers) == len(counts) and not waits
         skipped = counts if all_layers else call.skipped.zero_()
-        if frozen := call.run(self.param_groups, grads, skipped, self._check_options):
+        if frozen := call.run(self.param_groups, grads, skipped, self._check_options, waits):
             names = ", ".join(repr(self._layers[i].name) for i in frozen)
             raise ValueError(
                 f"{self._name}.step: U and V of {names} must be orthonormal where one of U, S, V is frozen: something"

@@ -66,7 +66,7 @@ class StepCall:
         self.starts_buffers = False
         self._fresh: list[bool] = []  # by slot: whether its momentum buffer starts
         self._buffers: list[Tensor] = []  # by slot: the momentum buffer for the op, empty if none
-        self._cores: list[Tensor] = []  # the parameters S
+        self._factors: list[Tensor] = []  # the parameters U, S and V
         self._table_options: list[list] | None = None  # the options that the table was made from
         self._option_tensors: list[Tensor] = []  # those among them, kept so that no other tensor gets their id
         self._asked_backend = ops.current_backend()
@@ -74,15 +74,16 @@ class StepCall:
         self._used: list[tuple] = []  # (index, parameter, dtype, state tensors) of slots with a gradient
         self._copies: list[tuple[Tensor, tuple, Tensor]] = []  # (storage, active slice, contiguous copy)
         self._written: list[Tensor] = []
-        self._core_versions: list[int] = []  # after the last step
+        self._versions: list[int] = []  # of the factors after the last step
+        self._marks = _Marks() if device.type == "cuda" else None  # None: looking at the counts waits for nothing
         self._empty: dict[torch.dtype, Tensor] = {}
 
     # -------------------------------------------------------------------------------------------- layers
 
-    def add_layer(self, index: int, core: Tensor) -> None:
-        """Begin a layer, whose four slots are added next."""
+    def add_layer(self, index: int, factors: list[Tensor]) -> None:
+        """Begin a layer, of the parameters U, S and V, whose four slots are added next."""
         self.layers.append(index)
-        self._cores.append(core)
+        self._factors += factors
 
     def make_slot(
         self, index: int | None, param: Tensor, storage: Tensor, position: tuple[int, int], active_slice: tuple | None
@@ -152,11 +153,12 @@ class StepCall:
     def is_valid_for(self, params: list[Tensor], state) -> bool:
         """Return whether the next step can use the same arguments, given the same parameters have gradients.
 
-        A core that was written to since the last step may have another number of active directions.
+        Factors that were written to since the last step may have another number of active directions, or not be
+        orthonormal, for which the first run of other arguments looks.
         """
         return (
             self._asked_backend == ops.current_backend()
-            and self._core_versions == [S._version for S in self._cores]
+            and self._versions == [X._version for X in self._factors]
             and all(
                 params[i] is p
                 and p.dtype is dtype
@@ -230,15 +232,26 @@ class StepCall:
         return [self.gradient(slot, grads) for slot in self.slots]
 
     def run(
-        self, groups: list[dict], grads: list[Tensor | None], skipped: Tensor, check: Callable[[dict], None]
+        self,
+        groups: list[dict],
+        grads: list[Tensor | None],
+        skipped: Tensor,
+        check: Callable[[dict], None],
+        waits: bool = False,
     ) -> list[int]:
         """Step the layers. Where something has written to U or V since the last step, they are made orthonormal first.
+
+        On a GPU the host looks for that in the first run of the arguments. It learns of later writes, which no version
+        counter shows, as those through `.data`, without waiting for the device: the layer is left unchanged until its
+        mark has come to the host, a step or two later. Under a captured graph it stays so until a step outside.
 
         Args:
             groups: The optimizer's parameter groups.
             grads: Gradients of all parameters of the optimizer, in order.
-            skipped: Counts the layers that were left unchanged, int64, one for each layer of the call.
+            skipped: Counts the layers that were left unchanged, int64, one for each layer of the call; see
+                `skipped_steps`.
             check: Raises for bad options of a group; called when options have changed.
+            waits: Whether the caller waits for the device anyway.
 
         Returns:
             Layers of the optimizer that were left unchanged because that would change a frozen factor.
@@ -250,24 +263,25 @@ class StepCall:
         for storage, active_slice, copy in self._copies:
             copy.copy_(storage[active_slice])
         args = ([slot.target for slot in self.slots], self.directions(groups, grads), self._buffers, table, skipped)
+        looks = self._marks is None or waits or self._backend is None or self._marks.have_come()
+        if looks and self._marks:
+            skipped.copy_(skipped_steps(skipped))  # so that it gets only the marks of this step
         if self._backend is None:
             self._backend = ops.step.step.choose(*args)
             if self.capturable and (reasons := ops.step.step.unsupported_reasons("triton", *args)):
                 raise BackendError(f"{self.owner}: capturable=True needs the Triton step: {'; '.join(reasons)}")
         ops.step.step.run(self._backend, *args)
-        frozen = self._step_again(*args) if self._is_marked(skipped) else []
+        frozen = self._step_again(*args) if looks and has_marks(skipped) else []
+        if self._marks:
+            self._marks.ask(skipped)
         for storage, active_slice, copy in self._copies:
             storage[active_slice].copy_(copy)
         # compiled kernels write through raw pointers, of which autograd must be told
         torch.autograd.graph.increment_version(self._written)
         for p, master in self.masters:
             p.copy_(master)
-        self._core_versions = [S._version for S in self._cores]
+        self._versions = [X._version for X in self._factors]
         return frozen
-
-    def _is_marked(self, skipped: Tensor) -> bool:
-        """Return whether the op has marked a layer as not orthonormal; on GPUs, where asking would wait, False."""
-        return self.device.type == "cpu" and bool(skipped.numpy().max() >= NOT_ORTHONORMAL)
 
     def _step_again(
         self, params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], table: Tensor, skipped: Tensor
@@ -295,6 +309,37 @@ class StepCall:
             ops.step.step.run(self._backend, params[at], of_new_factors[0], buffers[at], one, count)
             skipped[layer] += min(int(count), 1)
         return frozen
+
+
+class _Marks:
+    """Looks for marks in the counts on a GPU without waiting for it: in a copy, once that has come to the host."""
+
+    def __init__(self):
+        self._copy: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def ask(self, skipped: Tensor) -> None:
+        """Ask for a copy of the counts, unless one is on its way or a graph is being captured."""
+        if self._copy is None and not torch.cuda.is_current_stream_capturing():
+            self._copy = skipped.to("cpu", non_blocking=True)
+            self._event = torch.cuda.current_stream(skipped.device).record_event()
+
+    def have_come(self) -> bool:
+        """Return whether a copy has come that shows a mark."""
+        if self._copy is None or torch.cuda.is_current_stream_capturing() or not self._event.query():
+            return False
+        copy, self._copy = self._copy, None
+        return has_marks(copy)
+
+
+def has_marks(skipped: Tensor) -> bool:
+    """Return whether the op has marked a layer as not orthonormal; this waits for the device."""
+    return bool(skipped.cpu().numpy().max() >= NOT_ORTHONORMAL)
+
+
+def skipped_steps(skipped: Tensor) -> Tensor:
+    """Return the steps that left each layer unchanged; those that marked it count too."""
+    return skipped // NOT_ORTHONORMAL + skipped % NOT_ORTHONORMAL
 
 
 def absorb_triangles(U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import external_writes as writes
 from helpers.cuda import DEVICE, captured, litter, never_waiting, on_another_stream
 from helpers.matrices import SPECTRA, backward_error, kappa, non_orthonormality, orthonormal, with_spectrum
 from helpers.op_arguments import hyper_table
@@ -290,6 +291,64 @@ def test_a_replay_counts_what_it_skips():
     after = training.state()
     assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert all(t.isfinite().all() for t in after)
+
+
+@pytest.mark.parametrize("write", [writes.double_u, writes.dependent_columns])
+def test_a_write_that_the_version_counter_shows(write):
+    for dtype in DTYPES:
+        writes.check_that_the_weight_does_not_jump(writes.sgd, write, dtype, DEVICE)
+    writes.check_the_next_step(writes.adamw, write, DEVICE)
+
+
+def test_a_write_past_the_version_counter():
+    """The layer stays until its mark has come to the host, here one step, and then has the weight that it had."""
+    model, optimizer = writes.trained(writes.sgd, device=DEVICE, tau=math.inf)
+    model[0].U.data.mul_(2)
+    weight, before = model[0].weight.detach().clone(), copies(model[0].parameters())
+    writes.set_lr(optimizer, 0.0)
+    for steps in range(3):
+        writes.step(model, optimizer)
+        torch.cuda.synchronize()
+        same = all(torch.equal(p, q) for p, q in zip(model[0].parameters(), before, strict=True))
+        assert same == (steps == 0) and optimizer.skipped == 1
+    assert (model[0].weight - weight).norm() <= 2e-6 * weight.norm() and writes.orthonormality_of(model[0]) <= 2e-6
+
+
+def test_a_write_under_a_graph():
+    """Replays leave the layer unchanged and count it; the steps outside put that right."""
+    training = Training(network(torch.nn.Linear(80, 10)))
+    training.feed(*batch())
+    replay = captured(training.iteration)
+    layer = training.net[0]
+    layer.U.data.mul_(2)
+    before = copies(layer.parameters())
+    for steps in (1, 2):
+        replay()
+        assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before, strict=True))
+        assert training.optimizer.skipped == steps
+    for _ in range(3):
+        training.iteration()
+        torch.cuda.synchronize()
+    skipped = training.optimizer.skipped.item()
+    replay()
+    assert writes.orthonormality_of(layer) <= 2e-6 and training.optimizer.skipped == skipped <= 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("band", reference.BANDS)
+def test_a_step_with_lr_0_and_zero_gradients_is_the_identity(band, dtype):
+    for make in (writes.sgd, writes.adamw):
+        writes.check_the_identity(make, band, dtype, DEVICE)
+
+
+def test_cores_that_do_not_move_stay():
+    """Of any rank."""
+    for dtype in DTYPES:
+        params, grads, buffers = tensors(dtype)
+        ops.step.step(params, grads, buffers, table(len(SHAPES)), counter(len(SHAPES)))
+        before, skipped = copies(params), counter(len(SHAPES))
+        ops.step.step(params, grads, buffers, table(len(SHAPES), lr=0.0), skipped)
+        assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)) and not skipped.any()
 
 
 def test_a_warm_step_does_not_wait():
