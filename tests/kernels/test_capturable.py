@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 import condlr_ext
 from condlr_ext.kernels.triton import INTERPRETED
-from condlr_ext.optim import CondLRAdamW, CondLRSGD, base
+from condlr_ext.optim import CondLRAdamW, CondLRSGD, base, step_args
 from condlr_ext.optim.step_args import StepCall
 
 if INTERPRETED:
@@ -220,7 +220,8 @@ def test_the_steady_step_does_not_wait():
     waiting = {"item", "tolist", "cpu", "numpy", "nonzero", "equal", "synchronize", "isfinite"}
     for function in (
         CondLRSGD.step, CondLRSGD._step_layers, CondLRSGD._step_device, CondLRSGD._counts, CondLRSGD._step_others,
-        CondLRSGD._step_dense, CondLRSGD._master, StepCall.is_valid_for, StepCall.run, StepCall.directions, StepCall.gradient,
+        CondLRSGD._step_dense, CondLRSGD._master, StepCall.is_valid_for, StepCall.run, StepCall.directions,
+        StepCall.gradient, step_args._Marks.ask, step_args._Marks.have_come,
     ):  # fmt: skip
         calls = (
             n for n in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))) if isinstance(n, ast.Call)

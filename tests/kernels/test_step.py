@@ -170,9 +170,9 @@ def test_drift_is_corrected():
     assert max(non_orthonormality(X) for X in params[0::4] + params[2::4]) <= 1e-6
 
 
-@pytest.mark.parametrize("role, size", [(0, 1e-3), (2, 1e15)])
-def test_a_factor_that_is_not_orthonormal_is_left_alone_and_marked(role, size):
-    """By the last of its entries, rows and splits; a later step finds no trace of that."""
+@pytest.mark.parametrize("role, size, poisoned", [(0, 1e-3, 0), (2, 1e30, 1)])
+def test_a_factor_that_is_not_orthonormal_is_left_alone_and_marked(role, size, poisoned):
+    """By the last of its entries, rows and splits; NaN counts for more, and a later step finds no trace of that."""
     shapes = [(260, 30, 25) if role == 0 else (30, 260, 25), SHAPES[3]]
     params, grads, buffers = network(torch.float32, shapes)
     whole = params[role].clone()
@@ -185,19 +185,21 @@ def test_a_factor_that_is_not_orthonormal_is_left_alone_and_marked(role, size):
     same = [torch.equal(p, q) for p, q in zip(params + buffers, before, strict=True)]
     assert same[:4] == same[8:12] == [True] * 4 and not any(same[i] for i in (5, 7, 13, 15))  # U = V = 1 stay
     assert reference_step(params[:4], grads[:4], buffers[:4], hyper[:1]).tolist() == [reference.NOT_ORTHONORMAL]
-    grads[role][0, 0] = math.nan
+    grads[poisoned][0, 0] = math.nan
     ours.run(params, grads, buffers, hyper, skipped.zero_())
     assert skipped.tolist() == [1, 0]
-    grads[role][0, 0] = 0
+    grads[poisoned][0, 0] = 0
     params[role].copy_(whole)
     ours.run(params, grads, buffers, hyper, skipped.zero_())
     assert not skipped.any()
 
 
-def test_dependent_columns_are_marked():
+def test_dependent_columns_are_marked_and_infinite_factors_counted():
     params, grads, buffers = network(torch.float64, SHAPES[:2])
     params[4][:, 1] = params[4][:, 0]
-    assert run(params, grads, buffers, hyper_table(2)).tolist() == [0, reference.NOT_ORTHONORMAL]
+    params[0][-1, -1] = math.inf
+    assert run(params, grads, buffers, hyper_table(2)).tolist() == [1, reference.NOT_ORTHONORMAL]
+    params[0].copy_(orthonormal(*params[0].shape))
     grads[4] = grads[4].new_empty(0)  # one without a gradient is not looked at
     assert run(params, grads, buffers, hyper_table(2)).tolist() == [0, 0]
 
@@ -207,11 +209,11 @@ def test_dependent_columns_are_marked():
 )
 def test_a_step_that_moves_nothing_is_the_identity(dtype, band):
     params, grads, buffers = network(dtype, SHAPES[2:4])
-    reference_step(params, grads, buffers, hyper_table(2, band=band))
-    before, skipped = copies(params), torch.zeros(2, dtype=torch.int64)
-    ours = step.StepPlan(params, grads)
-    for lr, scale in ((0.0, 1.0), (0.05, 0.0)):
-        hyper = hyper_table(2, band=band, lr=lr, sigma_max=singular_values(params[1])[0].item())
+    ours, skipped = step.StepPlan(params, grads), torch.zeros(2, dtype=torch.int64)
+    ours.run(params, grads, buffers, hyper_table(2, band=band), skipped)
+    before = copies(params)
+    for lr, scale, sigma_max in ((0.0, 1.0, math.inf), (0.05, 0.0, singular_values(params[1])[0].item())):
+        hyper = hyper_table(2, band=band, lr=lr, sigma_max=sigma_max)
         ours.run(params, [scale * g for g in grads], [scale * b for b in buffers], hyper, skipped)
         assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     ours.run(params, grads, buffers, hyper_table(2, band=band, lr=0.0, tau=0.01, sigma_max=0.5), skipped)

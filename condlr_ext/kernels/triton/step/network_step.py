@@ -38,8 +38,8 @@ from . import tables as col
 
 SUM_PRODUCTS, TRY_CORE, MAKE_PRECONDITIONER, CHECK_BIAS = map(tl.constexpr, range(4))  # a program of `prepare`
 RESCUE_FACTOR, MOVE_ROWS, REST_OF_LAYER = map(tl.constexpr, range(3))  # what a program of `finish` does
-# what a factor needs: nothing; a move, if only by its rounding; that its caller makes it orthonormal
-NOTHING, MOVE, ABSORPTION = map(tl.constexpr, range(3))
+# what a factor needs: nothing; a move, if only by rounding; that the caller makes it orthonormal; what no step can do
+NOTHING, MOVE, ABSORPTION, IMPOSSIBLE = map(tl.constexpr, range(4))
 KEPT, OUTSIDE = tl.constexpr(5), tl.constexpr(6)  # states of factors that need NOTHING or ABSORPTION, beside RESCUE
 _INPUT = tl.constexpr(ORTHONORMAL_INPUT)
 _ROUNDING, _WIDE_ROUNDING = tl.constexpr(ORTHONORMAL_STEP), tl.constexpr(ORTHONORMAL_STEP64)
@@ -94,8 +94,8 @@ def _sum_products(factor, entries, wide_ptr, need_ptr, dtype: tl.constexpr):
     for split in range(1, splits):
         off += load_wide(parts + split * n * n, lower)
     off = tl.abs(off)
-    need = tl.where(off <= ROUNDING, NOTHING, tl.where(off > _INPUT, ABSORPTION, MOVE))  # NaN: a move, which will fail
-    need = tl.max(need, 0)
+    need = tl.where(off <= ROUNDING, NOTHING, tl.where(off > _INPUT, ABSORPTION, MOVE))
+    need = tl.max(tl.where(_is_finite(total), need, IMPOSSIBLE), 0)
     tl.atomic_max(need_ptr, need, mask=need > NOTHING)
 
 
@@ -281,9 +281,9 @@ def decide(factors_ptr, work_ptr, wide_ptr, state_ptr, need_ptr, limit, PANEL: t
     near = tl.where(distance2 <= limit * limit, ok, 0)
     need = tl.load(need_ptr + index)
     tl.store(need_ptr + index, NOTHING)
-    state = tl.where(near != 0, OK, RESCUE)
-    state = tl.where(need == NOTHING, KEPT, tl.where(need == ABSORPTION, OUTSIDE, state))
+    state = tl.where(need == NOTHING, KEPT, tl.where(near != 0, OK, RESCUE))
     state = tl.where(distance2 < float("inf"), state, NOT_FINITE)
+    state = tl.where(need == ABSORPTION, OUTSIDE, state)
     before = tl.load(state_ptr + index)
     tl.store(state_ptr + index, tl.where(before == OK, state, before))
 
