@@ -220,7 +220,7 @@ constexpr double kOrthonormalStep = sizeof(T) == 4 ? 2e-6 : 1e-12;
 
 // The transform Eᵀ of one factor, with F = lr (core coreᵀ)⁻¹ or, without a preconditioner, lr I. Returns
 // kStep with E as in short_step; kTrial with E1 = I + Nᵀ, E2 = -F, which makes the trial point; kStill if
-// nothing moves; kNotOrthonormal if X is not; kNothing if the gradient is not finite or the preconditioner
+// nothing moves; kNotOrthonormal if X is not; kNothing if X or the gradient is not finite or the preconditioner
 // needs a zero core.
 template <class T>
 Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64_t r, View<T> core,
@@ -248,7 +248,7 @@ Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64
       off = e > off || e != e ? e : off;
     }
   }
-  if (!(off <= T(kOrthonormalInput))) return off > 0 ? Found::kNotOrthonormal : Found::kNothing;
+  if (!(off <= T(kOrthonormalInput))) return all_finite(X, m * r) ? Found::kNotOrthonormal : Found::kNothing;
   if ((!moves || own.lr == 0) && off <= T(kOrthonormalStep<T>)) return Found::kStill;
   if (own.precondition != 0) {
     if (!gram_inverse(core, r, constraint, F, workspace)) return Found::kNothing;

@@ -171,6 +171,9 @@ def test_a_factor_that_is_not_orthonormal_is_left_alone_and_marked(backend, role
     assert [torch.equal(p, q) for p, q in zip(params, before, strict=True)] == [False] * 4 + [True] * 4 + [False] * 4
     grads[5][0, 0] = math.inf
     assert run(params, grads, buffers, hyper_table(3)).tolist() == [0, 1, 0]
+    grads[5][0, 0] = 0
+    params[4 + role][-1, -1] = math.inf
+    assert run(params, grads, buffers, hyper_table(3)).tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("band", range(3))
