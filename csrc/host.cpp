@@ -18,8 +18,9 @@ namespace py = pybind11;
 namespace condlr {
 namespace {
 
+// In C order and aligned, as the core reads it: otherwise NumPy makes a copy.
 template <class T>
-using Array = py::array_t<T, py::array::c_style>;
+using Array = py::array_t<T, py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_>;
 
 const KernelSet& kernels_of(const std::optional<std::string>& isa) {
   return *(isa ? isa_level(*isa) : default_isa()).kernels;
@@ -108,7 +109,7 @@ py::tuple eigh(const py::array& input, std::optional<int64_t> head, int64_t tail
     const Array<T> A(input);
     const int64_t n = A.shape(0), first = head.value_or(n);
     if (A.shape(1) != n) reject("eigh: A must be square", input);
-    if (first < 0 || tail < 0 || first + tail > n) {
+    if (first < 0 || tail < 0 || first > n || tail > n - first) {
       throw py::value_error("eigh: head and tail must be >= 0 and at most n = " + std::to_string(n) +
                             " together, got " + std::to_string(first) + " and " + std::to_string(tail));
     }
@@ -142,8 +143,8 @@ std::vector<Array<T>> copy_roles(const std::vector<py::array>& arrays, const cha
 
 template <class T>
 py::tuple step_layer_as(const std::vector<py::array>& params, const std::vector<py::array>& grads,
-                        const std::vector<py::array>& buffers,
-                        const py::array_t<double, py::array::c_style>& hyper, const KernelSet& kernels) {
+                        const std::vector<py::array>& buffers, const Array<double>& hyper,
+                        const KernelSet& kernels) {
   std::vector<Array<T>> param = copy_roles<T>(params, "params"), grad = copy_roles<T>(grads, "grads"),
                         buffer = copy_roles<T>(buffers, "momentum_buffers");
   if (hyper.ndim() != 2 || hyper.shape(0) != kRoles || hyper.shape(1) != kHyperColumns) {
@@ -186,8 +187,7 @@ py::tuple step_layer_as(const std::vector<py::array>& params, const std::vector<
 }
 
 py::tuple step_layer(const std::vector<py::array>& params, const std::vector<py::array>& grads,
-                     const std::vector<py::array>& buffers,
-                     const py::array_t<double, py::array::c_style>& hyper,
+                     const std::vector<py::array>& buffers, const Array<double>& hyper,
                      const std::optional<std::string>& isa) {
   if (params.empty())
     throw py::value_error("step_layer: params must be the arrays of U, S, V and bias, got none");

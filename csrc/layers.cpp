@@ -1,8 +1,6 @@
 // low_rank_linear and its backward on CPUs: small float32 and float64 layers by the core, in one call each;
 // large ones and other dtypes by torch's products, that is by the reference op.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "tensors.h"
 
 namespace condlr {
 namespace {
@@ -25,7 +24,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Multiply-adds of the forward per thread, above which torch's threaded products were measured to be no
 // slower.
-constexpr int64_t kLargest = 8'000'000;
+constexpr double kLargest = 8e6;
 
 // The sizes of a layer and its rows, checked to fit together.
 struct Call {
@@ -47,8 +46,10 @@ struct Call {
     for (int64_t i = 0; i < like.dim() - 1; ++i) rows *= like.size(i);
     STD_TORCH_CHECK(like.scalar_type() == dtype && S.scalar_type() == dtype && V.scalar_type() == dtype,
                     "low_rank_linear: all tensors must have one dtype");
+    // in double: the product of the sizes of expanded tensors may be beyond int64
+    const double flops = static_cast<double>(rows) * static_cast<double>(r) * static_cast<double>(m + n);
     small = (dtype == ScalarType::Float || dtype == ScalarType::Double) &&
-            rows * r * (m + n) <= kLargest / torch::stable::get_num_threads();
+            flops <= kLargest / torch::stable::get_num_threads();
   }
 
   // Checks the number of elements and the dtype of a tensor.
@@ -66,8 +67,6 @@ struct Call {
                                 : work(kernels.f32, float{}, lease.workspace());
   }
 };
-
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 template <class T>
 const T* read(const Tensor& t) {

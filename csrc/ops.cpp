@@ -1,7 +1,5 @@
 // The CPU implementations of condlr_ext::* through torch's stable ABI: tensor checks, threads, registration.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -18,6 +16,7 @@
 #include "constraint.h"
 #include "isa.h"
 #include "network_step.h"
+#include "tensors.h"
 
 namespace condlr {
 namespace {
@@ -81,7 +80,7 @@ struct Batch {
     STD_TORCH_CHECK(is_float(A), op, ": A must be float32 or float64, got ",
                     torch::headeronly::toString(A.scalar_type()));
     STD_TORCH_CHECK(A.dim() >= 2, op, ": A must be a matrix or a batch of matrices, got ", describe(A));
-    A = torch::stable::contiguous(A);
+    A = dense(A);
     count = 1;
     for (int64_t i = 0; i < A.dim() - 2; ++i) {
       sizes.push_back(A.size(i));
@@ -190,6 +189,8 @@ void check_step_tensor(const Tensor& t, const char* list, int64_t layer, int rol
   STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous(), "step: layer ", layer, ": ", list, " of ",
                   kRoleNames[role], " must be contiguous and on the CPU, got ", describe(t),
                   t.is_cpu() ? ", not contiguous" : ", not on the CPU");
+  STD_TORCH_CHECK(is_aligned(t), "step: layer ", layer, ": ", list, " of ", kRoleNames[role],
+                  " must start at a multiple of its element size, which a clone() does, got ", describe(t));
 }
 
 Layer make_layer(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,

@@ -179,6 +179,7 @@ def test_results_repeat_bit_for_bit():
     [
         (lambda: host.eigh(np.zeros((2, 3))), r"eigh: A must be square, got float64 of shape \(2, 3\)"),
         (lambda: host.eigh(np.eye(3), 2, 2), "at most n = 3 together, got 2 and 2"),
+        (lambda: host.eigh(np.eye(3), 1, 2**63 - 1), "at most n = 3 together, got 1 and 9223372036854775807"),
         (lambda: host.eigh(np.eye(3), -1), "must be >= 0 .* got -1 and 0"),
     ],
 )
