@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-slow test-aot docs lint wheel compat clean
+.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-slow test-aot sanitize docs lint wheel \
+  compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
@@ -35,6 +36,10 @@ test-slow: $(VENV)/.installed
 # every configuration of the Triton kernels for every architecture
 test-aot: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "aot or aot_all" tests/kernels/test_aot.py
+
+# the compiled part under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; needs clang and its OpenMP
+sanitize: $(VENV)/.installed
+	$(BIN)/python tests/csrc/sanitize.py
 
 # the documentation as a site in site/; a warning is an error
 docs: $(VENV)/.docs
