@@ -214,6 +214,7 @@ template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, T alpha, View<T> A, View<T> B, bool accumulate, T* C, int64_t ldc,
           Workspace& workspace, int64_t diagonal = kNoDiagonal) {
   constexpr int64_t kDepth = 256;
+  if (m == 0 || n == 0) return;  // the pointer to an empty matrix may be null, which takes no offset
   if (k == 0 && !accumulate) {
     for (int64_t i = 0; i < m; ++i) fill(C + i * ldc, n, T(0));
   }
