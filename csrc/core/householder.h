@@ -6,21 +6,34 @@
 namespace condlr {
 namespace CONDLR_ISA {
 
-// W holds n columns of length m. H_j = I - beta_j v_j v_jᵀ, j < k, with v_j = (1, tail) kept below the
-// diagonal of column j; R stays on and above it. A column without a tail is left alone (beta = 0).
+// What rounding leaves of dependent columns may be so short that its square has few digits or none. The
+// directions in it must be orthonormal too: below this square it is lifted, and its square is a normal number.
+constexpr double kTinySquare = 0x1p-900, kLift = 0x1p600;
+
+// W holds n columns of length m, entries at most about 1. H_j = I - beta_j v_j v_jᵀ, j < k, with
+// v_j = (1, tail) kept below the diagonal of column j; R stays on and above it. A column without a tail is left
+// alone (beta = 0).
 inline void householder(double* W, int64_t m, int64_t n, int64_t k, double* beta) {
   for (int64_t j = 0; j < k; ++j) {
     double* x = W + j * m + j;
     const int64_t tail = m - j - 1;
-    const double tail2 = dot(x + 1, x + 1, tail);
+    double tail2 = dot(x + 1, x + 1, tail), lift = 1;
+    if (x[0] * x[0] + tail2 < kTinySquare) {
+      lift = kLift;
+      scale(tail + 1, lift, x);
+      tail2 = dot(x + 1, x + 1, tail);
+    }
     beta[j] = 0;
-    if (tail2 == 0) continue;
-    const double norm = __builtin_sqrt(x[0] * x[0] + tail2);
-    const double alpha = x[0] > 0 ? -norm : norm;
-    const double head = x[0] - alpha;
-    beta[j] = -head / alpha;
-    scale(tail, 1 / head, x + 1);
-    x[0] = alpha;
+    double alpha = x[0];
+    if (tail2 != 0) {
+      const double norm = __builtin_sqrt(x[0] * x[0] + tail2);
+      alpha = x[0] > 0 ? -norm : norm;
+      const double head = x[0] - alpha;
+      beta[j] = -head / alpha;
+      scale(tail, 1 / head, x + 1);
+    }
+    x[0] = alpha / lift;
+    if (beta[j] == 0) continue;
     for (int64_t c = j + 1; c < n; ++c) {
       double* y = W + c * m + j;
       const double s = beta[j] * (y[0] + dot(x + 1, y + 1, tail));

@@ -71,10 +71,12 @@ inline void rotate_away(const double* angles, int64_t head, double* X, int64_t n
 
 // The rows of W = V Aᵀ, by descending norm, are orthogonal to the rounding of the longest one, which is too
 // coarse for the short ones. Those are rotated away from the long ones, then by the eigenvectors of their own
-// Gram matrix; the shortest of them again, and so on. square: the squared norms of the rows; gram: workspace.
+// Gram matrix; the shortest of them again, and so on, until the rest is left to Jacobi's rotations because an
+// angle is not small. square: the squared norms of the rows; gram: workspace.
 inline void separate_scales(double* W, int64_t m, double* V, int64_t n, double* square, double* gram,
                             Workspace& workspace) {
-  constexpr double kShort = 0x1p-24;  // squared length relative to the longest
+  constexpr double kShort = 0x1p-24;       // squared length relative to the longest
+  constexpr double kSmallAngle = 0x1p-27;  // its square is below rounding
   Scratch scratch(workspace);
   double* matrix = scratch.take<double>(n * n);
   for (int64_t begin = 0, head = 0; begin < n; begin = head) {
@@ -87,6 +89,7 @@ inline void separate_scales(double* W, int64_t m, double* V, int64_t n, double* 
     for (int64_t i = 0; i < tail; ++i) {
       for (int64_t j = 0; j < head; ++j) angles[i * head + j] /= square[j];
     }
+    if (largest_magnitude(angles, tail * head) > kSmallAngle) return;
     rotate_away(angles, head, W, n, m, workspace);
     rotate_away(angles, head, V, n, n, workspace);
     gram_of_rows(short_rows, tail, m, gram, workspace);

@@ -50,6 +50,16 @@ def test_all_spectra(m, n, dtype):
     assert (R[full].diagonal() > 0).all()
 
 
+@pytest.mark.parametrize("low", [-520, -530])
+def test_short_columns(low):
+    """Their squares are no numbers of float64."""
+    A = torch.randn(1, 9, 6, dtype=torch.float64) * torch.exp2(torch.linspace(0, low, 6, dtype=torch.float64))
+    A[:, :, 4] = A[:, :, 5] * 3  # too close for Cholesky's factor
+    Q, R, info = qr.qr(A)
+    assert (info == OK).all()
+    check(A, Q, R)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m,n,condition", [(60, 20, 1e2), (60, 20, 1e4), (60, 20, 1e6), (33, 33, 1e6), (90, 33, 1e9)])
 def test_error_is_no_worse_than_lapacks(m, n, condition, dtype):

@@ -316,6 +316,17 @@ def largest_magnitude(X_ptr, x_row, n_rows, n, ROWS: tl.constexpr, COLS: tl.cons
 
 
 @triton.jit
+def _tail_square(W_ptr, w_row, lift, j, n_rows, ROWS: tl.constexpr):
+    """Return the square of column j of lift W below the diagonal."""
+    square = tl.zeros([], tl.float64)
+    for top in range(j + 1, n_rows, ROWS):
+        rows = top + tl.arange(0, ROWS)
+        x = lift * load_wide(W_ptr + rows * w_row + j, rows < n_rows)
+        square += tl.sum(x * x, 0)
+    return square
+
+
+@triton.jit
 def householder_qr(
     X_ptr, x_row, scale, W_ptr, w_row, beta_ptr, Q_ptr, q_row, n_rows, n, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -333,11 +344,13 @@ def householder_qr(
             tl.store(W_ptr + rows * w_row + cols, x.to(dtype), mask=mask)
     tl.debug_barrier()
     for j in range(n):
-        tail2 = tl.zeros([], tl.float64)
-        for top in range(j + 1, n_rows, ROWS):
-            x = load_wide(W_ptr + (top + row) * w_row + j, top + row < n_rows)
-            tail2 += tl.sum(x * x, 0)
+        tail2 = _tail_square(W_ptr, w_row, 1.0, j, n_rows, ROWS)
         head = tl.load(W_ptr + j * w_row + j).to(tl.float64)
+        # what rounding leaves of a dependent column may be so short that its square has few digits or none
+        lift = tl.where(head * head + tail2 < 2.0**-900, 2.0**600, 1.0)
+        if lift > 1:
+            tail2 = _tail_square(W_ptr, w_row, lift, j, n_rows, ROWS)
+            head = lift * head
         norm = tl.sqrt(head * head + tail2)
         alpha = tl.where(tail2 == 0, head, tl.where(head > 0, -norm, norm))
         lead = tl.where(tail2 == 0, 1.0, head - alpha)
@@ -345,8 +358,8 @@ def householder_qr(
         tl.debug_barrier()
         for top in range(j + 1, n_rows, ROWS):
             x_ptrs, mask = W_ptr + (top + row) * w_row + j, top + row < n_rows
-            tl.store(x_ptrs, (load_wide(x_ptrs, mask) / lead).to(dtype), mask=mask)
-        tl.store(W_ptr + j * w_row + j, alpha.to(dtype))
+            tl.store(x_ptrs, (lift * load_wide(x_ptrs, mask) / lead).to(dtype), mask=mask)
+        tl.store(W_ptr + j * w_row + j, (alpha / lift).to(dtype))
         tl.store(beta_ptr + j, beta)
         tl.debug_barrier()
         _reflect(beta, W_ptr + j, w_row, W_ptr, w_row, j, n_rows, j + 1, n, ROWS, COLS)
