@@ -296,7 +296,7 @@ class ClipSpectrumFunction(Function):
         (A,), (tau, band, sigma_max) = ctx.saved_tensors, ctx.constraint
         scale = reference.magnitude(A)  # the gradient is that of A / scale
         U, sigma, V, _ = SVDFunction.apply(ctx.backend, A / scale)
-        edges = reference.clip_edges(sigma.detach(), tau, reference.BANDS[band], sigma_max / scale[..., 0, 0])
+        edges = reference.clip_edges(sigma.detach(), tau, reference.BANDS[band], reference.at_scale(sigma_max, scale))
         lo, hi = (e.unsqueeze(-1) for e in edges)
         # a sigma at an edge, to rounding, is inside; a band narrower than that (tau = 0) has no inside
         slack = 16 * torch.finfo(sigma.dtype).eps * sigma.detach()[..., :1]

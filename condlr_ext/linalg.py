@@ -135,10 +135,8 @@ def polar(A: Tensor) -> PolarResult:
     """
     (Q,) = _apply("polar", ops.linalg.polar, autograd.PolarFunction, A)
     with ops.no_autocast(A.device.type):
-        H = _symmetric(Q.mT @ A)
-        if _overflowed(H):  # on the way, or for good
-            scale = reference.magnitude(A)
-            H = _symmetric(Q.mT @ (A / scale)) * scale
+        scale = reference.magnitude(A)  # sums on the way could be beyond the range, or have few digits left below it
+        H = _symmetric(Q.mT @ (A / scale)) * scale
     _check_range("polar", "H", H)
     return PolarResult(Q, H)
 
@@ -199,9 +197,8 @@ def cond(A: Tensor) -> Tensor:
     if 0 in A.shape[-2:]:
         raise ShapeError(f"linalg.cond: A must have rows and columns, got shape {list(A.shape)}")
     A = A.to(torch.promote_types(A.dtype, torch.float32))  # in float16 the largest could be Inf
+    A = A / reference.magnitude(A)  # sigma itself could be beyond the range, or have few digits left below it
     _, sigma, _ = _apply("cond", ops.linalg.svd, autograd.SVDFunction, A)
-    if _overflowed(sigma):
-        _, sigma, _ = _apply("cond", ops.linalg.svd, autograd.SVDFunction, A / reference.magnitude(A))
     return reference.cond_from_sigma(sigma)
 
 

@@ -222,6 +222,11 @@ def magnitude(X: Tensor, dim=(-2, -1)) -> Tensor:
     return torch.where((largest > 0) & (largest < math.inf), largest / (2 * mantissa), 1)
 
 
+def at_scale(value: float, scale: Tensor) -> Tensor:
+    """Return value / scale [*] for magnitudes [*, 1, 1]; torch's own division of a number takes 1 / scale first."""
+    return (torch.full_like(scale, value) / scale)[..., 0, 0]
+
+
 def norm(X: Tensor, dim=None, keepdim: bool = False) -> Tensor:
     """Return the 2-norm of the entries over these dimensions (None: all) in X's dtype, right wherever it fits in it."""
     dims = tuple(range(X.dim())) if dim is None else dim
@@ -360,7 +365,7 @@ def band_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float | 
         lo = 2 * s / (2 + tau)  # s - e and s + e without the cancellation
         hi = (1 + tau) * lo
     capped = hi > sigma_max
-    lo = torch.where(capped, 0.0 if math.isinf(tau) else lo * (sigma_max / torch.where(hi > 0, hi, 1)), lo)
+    lo = torch.where(capped, 0.0 if math.isinf(tau) else lo / torch.where(hi > 0, hi, 1) * sigma_max, lo)
     return lo, torch.where(capped, sigma_max, hi)
 
 
@@ -410,7 +415,7 @@ def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = m
     scale = magnitude(A64)
     A64 = A64 / scale
     U, sigma, V = svd(A64)
-    lo, hi = clip_edges(sigma, tau, band, sigma_max / scale[..., 0, 0])
+    lo, hi = clip_edges(sigma, tau, band, at_scale(sigma_max, scale))
     # sigma has errors of a few roundings of the largest one: closer than that to an edge counts as inside
     slack = 8 * torch.finfo(torch.float64).eps * sigma[..., 0]
     inside = (sigma[..., 0] <= hi + slack) & (sigma[..., -1] >= lo - slack)

@@ -172,3 +172,27 @@ def test_flushed_denormals_leave_the_bound_alone(backend):
             assert (Q.mT @ Q - torch.eye(6)).abs().max() < 1e-5
     finally:
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype,exponent", [(torch.float32, -130), (torch.float32, -140), (F64, -1030), (F64, -1060)])
+def test_results_of_denormal_matrices(backend, dtype, exponent):
+    """The exact results for the digits that the entries have left; the cap counts, forward and backward."""
+    half, rest = 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)  # their product may be no number
+
+    def at_scale(X):
+        return X.detach().double() / half / rest
+
+    tiny = (torch.randn(40, 30, dtype=F64) * 2.0**8 * half * rest).to(dtype).requires_grad_()
+    A = at_scale(tiny)
+    unit = at_scale(torch.tensor(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps, dtype=F64))
+    bound = 1e-5 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(linalg.cond(tiny).double(), linalg.cond(A), rtol=bound, atol=0)
+    Q, H = linalg.polar(tiny)
+    # half a unit for each entry of H, the square root of their number in the norm
+    assert (Q.double() @ at_scale(H) - A).norm() <= bound * A.norm() + 30 * unit
+    out = linalg.clip_spectrum(tiny, math.inf, sigma_max=64 * half * rest)
+    assert torch.linalg.svdvals(at_scale(out))[0] <= 64 * (1 + bound) + 40 * unit
+    out.sum().backward()
+    B = A.clone().requires_grad_()
+    linalg.clip_spectrum(B, math.inf, sigma_max=64.0).sum().backward()
+    assert (tiny.grad.double() - B.grad).norm() <= 1e3 * bound * B.grad.norm()
