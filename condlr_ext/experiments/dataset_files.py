@@ -29,7 +29,7 @@ def idx(path: Path) -> np.ndarray:
     with _open(path) as file:
         head = file.read(4)
         sizes = file.read(4 * head[3]) if len(head) == 4 else b""
-        if head[:3] != b"\0\0\x08" or len(sizes) < 4 * head[3]:
+        if len(head) < 4 or head[:3] != b"\0\0\x08" or len(sizes) < 4 * head[3]:
             raise ValueError(f"data: {path} is no IDX file of bytes")
         shape = tuple(int(size) for size in np.frombuffer(sizes, ">i4"))
         need = math.prod(shape)

@@ -220,7 +220,7 @@ def restore(
         _check_tensors(model, state, source)
         if optimizer is not None:
             try:
-                optimizer.load_state_dict(checkpoint.optimizer)
+                optimizer.load_state_dict(_with_options(optimizer, checkpoint.optimizer))
             except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
                 raise CheckpointError(f"{source}: {error}") from None
         model.load_state_dict(state)
@@ -531,6 +531,15 @@ def _check_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: Checkpo
                 raise CheckpointError(
                     f"{source} holds the state of parameter {saved_name!r} where the optimizer has {name!r}"
                 )
+
+
+def _with_options(optimizer: Optimizer, saved: dict) -> dict:
+    """Return an optimizer's state with its present values for the options that its groups lack."""
+    groups = [
+        saved_group | {key: group[key] for key in optimizer.defaults if key in group and key not in saved_group}
+        for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    ]
+    return saved | {"param_groups": groups}
 
 
 def _names(model: nn.Module, optimizer: Optimizer) -> list[list[str | None]]:

@@ -231,6 +231,14 @@ def test_idx_of_any_dimension(tmp_path):
     np.testing.assert_array_equal(formats.idx(tmp_path / "a"), array)
 
 
+def test_idx_cut_anywhere(tmp_path):
+    content = idx_bytes(images(3, 2, 4))
+    for end in range(len(content)):
+        (tmp_path / "a").write_bytes(content[:end])
+        with pytest.raises(ValueError, match="/a is"):
+            formats.idx(tmp_path / "a")
+
+
 # ------------------------------------------------------------------------------------------ digits and arrays
 
 

@@ -234,10 +234,14 @@ def test_tensors_of_another_kind_are_refused(tmp_path):
         assert equal_states(model.state_dict(), before)
 
 
-def test_options_that_torch_adds_later_keep_their_values(tmp_path):
+@pytest.mark.parametrize("kind,option", [("AdamW", "amsgrad"), ("SGD", "momentum"), ("CondLRSGD", "nesterov")])
+def test_options_that_a_file_lacks_keep_their_values(tmp_path, kind, option):
     path = tmp_path / "m.safetensors"
-    model, optimizer = trained("AdamW")
-    removed = optimizer.param_groups[0].pop("amsgrad")
+    model, optimizer = trained(kind)
+    group = optimizer.param_groups[0]
+    value = group.pop(option)
     condlr_ext.save(model, path, optimizer)
-    optimizer.param_groups[0]["amsgrad"] = removed
+    group[option] = value
+    condlr_ext.load(model, path, optimizer)
+    assert optimizer.param_groups[0][option] == value
     assert attempt(path, path.read_bytes(), (model, optimizer)) is None
