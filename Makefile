@@ -3,18 +3,20 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+SEED ?= 0
+SECONDS ?= 3600
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-slow test-aot sanitize docs lint wheel \
-  compat clean
+.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-fuzz test-slow test-aot fuzz sanitize docs \
+  lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
 
-# Three processes, two at a time; Triton is told to interpret when it is imported
+# Four parts, two at a time; Triton is told to interpret when it is imported
 test: $(VENV)/.installed
-	$(MAKE) --no-print-directory -j 2 test-interpreter test-plain test-aot-defaults
+	$(MAKE) --no-print-directory -j 2 test-interpreter test-plain test-aot-defaults test-fuzz
 
 test-interpreter:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/kernels
@@ -24,6 +26,14 @@ test-plain:
 
 test-aot-defaults:
 	$(BIN)/python -m pytest -m aot tests/kernels/test_aot.py
+
+# the same cases every time, as far as 20 s lead
+test-fuzz:
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds 20
+
+# random cases of hostile matrices, gradients and files: make fuzz SEED=1 SECONDS=600
+fuzz: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seed $(SEED) --seconds $(SECONDS)
 
 # everything
 test-all: test test-slow test-aot

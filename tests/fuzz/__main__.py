@@ -32,7 +32,11 @@ def main() -> int:
 
 def many(seed: int, seconds: float, kinds: dict) -> int:
     totals, faults, start, shown = dict.fromkeys(kinds, Totals()), 0, time.monotonic(), 0
-    with tqdm(total=round(seconds), unit="s", bar_format="{l_bar}{bar}| {elapsed} of {total} s{postfix}") as bar:
+    with tqdm(
+        total=round(seconds),
+        unit="s",
+        bar_format="{l_bar}{bar}| {elapsed_s:.0f} of {total} s, {remaining} left{postfix}",
+    ) as bar:
         try:
             for kind, so_far, number, found in run_for(seconds, kinds, seed):
                 totals[kind] = so_far

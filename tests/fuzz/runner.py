@@ -66,7 +66,7 @@ class Worker:
             except (EOFError, OSError):
                 self._process.join(5)
                 code = self._process.exitcode
-                return self._fault(f"the process ended with {signal.Signals(-code).name if code < 0 else code}")
+                return self._fault(f"the process ended with {signal.Signals(-code).name if (code or 0) < 0 else code}")
             self._number, self._heard = found[0] + 1, time.monotonic()
             return found
         if time.monotonic() - self._heard > LONGEST:
