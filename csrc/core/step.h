@@ -337,9 +337,9 @@ bool meets_bound(const T* S, int64_t r, const Hyper& h, Workspace& workspace) {
   Scratch scratch(workspace);
   Svd svd = take_svd(r, r, scratch);
   if (!svd_columns(S, r, r, svd, workspace)) return false;
-  const double largest = svd.sigma[0], smallest = svd.sigma[r - 1];
-  return smallest > 0 && largest <= (1 + h.tau) * (1 + 5e-6) * smallest &&
-         largest * svd.scaling.up <= h.sigma_max * (1 + 2e-6);
+  const double largest = svd.sigma[0], smallest = svd.sigma[r - 1], bound = (1 + h.tau) * (1 + 5e-6);
+  const bool bounded = bound == __builtin_inf() ? largest > 0 : smallest > 0 && largest <= bound * smallest;
+  return bounded && largest * svd.scaling.up <= h.sigma_max * (1 + 2e-6);
 }
 
 // S <- clip_spectrum(S - lr d), b <- b - lr d

@@ -8,7 +8,7 @@ import torch
 from helpers import external_writes as writes
 from torch import nn
 
-from condlr_ext import LowRankLinear
+from condlr_ext import LowRankLinear, linalg
 from condlr_ext.optim import CondLRSGD, step_args
 
 MAKERS = [writes.sgd, writes.adamw]
@@ -108,3 +108,18 @@ def test_a_write_that_the_version_counter_shows_is_looked_for_at_once(monkeypatc
         writes.check_the_constraint(model)
         assert bool(looked) == bool(write) and optimizer.skipped == 0
         optimizer._calls[0]._marks = step_args._Marks()
+
+
+def test_without_a_bound_a_singular_core_at_its_cap_stays(backend):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layer = LowRankLinear(12, 11, rank=10, bias=False)
+        optimizer = CondLRSGD(nn.Sequential(layer), 0.0, tau=math.inf, sigma_max=0.01)
+        with torch.no_grad():
+            layer.S.copy_(linalg.clip_spectrum(torch.randn(10, 10), math.inf, sigma_max=0.01))
+            layer.S[:, -1] = 0
+        before = [p.detach().clone() for p in layer.parameters()]
+        for p in layer.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(layer.parameters(), before, strict=True)), seed
