@@ -43,7 +43,9 @@ def many(seed: int, seconds: float, kinds: dict) -> int:
                 for text in found:
                     faults += 1
                     if faults <= SHOWN:
-                        bar.write(f"{kind}: {text}\n    python -m fuzz --only {kind} --seed {seed} --case {number}")
+                        bar.write(
+                            f"{kind}: {text}\n    PYTHONPATH=tests python -m fuzz --only {kind} --seed {seed} --case {number}"
+                        )
                 if (passed := int(time.monotonic() - start)) > shown:
                     shown = passed
                     cases = ", ".join(f"{t.cases} of {name}" for name, t in totals.items())
