@@ -215,8 +215,7 @@ def _read(path: Path):
         raise ValueError(f"data: cannot use {path}: it is no .npz file, or a damaged one")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            missing = {"x", "y"} - set(archive.files)
-            if missing:
+            if not {"x.npy", "y.npy"} <= set(archive.zip.namelist()):
                 raise ValueError(f"it needs arrays x and y, it holds {', '.join(archive.files) or 'none'}")
             x, y = (_member(archive, name) for name in ("x", "y"))
         _check(x, y)

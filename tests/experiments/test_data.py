@@ -286,6 +286,13 @@ def test_unusable_arrays(tmp_path, content, message):
         data.load(str(path), 0)
 
 
+def test_members_of_other_names_are_no_arrays(tmp_path):
+    path = write_npz(tmp_path / "a.npz")
+    path.write_bytes(path.read_bytes().replace(b"x.npy", b"x\0npy"))
+    with pytest.raises(ValueError, match="a.npz: it needs arrays x and y, it holds"):
+        data.load(str(path), 0)
+
+
 def test_damaged_and_missing_files(tmp_path):
     good = write_npz(tmp_path / "good.npz").read_bytes()
     flipped = bytearray(good)
