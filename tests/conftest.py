@@ -12,7 +12,7 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # a build without compiled parts says so once; test_build.py looks at it
     import condlr_ext
-
+from helpers import kernels
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from helpers import interpreted  # noqa: F401
@@ -72,11 +72,11 @@ def pytest_runtest_logfinish():
 
 
 def pytest_collection_modifyitems(items):
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    on_cpu = kernels.run_on_cpu()
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("interpreter"):
             assert item.path.parent.name == "kernels", "make test looks for these only there"
-        if item.get_closest_marker("interpreter") and not interpreting:
+        if item.get_closest_marker("interpreter") and not on_cpu:
             item.add_marker(pytest.mark.skip(reason="needs a process started with TRITON_INTERPRET=1"))

@@ -25,7 +25,7 @@ class ConfigurationProblem:
     def __init__(self, shape: KernelShape, dtype: str, device):
         import triton
 
-        from condlr_ext.kernels.triton import architecture
+        from condlr_ext.kernels.triton import devices
         from condlr_ext.kernels.triton.linear import configs, launch, tuning
 
         self._problem, self._kernel = LayerProblem(shape.layer, dtype, device), shape.kernel
@@ -40,7 +40,7 @@ class ConfigurationProblem:
             return launch.low_rank_linear_backward(G, x, P, U, S, V, mask)[1:]
 
         rank, rounding = triton.next_power_of_2(max(shape.layer.r, 16)), launch.precision(G.dtype)
-        default, *others = configs.of(shape.kernel, architecture(G.device), G.dtype, rank, rounding)
+        default, *others = configs.of(shape.kernel, devices.architecture(G.device), G.dtype, rank, rounding)
 
         def run(config: triton.Config) -> tuple:
             with tuning.impose(shape.kernel, config):

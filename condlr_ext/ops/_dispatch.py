@@ -10,7 +10,7 @@ import torch
 
 from .. import _load
 from ..errors import BackendError
-from ..kernels import triton
+from ..kernels.triton import devices
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 COMPILED = _load.load()
@@ -138,7 +138,7 @@ class Op:
         if backend_name == "triton":
             if not self.has_triton:
                 return [f"there is no Triton kernel for {self.name} in this version"]
-            return triton.unsupported_reasons(list(_tensors(args))) + self._triton_unsupported(*args)
+            return devices.unsupported_reasons(list(_tensors(args))) + self._triton_unsupported(*args)
         return []
 
     def explain(self, *args) -> tuple[str, str]:

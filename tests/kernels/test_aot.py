@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from helpers import aot
 
-from condlr_ext.kernels.triton import INTERPRETED
+from condlr_ext.kernels.triton.devices import INTERPRETED
 
 TYPES = {"fp16": "fp16", "bf16": "bf16", "tf32": "fp32", "fp32": "fp32", "fp64": "fp64"}
 # the products of a layer, with the stride of S that is 1: forward, backward, the same for the pointwise half

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from helpers.kernels import run_on_cpu
+
 import condlr_ext
-from condlr_ext.kernels.triton import INTERPRETED
 from condlr_ext.optim import CondLRAdamW, CondLRSGD, base, step_args
 from condlr_ext.optim.step_args import StepCall
 
-if INTERPRETED:
+if run_on_cpu():
     from condlr_ext.kernels.triton.step import launch as step
 
 interpreter = pytest.mark.interpreter
@@ -204,7 +205,7 @@ def test_what_capturable_cannot_do(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter serves CPU tensors")
+@pytest.mark.skipif(run_on_cpu(), reason="kernels serve CPU tensors")
 def test_needs_the_triton_step():
     model = network()
     optimizer = CondLRSGD(model, 0.1, tau=0.1, capturable=True)

@@ -4,15 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers.kernels import IN_INTERPRETER, with_orthogonal_columns
+from helpers.kernels import ON_CPU, run_on_cpu, with_orthogonal_columns
 from helpers.matrices import SPECTRA, kappa, orthonormal, singular_values, with_spectrum
 
 from condlr_ext import reference
 from condlr_ext.kernels.status import ALL_ZERO, OK
-from condlr_ext.kernels.triton import INTERPRETED
 
-pytestmark = IN_INTERPRETER
-if INTERPRETED:
+pytestmark = ON_CPU
+if run_on_cpu():
     from condlr_ext.kernels.triton.spectral import launch as spectral
 
 INF = math.inf

@@ -5,16 +5,15 @@ import multiprocessing
 
 import pytest
 import torch
-from helpers.kernels import IN_INTERPRETER
+from helpers.kernels import ON_CPU, run_on_cpu
 from helpers.matrices import with_spectrum
 
 from condlr_ext import reference
 from condlr_ext.kernels.status import NOT_CONVERGED, OK
-from condlr_ext.kernels.triton import INTERPRETED
 from condlr_ext.reference import HYPER
 
-pytestmark = IN_INTERPRETER
-if INTERPRETED:
+pytestmark = ON_CPU
+if run_on_cpu():
     from triton.runtime import interpreter
 
     from condlr_ext.kernels.triton.runtime import cooperative

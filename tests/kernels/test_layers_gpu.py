@@ -9,11 +9,11 @@ from helpers.cuda import on_another_stream
 
 import condlr_ext
 from condlr_ext import functional, ops, reference
-from condlr_ext.kernels.triton import INTERPRETED, architecture
+from condlr_ext.kernels.triton import devices
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("float32_convolutions")]
 
-if torch.cuda.is_available() and not INTERPRETED:
+if torch.cuda.is_available() and not devices.INTERPRETED:
     from condlr_ext.kernels.triton.linear import configs
     from condlr_ext.kernels.triton.linear import launch as layers
 
@@ -85,7 +85,7 @@ def test_every_configuration(rank, dtype, monkeypatch):
     low = tensors(200, 520, 390, rank - 3, dtype)
     exact = [t.double() for t in low]
     theirs, true, moduli = plain(*low), plain(*exact), plain(*(t.abs() for t in exact))
-    original, here = configs.of, architecture(low[0].device)
+    original, here = configs.of, devices.architecture(low[0].device)
     for kernel in ("chain", "sums"):
         for config in original(kernel, here, dtype, rank, layers.precision(dtype)):
             monkeypatch.setattr(

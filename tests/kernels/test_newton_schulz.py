@@ -5,15 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.kernels import IN_INTERPRETER, WELL_CONDITIONED, batch_of, with_orthogonal_columns
+from helpers.kernels import ON_CPU, WELL_CONDITIONED, batch_of, run_on_cpu, with_orthogonal_columns
 from helpers.matrices import kappa, non_orthonormality, singular_values, with_spectrum
 
 from condlr_ext import reference
 from condlr_ext.kernels.status import ALL_ZERO, NOT_FINITE, OK
-from condlr_ext.kernels.triton import INTERPRETED
 
-pytestmark = IN_INTERPRETER
-if INTERPRETED:
+pytestmark = ON_CPU
+if run_on_cpu():
     import triton
     import triton.language as tl
 

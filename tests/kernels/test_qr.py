@@ -5,14 +5,13 @@ from itertools import product
 
 import pytest
 import torch
-from helpers.kernels import IN_INTERPRETER, host_waits
+from helpers.kernels import ON_CPU, host_waits, run_on_cpu
 from helpers.matrices import SPECTRA, backward_error, non_orthonormality, with_spectrum
 
 from condlr_ext.kernels.status import NOT_FINITE, OK
-from condlr_ext.kernels.triton import INTERPRETED
 
-pytestmark = IN_INTERPRETER
-if INTERPRETED:
+pytestmark = ON_CPU
+if run_on_cpu():
     from condlr_ext.kernels.triton.qr import cholesky_qr
     from condlr_ext.kernels.triton.qr import launch as qr
     from condlr_ext.kernels.triton.runtime import launching

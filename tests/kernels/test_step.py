@@ -3,11 +3,11 @@
 import ast
 import inspect
 import math
-import os
 import textwrap
 
 import pytest
 import torch
+from helpers.kernels import ON_CPU, run_on_cpu
 from helpers.matrices import (
     SPECTRA,
     backward_error,
@@ -22,12 +22,8 @@ from helpers.op_arguments import hyper_table
 from condlr_ext import ops, reference
 from condlr_ext.reference import BANDS, HYPER
 
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process with TRITON_INTERPRET=1"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # NumPy's, about NaN and Inf
-]
-if os.environ.get("TRITON_INTERPRET") == "1":
+pytestmark = ON_CPU
+if run_on_cpu():
     from triton.runtime.interpreter import InterpretedFunction
 
     from condlr_ext.kernels.triton.qr import cholesky_qr

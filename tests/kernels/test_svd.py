@@ -5,15 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.kernels import IN_INTERPRETER, host_waits, with_orthogonal_columns
+from helpers.kernels import ON_CPU, host_waits, run_on_cpu, with_orthogonal_columns
 from helpers.matrices import SPECTRA, non_orthonormality, orthonormal, singular_values, with_spectrum
 
 from condlr_ext import ops
 from condlr_ext.kernels.status import ALL_ZERO, NOT_CONVERGED, NOT_FINITE, OK
-from condlr_ext.kernels.triton import INTERPRETED
 
-pytestmark = IN_INTERPRETER
-if INTERPRETED:
+pytestmark = ON_CPU
+if run_on_cpu():
     from condlr_ext.kernels.triton.runtime import cooperative
     from condlr_ext.kernels.triton.spectral import bound, jacobi, newton_schulz, product
     from condlr_ext.kernels.triton.spectral import launch as spectral

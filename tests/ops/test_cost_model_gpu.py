@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import condlr_ext
 from condlr_ext import ops
-from condlr_ext.kernels import triton
+from condlr_ext.kernels.triton import devices
 from condlr_ext.ops import cost_model_gpu
 
 LINEAR, CONV = ops.layers.low_rank_linear, ops.layers.low_rank_conv
@@ -23,8 +23,8 @@ def device(monkeypatch):
     properties = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    monkeypatch.setattr(triton, "INSTALLED", True)
-    monkeypatch.setattr(triton, "INTERPRETED", False)
+    monkeypatch.setattr(devices, "INSTALLED", True)
+    monkeypatch.setattr(devices, "INTERPRETED", False)
     cost_model_gpu._known.cache_clear()
     with FakeTensorMode():
         yield properties
@@ -96,7 +96,7 @@ def test_old_devices_and_no_triton(device, monkeypatch):
         assert f"gfx942 is needed, cuda:0 is {device.gcnArchName}" in LINEAR.explain(*layer(8192, 4096, 4096, 64))[1]
     device.major, device.gcnArchName = 9, "gfx942:sramecc+:xnack-"
     assert LINEAR.explain(*layer(8192, 4096, 4096, 64))[0] == "triton"
-    monkeypatch.setattr(triton, "INSTALLED", False)
+    monkeypatch.setattr(devices, "INSTALLED", False)
     assert LINEAR.explain(*layer(8192, 4096, 4096, 64)) == ("reference", "Triton is not installed")
 
 

@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 
 from ....reference import is_pointwise
-from .. import architecture
-from ..runtime.launching import multiprocessors, on
+from .. import devices
+from ..runtime.launching import on
 from . import configs, low_rank, tuning
 
 
@@ -151,9 +151,9 @@ def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor, conv: bool = False) -> None:
 
 def _tuned(kernel: str, kind, P: Tensor, rank: int, rounding: str, sizes, launch) -> None:
     """Launch on the device of P with the configuration for these sizes."""
-    candidates = configs.of(kernel, architecture(P.device), P.dtype, rank, rounding)
+    candidates = configs.of(kernel, devices.architecture(P.device), P.dtype, rank, rounding)
     with on(P.device):
-        launch(tuning.fastest((kernel, kind, P.device, P.dtype, rank, rounding), sizes, candidates, launch))
+        launch(tuning.fastest(P.device, (kernel, kind, P.dtype, rank, rounding), sizes, candidates, launch))
 
 
 def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask, conv: bool = False):
@@ -179,7 +179,7 @@ def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask,
         u_tiles, v_tiles, s_tiles = (triton.cdiv(w, block) for w in widths)
         tiles = u_tiles + v_tiles + s_tiles
         # about two programs per multiprocessor, each of at least four steps
-        splits = max(1, min(2 * multiprocessors(G.device) // tiles, n_rows // (4 * step)))
+        splits = max(1, min(2 * devices.multiprocessors(G.device) // tiles, n_rows // (4 * step)))
         per_split = triton.cdiv(triton.cdiv(n_rows, step), splits) * step
         splits = triton.cdiv(n_rows, per_split)
         partial = torch.empty(splits, tiles * block, r, dtype=wide, device=G.device)
@@ -189,7 +189,7 @@ def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask,
             n_rows, m, n, r, u_tiles, v_tiles, per_split, G.stride(0), X.stride(0), P.stride(0), Q.stride(0),
             BIAS=db.numel() > 0, RANK=rank, PRECISION=rounding, **config.all_kwargs(),
         )  # fmt: skip
-        (last,) = configs.of("combine", architecture(G.device), G.dtype, rank, rounding)
+        (last,) = configs.of("combine", devices.architecture(G.device), G.dtype, rank, rounding)
         each = block // last.kwargs["BLOCK_I"]
         low_rank.combine[(tiles * each,)](
             partial, db_partial, S, dU, dV, dS, db, m, n, r, splits, u_tiles * each, v_tiles * each, *S.stride(),

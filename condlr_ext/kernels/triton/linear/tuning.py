@@ -7,8 +7,6 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from .. import INTERPRETED
-
 _chosen: dict[tuple, triton.Config] = {}
 _imposed: dict[str, triton.Config] | None = None
 
@@ -24,22 +22,25 @@ def impose(kernel: str, config: triton.Config) -> Iterator[None]:
         _imposed = None
 
 
-def fastest(key: tuple, sizes: Sequence[int], configs: Sequence[triton.Config], launch: Callable) -> triton.Config:
+def fastest(
+    device: torch.device, key: tuple, sizes: Sequence[int], configs: Sequence[triton.Config], launch: Callable
+) -> triton.Config:
     """Return the configuration with which `launch(config)` is fastest.
 
-    It is the first one, untimed, in the interpreter, while a CUDA graph is captured, and under
+    It is the first one, untimed, for CPU tensors, while a CUDA graph is captured, and under
     torch.use_deterministic_algorithms, since configurations round differently.
 
     Args:
-        key: Everything but the sizes that the result depends on: kernel, device, dtype and so on.
+        device: Where the launch goes.
+        key: Everything else but the sizes that the result depends on: kernel, dtype and so on.
         sizes: Numbers of rows and columns; those with the same next power of two share a result.
         configs: The candidates.
         launch: Launches the kernel; must be repeatable.
     """
     if _imposed is not None:
         return _imposed.get(key[0], configs[0])
-    key = (*key, *((s - 1).bit_length() for s in sizes))
-    if len(configs) == 1 or INTERPRETED or torch.are_deterministic_algorithms_enabled():
+    key = (device, *key, *((s - 1).bit_length() for s in sizes))
+    if len(configs) == 1 or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return configs[0]
     config = _chosen.get(key)
     if config is not None:

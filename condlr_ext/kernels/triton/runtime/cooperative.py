@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import INTERPRETED
-from .launching import multiprocessors
+from .. import devices
+from ..devices import INTERPRETED
 
 MAX_SPINS = tl.constexpr(1 << 25)  # reads of the counter, of about a microsecond each
 TIMED_OUT = tl.constexpr(1 << 48)
@@ -20,13 +20,13 @@ TIMED_OUT = tl.constexpr(1 << 48)
 
 def group_sizes(device: torch.device, jobs: Sequence[int]) -> list[int]:
     """Return the number of programs for each matrix, given how many jobs of a matrix can run in parallel."""
-    most, total = multiprocessors(device) - len(jobs), sum(jobs)
+    most, total = devices.multiprocessors(device) - len(jobs), sum(jobs)
     return [1 if INTERPRETED else max(1, min(job, most * job // total)) for job in jobs]
 
 
 def grid_options(programs: int, groups: int, device: torch.device) -> dict:
     """Return the launch option by which all programs of a grid start together, or wait until they can."""
-    return dict(launch_cooperative_grid=groups < programs <= multiprocessors(device))
+    return dict(launch_cooperative_grid=groups < programs <= devices.multiprocessors(device))
 
 
 def batch_groups(device: torch.device, groups: int, jobs: int) -> tuple[int, dict]:

@@ -1,6 +1,5 @@
-"""The host side of launches over many matrices: device queries, tables on the device, variants to compile."""
+"""The host side of launches over many matrices: tables on the device, variants to compile."""
 
-import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -8,14 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import INTERPRETED
+from .. import devices
 
 _POINTERS_PER_LAUNCH = 32
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return 4 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on(device: torch.device):
@@ -53,13 +47,13 @@ def rows_per_split(lengths: Sequence[tuple[int, int]], block: int, device: torch
         device: Where the kernels will run.
     """
     work = sum(rows * count for rows, count in lengths)
-    return max(8, -(-work // (2 * multiprocessors(device) * block))) * block
+    return max(8, -(-work // (2 * devices.multiprocessors(device) * block))) * block
 
 
 def offsets(base: Tensor, tensors: Iterable[Tensor]) -> tuple[int, ...]:
     """Return the offset of each tensor from `base`, in elements of its dtype; 0 for empty ones."""
-    start, size = base.data_ptr(), base.element_size()
-    return tuple((t.data_ptr() - start) // size if t.numel() else 0 for t in tensors)
+    start, size = devices.address(base), base.element_size()
+    return tuple((devices.address(t) - start) // size if t.numel() else 0 for t in tensors)
 
 
 def write_pointer_table(pointer_table: Tensor, values: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ of a pair goes to the lower index, so clustered spectra converge in a few sweeps
 import triton
 import triton.language as tl
 
-from .. import INTERPRETED
+from ..devices import INTERPRETED
 from ..runtime.cooperative import barrier, copy, product, reset, split_program_id, timed_out
 from ..runtime.status import NOT_CONVERGED, NOT_FINITE, OK
 

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import architecture
+from .. import devices
 from ..qr.launch import qr
 from ..runtime import cooperative
 from ..runtime.launching import on
@@ -92,7 +92,7 @@ def clip_each(A: Tensor, constraint: Tensor, row: Tensor):
         with on(A.device):
             band.weights[(B,)](
                 sigma, svd_info, constraint, row, weight, mode, active_mask, info, interval, k, constraint.stride(0),
-                torch.finfo(A.dtype).eps, MASKED=masked, **band.config(architecture(A.device), k),
+                torch.finfo(A.dtype).eps, MASKED=masked, **band.config(devices.architecture(A.device), k),
             )  # fmt: skip
             product(U, V.mT, out, C=A, weight=weight, mode=mode)
             if dtype != torch.float64:
@@ -152,7 +152,7 @@ def _blocks(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, active
     blocks = triton.next_power_of_2(triton.cdiv(2 * n, jacobi.PAIR))
     group_size, grid = cooperative.batch_groups(A.device, B, blocks // 2)
     size = jacobi.workspace_size(m, n, group_size)
-    options = jacobi.config_of_blocks(architecture(A.device), _name(U))
+    options = jacobi.config_of_blocks(devices.architecture(A.device), _name(U))
     jacobi.svd_by_blocks[(B * group_size,)](
         A, U, sigma, V, U.new_empty(B, size), info.new_empty(B, options["SWEEPS"]), info, active_mask,
         cooperative.counters(B, A.device), m, n, blocks, size, group_size, *A.stride(),
@@ -162,7 +162,7 @@ def _blocks(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, active
 
 
 def _config(U: Tensor, R: int) -> dict:
-    return jacobi.config(architecture(U.device), _name(U), R)
+    return jacobi.config(devices.architecture(U.device), _name(U), R)
 
 
 def _name(U: Tensor) -> str:

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import INTERPRETED, architecture
+from .. import devices
+from ..devices import INTERPRETED
 from ..runtime import cooperative
 from ..runtime.cooperative import barrier, copy, product, reset, split_program_id, timed_out
 from ..runtime.launching import variant
@@ -310,7 +311,7 @@ def polar_factor(A: Tensor, out: Tensor) -> Tensor:
     workspace = A.new_empty(B, 3 * m * n + n * n)
     polar[(B * group_size,)](
         A, out, workspace, active_mask, cooperative.counters(B, A.device), m, n, group_size, *A.stride(), *out.stride(),
-        LEAST=POLAR, **config(architecture(A.device)), **grid,
+        LEAST=POLAR, **config(devices.architecture(A.device)), **grid,
     )  # fmt: skip
     return active_mask
 
@@ -330,7 +331,7 @@ def clip_spectrum(A: Tensor, constraint: Tensor, row: Tensor, out: Tensor) -> Te
     clip[(B * group_size,)](
         A, out, workspace, wide, constraint, row, active_mask, cooperative.counters(B, A.device), m, n, size,
         constraint.stride(0), group_size, *A.stride(), *out.stride(), POLAR=POLAR, SIGN=SIGN,
-        **config(architecture(A.device)), **grid,
+        **config(devices.architecture(A.device)), **grid,
     )  # fmt: skip
     return active_mask
 

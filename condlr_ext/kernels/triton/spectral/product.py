@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import INTERPRETED, architecture
+from .. import devices
+from ..devices import INTERPRETED
 from ..runtime.cooperative import split_program_id
 
 # modes: leave out alone, out = C, out = the product + C, out = the product
@@ -70,7 +71,7 @@ def product(
     """
     batch, m, k = X.shape
     n = Y.shape[-1]
-    tile = config(architecture(X.device), torch.float64 if wide else X.dtype)
+    tile = config(devices.architecture(X.device), torch.float64 if wide else X.dtype)
     multiply[(batch * triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)](
         X, Y, X if C is None else C, X if weight is None else weight, X if mode is None else mode, out, m, n, k,
         alpha, beta, gamma, *X.stride(), *Y.stride(), *(X if C is None else C).stride(), *out.stride(),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import architecture
+from .. import devices
 from ..qr.cholesky_qr import ALL_ZERO, NOT_CONVERGED, NOT_FINITE, OK, load_wide
 from ..runtime import cooperative
 from ..runtime.cooperative import barrier, copy, product, reset, timed_out
@@ -78,7 +78,7 @@ class CoreClip:
         with on(base.device):
             for masked in (False, True) if base.dtype == torch.float32 else (False,):
                 dtype = torch.float64 if masked else base.dtype
-                options = config(architecture(base.device), dtype, self._width, self._large) | self._together
+                options = config(devices.architecture(base.device), dtype, self._width, self._large) | self._together
                 clip[(len(self._work),)](
                     self._cores, self._work, hyper, base, self._workspace, self._wide, self._active, self._active_mask,
                     self._counters, moved, info, MASKED=masked, **options,
