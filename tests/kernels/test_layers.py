@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from helpers import tf32
 from helpers.kernels import run_on_cpu
 
 import condlr_ext
@@ -19,8 +20,17 @@ from condlr_ext.kernels.triton.linear import configs
 pytestmark = pytest.mark.interpreter
 
 if run_on_cpu():
+    import triton
+    import triton.language as tl
+
     from condlr_ext.kernels.triton.linear import launch as layers
-    from condlr_ext.kernels.triton.linear import tuning
+    from condlr_ext.kernels.triton.linear import low_rank, tuning
+
+    @triton.jit
+    def round_to_tf32(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        tl.store(out_ptr + i, low_rank.rounded(tl.load(x_ptr + i, mask=i < n)), mask=i < n)
+
 
 SIZES = [  # rows, n, m, r
     (1, 1, 1, 1), (3, 17, 33, 3), (17, 33, 3, 1), (33, 63, 100, 17), (63, 100, 17, 16), (100, 3, 63, 3),
@@ -318,8 +328,36 @@ def test_autocast():
     assert error(y, true) < 5e-3 * true.norm()
 
 
+@pytest.fixture
+def tf32_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("rows,n,m,r", [(33, 63, 100, 17), (5, 300, 20, 20), (70, 130, 140, 100)])
+def test_tf32_operands_are_rounded(rows, n, m, r, tf32_products):
+    X, U, S, V, b, G = low = tensors(rows, n, m, r, torch.float32)
+    Y, P = layers.low_rank_linear(X, U, S, V, b)
+    got = Y, P, *layers.low_rank_linear_backward(G, X, P, U, S, V, ALL)
+    for ours, expected in zip(got, tf32.layer(*low), strict=True):
+        assert tf32.distance(ours, expected) <= tf32.TOLERANCE
+
+
+def test_rounding_to_tf32():
+    """All exponents, halfway cases, both zeros; Inf and every NaN remain."""
+    mantissas = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FF000, 0x7FFFFF])
+    x = (torch.arange(256)[:, None] << 23) + mantissas
+    x = torch.cat([x, x - (1 << 31)]).flatten().to(torch.int32).view(torch.float32)
+    out = torch.empty_like(x)
+    round_to_tf32[(1,)](x, out, len(x), triton.next_power_of_2(len(x)))
+    finite = x.isfinite()
+    assert torch.equal(out[finite].view(torch.int32), tf32.rounded(x[finite]).view(torch.int32))
+    assert torch.equal(out.isnan(), x.isnan()) and torch.equal(out[x.isinf()], x[x.isinf()])
+
+
 def test_products_round_as_torch_is_set():
-    """The interpreter ignores it."""
     before = torch.get_float32_matmul_precision()
     try:
         for setting, rounding in (("highest", "ieee"), ("high", "tf32")):

@@ -13,6 +13,26 @@ import triton.language as tl
 
 
 @triton.jit
+def rounded(x):
+    """Return float32 numbers rounded to tf32, ties away from zero; others as they are.
+
+    Tensor cores of NVIDIA and of AMD cut off the 13 bits that tf32 does not hold: all products would be too small.
+    """
+    if x.dtype == tl.float32:
+        nearest = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        x = tl.where(x == x, nearest.to(tl.float32, bitcast=True), x)  # a carry would take the sign of NaN
+    return x
+
+
+@triton.jit
+def _add_product(acc, a, b, PRECISION: tl.constexpr):
+    """Return acc + a b."""
+    if PRECISION == "tf32":
+        a, b = rounded(a), rounded(b)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
 def _accumulate(
     acc, A_ptr, a_row, rows, n_rows, B_ptr, b_row, b_col, cols, n_cols, inner,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -25,7 +45,7 @@ def _accumulate(
         inside = k < inner - start
         a = tl.load(a_ptrs, mask=(rows[:, None] < n_rows) & inside[None, :], other=0.0)
         b = tl.load(b_ptrs, mask=inside[:, None] & (cols[None, :] < n_cols), other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        acc = _add_product(acc, a, b, PRECISION)
         a_ptrs += BLOCK
         b_ptrs += tl.cast(b_row, tl.int64) * BLOCK
     return acc
@@ -55,7 +75,7 @@ def chain(
     if FIRST and CORE == RANK:
         s_ptrs = S_ptr + cols[:, None] * s_col + cols[None, :] * s_row
         S_T = tl.load(s_ptrs, mask=(cols[:, None] < r) & in_rank, other=0.0)
-        T = tl.dot(P, S_T, T, input_precision=PRECISION, out_dtype=ACC)
+        T = _add_product(T, P, S_T, PRECISION)
     else:
         if FIRST:
             tl.debug_barrier()  # P is read back by other threads
@@ -68,7 +88,7 @@ def chain(
         for start in range(0, m, BLOCK_M):
             inside = out[None, :] < m - start
             U_T = tl.load(u_ptrs, mask=(cols[:, None] < r) & inside, other=0.0)
-            Y = tl.dot(T, U_T, input_precision=PRECISION, out_dtype=ACC)
+            Y = _add_product(tl.zeros([BLOCK_B, BLOCK_M], ACC), T, U_T, PRECISION)
             if BIAS:
                 Y += tl.load(bias_ptr + start + out, mask=out < m - start, other=0.0).to(ACC)[None, :]
             tl.store(y_ptrs, Y.to(dtype), mask=in_rows & inside)
@@ -110,7 +130,7 @@ def sums(
         inside = b[:, None] < count - start
         a = tl.load(a_ptrs, mask=inside & (i[None, :] < width), other=0.0)
         p = tl.load(b_ptrs, mask=inside & (cols[None, :] < r), other=0.0)
-        acc = tl.dot(tl.trans(a), p, acc, input_precision=PRECISION, out_dtype=ACC)
+        acc = _add_product(acc, tl.trans(a), p, PRECISION)
         if BIAS:
             total += tl.sum(a.to(ACC), 0)
         a_ptrs += a_row * BLOCK_B
@@ -162,7 +182,7 @@ def combine(
         else:
             s_ptrs = S_ptr + (start + k)[:, None] * core_row + cols[None, :] * core_col
             S = tl.load(s_ptrs, mask=(k[:, None] < r - start) & (cols[None, :] < r), other=0.0).to(ACC)
-            acc = tl.dot(part, S, acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = _add_product(acc, part, S, PRECISION)
     if tile < u_tiles + v_tiles:
         tl.store(
             out_ptrs + cols[None, :], acc.to(out_ptr.dtype.element_ty), mask=(i[:, None] < width) & (cols[None, :] < r)
