@@ -249,9 +249,10 @@ def cholesky(jobs_ptr, gram_ptr, L_ptr, state_ptr, limit, FIRST: tl.constexpr, P
     job = jobs_ptr + index * _FACTOR_COLUMNS
     n, splits = tl.load(job + _FACTOR_N).to(tl.int32), tl.load(job + _FACTOR_SPLITS).to(tl.int32)
     gram, L = gram_ptr + tl.load(job + _FACTOR_GRAM), L_ptr + tl.load(job + _FACTOR_L)
+    before = OK if FIRST else tl.load(state_ptr + index)  # read here: barriers come before the store
     ok, distance2 = factorize(gram, splits, n, 0.0, n * EPSILON, L, PANEL)
     if not FIRST:
-        ok = tl.where((tl.load(state_ptr + index) == OK) & (distance2 <= limit * limit), ok, 0)
+        ok = tl.where((before == OK) & (distance2 <= limit * limit), ok, 0)
     tl.store(state_ptr + index, tl.where(ok != 0, OK, RESCUE))
 
 
@@ -358,7 +359,9 @@ def householder_qr(
         tl.debug_barrier()
         for top in range(j + 1, n_rows, ROWS):
             x_ptrs, mask = W_ptr + (top + row) * w_row + j, top + row < n_rows
-            tl.store(x_ptrs, (lift * load_wide(x_ptrs, mask) / lead).to(dtype), mask=mask)
+            x = lift * load_wide(x_ptrs, mask)
+            tl.debug_barrier()  # threads that hold the same row have read it
+            tl.store(x_ptrs, (x / lead).to(dtype), mask=mask)
         tl.store(W_ptr + j * w_row + j, (alpha / lift).to(dtype))
         tl.store(beta_ptr + j, beta)
         tl.debug_barrier()

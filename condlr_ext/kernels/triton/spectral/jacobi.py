@@ -376,7 +376,7 @@ def _rotate_blocks(
                 block = (pair & low) | ((pair & ~low) << 1)
                 first, second = block * (PAIR // 2), (block ^ across) * (PAIR // 2)
                 if rotate_columns(W_ptr, m, V_ptr, n, first, second - PAIR // 2, J_ptr, PAIR, 2, PAIR, BLOCK):
-                    tl.store(rotated_ptr + sweep, 1)
+                    tl.atomic_or(rotated_ptr + sweep, 1)
             barrier(counter_ptr, group_size)
         rotated = tl.load(rotated_ptr + sweep) != 0
         sweep += 1

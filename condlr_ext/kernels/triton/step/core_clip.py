@@ -230,8 +230,10 @@ def _clip_by_blocks(
                 other_ptr, T_ptr, S_ptr, S_ptr, n, n, n, 1, 1.0, tl.where(rebuild, 0.0, 1.0), 0.0, member, group_size,
                 counter_ptr, False, tl.float64, TILE, 16,
             )  # fmt: skip
-    elif (outcome == OK) & (member == 0):
-        tl.store(info_ptr, ALL_ZERO)
+    elif outcome == OK:
+        barrier(counter_ptr, group_size)  # all have read info
+        if member == 0:
+            tl.store(info_ptr, ALL_ZERO)
 
 
 @triton.jit

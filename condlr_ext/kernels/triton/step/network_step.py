@@ -111,7 +111,7 @@ def _try_core(layer, entries, row, pointers_ptr, hyper_ptr, base_ptr, trial_ptr,
     new = new.to(trial_ptr.dtype.element_ty)
     tl.store(trial_ptr + tl.load(layer + col.LAYER_TRIAL) + entries, new, mask=mask)
     moved = tl.max((new.to(tl.float64) != S).to(tl.int32), 0)
-    tl.store(moved_ptr, moved, mask=moved > 0)
+    tl.atomic_max(moved_ptr, moved, mask=moved > 0)
 
 
 @triton.jit
@@ -277,14 +277,14 @@ def decide(factors_ptr, work_ptr, wide_ptr, state_ptr, need_ptr, limit, PANEL: t
     factor = factors_ptr + index * col.FACTOR_COLUMNS
     n, splits = tl.load(factor + col.FACTOR_RANK).to(tl.int32), tl.load(factor + col.FACTOR_GRAM_SPLITS).to(tl.int32)
     gram, L = wide_ptr + tl.load(factor + col.FACTOR_GRAM), wide_ptr + tl.load(factor + col.FACTOR_L)
+    # read here: barriers come before the stores
+    before, need = tl.load(state_ptr + index), tl.load(need_ptr + index)
     ok, distance2 = factorize(gram, splits, n, 0.0, n * EPSILON, L, PANEL)
     near = tl.where(distance2 <= limit * limit, ok, 0)
-    need = tl.load(need_ptr + index)
     tl.store(need_ptr + index, NOTHING)
     state = tl.where(need == NOTHING, KEPT, tl.where(near != 0, OK, RESCUE))
     state = tl.where(distance2 < float("inf"), state, NOT_FINITE)
     state = tl.where(need == ABSORPTION, OUTSIDE, state)
-    before = tl.load(state_ptr + index)
     tl.store(state_ptr + index, tl.where(before == OK, state, before))
 
 
@@ -398,7 +398,7 @@ def finish(
             length = tl.load(layer + col.LAYER_BIAS_LENGTH)
             _move_entries(bias, g, b, length, hyper_ptr, col.ROLE_COUNT * index + col.BIAS_ROLE, core, False, BLOCK)
         else:
-            tl.store(skipped_ptr + index, tl.load(skipped_ptr + index) + count)
+            tl.atomic_add(skipped_ptr + index, count)
 
 
 # ------------------------------------------------------------------------------------------ configurations
