@@ -86,7 +86,7 @@ class Recorder:
     """A kernel that notes the state it finds."""
 
     def __init__(self, kernel, seen):
-        self.kernel, self.seen = kernel, seen
+        self.kernel, self.seen, self.fn = kernel, seen, kernel.fn
 
     def __getitem__(self, grid):
         def launch(*args, **options):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ....reference import is_pointwise
 from .. import devices
+from ..runtime import launching
 from ..runtime.launching import on
 from . import configs, low_rank, tuning
 
@@ -140,7 +141,8 @@ def _chain(X, V, S, U, bias, P: Tensor, Y: Tensor, conv: bool = False) -> None:
     X, V, U, b = (P if t is None else t for t in (X, V, U, bias))
 
     def launch(config: triton.Config) -> None:
-        low_rank.chain[(triton.cdiv(n_rows, config.kwargs["BLOCK_B"]),)](
+        launching.launch(
+            low_rank.chain, (triton.cdiv(n_rows, config.kwargs["BLOCK_B"]),),
             X, V, S, U, b, P, Y,
             n_rows, n, r, m, X.stride(0), V.stride(0), *S.stride(), U.stride(0), P.stride(0), Y.stride(0),
             FIRST=first, LAST=last, BIAS=bias is not None, RANK=rank, PRECISION=rounding, **config.all_kwargs(),
@@ -184,14 +186,16 @@ def _factor_gradients(G: Tensor, X, P, Q, U: Tensor, S: Tensor, V: Tensor, mask,
         splits = triton.cdiv(n_rows, per_split)
         partial = torch.empty(splits, tiles * block, r, dtype=wide, device=G.device)
         db_partial = torch.empty(splits, m if db.numel() else 0, dtype=wide, device=G.device)
-        low_rank.sums[(tiles, splits)](
+        launching.launch(
+            low_rank.sums, (tiles, splits),
             G, X, P, Q, partial, db_partial,
             n_rows, m, n, r, u_tiles, v_tiles, per_split, G.stride(0), X.stride(0), P.stride(0), Q.stride(0),
             BIAS=db.numel() > 0, RANK=rank, PRECISION=rounding, **config.all_kwargs(),
         )  # fmt: skip
         (last,) = configs.of("combine", devices.architecture(G.device), G.dtype, rank, rounding)
         each = block // last.kwargs["BLOCK_I"]
-        low_rank.combine[(tiles * each,)](
+        launching.launch(
+            low_rank.combine, (tiles * each,),
             partial, db_partial, S, dU, dV, dS, db, m, n, r, splits, u_tiles * each, v_tiles * each, *S.stride(),
             BIAS=db.numel() > 0, RANK=rank, PRECISION=rounding if G.dtype.itemsize > 2 else "tf32", **last.all_kwargs(),
         )  # fmt: skip

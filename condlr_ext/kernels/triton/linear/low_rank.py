@@ -5,7 +5,8 @@ swapped this is dX = ((G U) S) Vᵀ, and without its first or its last factor th
 and backward. `sums` and `combine` compute the gradients of the factors: sums over rows are taken in splits and then
 over the splits in a fixed order, so equal inputs give equal bits.
 
-Only the products upcast tiles to the accumulator's type (float64 for float64, else float32).
+Only the products upcast tiles to the accumulator's type (float64 for float64, else float32). Numbers of rows are not
+specialized on, so that a short batch compiles nothing.
 """
 
 import triton
@@ -51,7 +52,7 @@ def _accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def chain(
     X_ptr, V_ptr, S_ptr, U_ptr, bias_ptr, P_ptr, Y_ptr,
     n_rows, n, r, m, x_row, v_row, s_row, s_col, u_row, p_row, y_row,
@@ -98,7 +99,7 @@ def chain(
         tl.store(Y_ptr + rows[:, None] * y_row + cols[None, :], T, mask=in_rows & in_rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "u_tiles", "v_tiles", "rows_per_split"])
 def sums(
     G_ptr, X_ptr, P_ptr, Q_ptr, sums_ptr, db_ptr,
     n_rows, m, n, r, u_tiles, v_tiles, rows_per_split, g_row, x_row, p_row, q_row,
@@ -142,7 +143,7 @@ def sums(
             tl.store(db_ptr + split * m + i, total, mask=i < m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "u_tiles", "v_tiles"])
 def combine(
     sums_ptr, db_sums_ptr, S_ptr, dU_ptr, dV_ptr, dS_ptr, db_ptr,
     m, n, r, splits, u_tiles, v_tiles, s_row, s_col,

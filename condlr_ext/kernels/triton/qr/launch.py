@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..runtime.launching import capturing, on, rows_per_split, table, tiles
+from ..runtime.launching import capturing, launch, on, rows_per_split, table, tiles
 from . import cholesky_qr
 from .cholesky_qr import FactorJob, ProductJob, UpperJob
 
@@ -60,24 +60,67 @@ class _Plan:
         with on(A.device):
             for first in (True, False):
                 X = A if first else Q
-                cholesky_qr.products[(len(self.gram_work),)](
-                    self.pointer_table, self.grams[not first], self.gram_work, gram, X, X, gram, **options
+                launch(
+                    cholesky_qr.products,
+                    (len(self.gram_work),),
+                    self.pointer_table,
+                    self.grams[not first],
+                    self.gram_work,
+                    gram,
+                    X,
+                    X,
+                    gram,
+                    **options,
                 )
-                cholesky_qr.cholesky[(self.count,)](
-                    self.factors, gram, L, info, _FAR[A.dtype], FIRST=first, **cholesky_qr.factor_options()
+                launch(
+                    cholesky_qr.cholesky,
+                    (self.count,),
+                    self.factors,
+                    gram,
+                    L,
+                    info,
+                    _FAR[A.dtype],
+                    FIRST=first,
+                    **cholesky_qr.factor_options(),
                 )
-                cholesky_qr.solve[(len(self.row_work),)](
+                launch(
+                    cholesky_qr.solve, (len(self.row_work),),
                     self.pointer_table, self.factors, self.row_work, X, Q, L, info,
                     IN_PLACE=not first, **cholesky_qr.solve_options(),
                 )  # fmt: skip
-            cholesky_qr.rescue[(self.count,)](
-                self.pointer_table, self.factors, A, Q, reflectors, L, info, **cholesky_qr.rescue_options()
+            launch(
+                cholesky_qr.rescue,
+                (self.count,),
+                self.pointer_table,
+                self.factors,
+                A,
+                Q,
+                reflectors,
+                L,
+                info,
+                **cholesky_qr.rescue_options(),
             )
-            cholesky_qr.products[(len(self.overlap_work),)](
-                self.pointer_table, self.overlaps, self.overlap_work, parts, Q, A, parts, **options
+            launch(
+                cholesky_qr.products,
+                (len(self.overlap_work),),
+                self.pointer_table,
+                self.overlaps,
+                self.overlap_work,
+                parts,
+                Q,
+                A,
+                parts,
+                **options,
             )
-            cholesky_qr.upper_factor[(len(self.upper_work),)](
-                self.uppers, self.upper_work, parts, info, R, **cholesky_qr.upper_options()
+            launch(
+                cholesky_qr.upper_factor,
+                (len(self.upper_work),),
+                self.uppers,
+                self.upper_work,
+                parts,
+                info,
+                R,
+                **cholesky_qr.upper_options(),
             )
 
 

@@ -1,20 +1,66 @@
-"""The host side of launches over many matrices: tables on the device, variants to compile."""
+"""The host side of launches: kept compiled kernels, tables on the device, variants to compile."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from .. import devices
 
 _POINTERS_PER_LAUNCH = 32
 
 
+_kept: dict[tuple, tuple[CompiledKernel, tuple]] = {}  # with the values of the constexprs
+
+
+def launch(kernel, grid: Sequence[int], *args, **options) -> Callable[[], None]:
+    """Launch kernel[grid](*args, **options); a kernel that was compiled for such arguments is kept and costs less.
+
+    Triton specializes on the dtype of tensors, their alignment to 16 bytes, and integers that are 1, multiples of 16 or
+    beyond 32 bits.
+
+    Args:
+        kernel: A triton.jit function whose constexprs follow all other parameters.
+        grid: Numbers of programs.
+        args: The other arguments, of which the first is a tensor.
+        options: Constexprs and launch options, in the same order at every call.
+
+    Returns:
+        The same launch again, at the least cost, as long as the tensors stay where they are.
+    """
+    key = (kernel.fn, args[0].device, *map(_kind, args), *options, *options.values())
+    kept = _kept.get(key)
+    if kept is None:
+        run = kernel[tuple(grid)]
+        compiled = run(*args, **options)
+        # the interpreter returns nothing; AMD's kernels are specialized on the sizes of tensors too
+        if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
+            return functools.partial(run, *args, **options)
+        kept = _kept[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+        return functools.partial(compiled[(*grid, 1, 1)], *args, *kept[1])
+    compiled, constants = kept
+    again = functools.partial(compiled[(*grid, 1, 1)], *args, *constants)
+    again()
+    return again
+
+
+def _kind(x) -> tuple | int | type:
+    """Return what Triton may specialize on, or something finer."""
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() & 15 > 0
+    if isinstance(x, float):
+        return float
+    return x if x < 2 else (x & 15 > 0, x > 0x7FFFFFFF)
+
+
 def on(device: torch.device):
     """Return a context in which launches go to this device."""
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def capturing(device: torch.device) -> bool:
@@ -50,20 +96,30 @@ def rows_per_split(lengths: Sequence[tuple[int, int]], block: int, device: torch
     return max(8, -(-work // (2 * devices.multiprocessors(device) * block))) * block
 
 
-def offsets(base: Tensor, tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Return the offset of each tensor from `base`, in elements of its dtype; 0 for empty ones."""
-    start, size = devices.address(base), base.element_size()
-    return tuple((devices.address(t) - start) // size if t.numel() else 0 for t in tensors)
+def addresses(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Return the address of each tensor, 0 for empty ones."""
+    return tuple(map(devices.address, tensors))
+
+
+def offsets(base: int, addresses: Iterable[int], size: int) -> list[int]:
+    """Return the offset of each address from that of the base, in elements of this size in bytes; 0 for address 0."""
+    return [(address - base) // size if address else 0 for address in addresses]
 
 
 def write_pointer_table(pointer_table: Tensor, values: Sequence[int]) -> None:
-    """Set pointer_table[i] = values[i] by launches, which can be captured; copies from the host cannot.
+    """Set pointer_table[i] = values[i] by launches, whose arguments a captured graph keeps.
 
     pointer_table must have pointer_table_size(len(values)) elements.
     """
     for begin in range(0, len(values), _POINTERS_PER_LAUNCH):
         chunk = values[begin : begin + _POINTERS_PER_LAUNCH]
-        _write[(1,)](pointer_table[begin:], *chunk, *[0] * (_POINTERS_PER_LAUNCH - len(chunk)), num_warps=1)
+        launch(_write, (1,), pointer_table[begin:], *chunk, *[0] * (_POINTERS_PER_LAUNCH - len(chunk)), num_warps=1)
+
+
+def upload(out: Tensor, values: Sequence[int]) -> None:
+    """Copy integers to the start of a vector; the host does not wait. A captured graph would read freed memory."""
+    held = torch.tensor(values, dtype=out.dtype, pin_memory=out.is_cuda)
+    out[: len(values)].copy_(held, non_blocking=True)
 
 
 def pointer_table_size(count: int) -> int:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..runtime.launching import launch
 from .product import product
 
 
@@ -43,7 +44,7 @@ def check(A: Tensor, interval: Tensor, active_mask: Tensor) -> None:
     """
     B, _, n = A.shape
     G = product(A.mT, A, torch.empty(B, n, n, dtype=torch.float64, device=A.device), wide=True)
-    definite[(B,)](G, interval, active_mask, n, R=triton.next_power_of_2(max(n, 16)), num_warps=8, num_stages=1)
+    launch(definite, (B,), G, interval, active_mask, n, R=triton.next_power_of_2(max(n, 16)), num_warps=8, num_stages=1)
 
 
 def variants(architecture: str):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import devices
 from ..qr.launch import qr
 from ..runtime import cooperative
-from ..runtime.launching import on
+from ..runtime.launching import launch, on
 from . import band, bound, jacobi, newton_schulz
 from .product import product
 
@@ -90,7 +90,8 @@ def clip_each(A: Tensor, constraint: Tensor, row: Tensor):
         U, sigma, V, svd_info = _svd(A, dtype, active_mask if masked else None)
         weight = torch.empty_like(sigma)
         with on(A.device):
-            band.weights[(B,)](
+            launch(
+                band.weights, (B,),
                 sigma, svd_info, constraint, row, weight, mode, active_mask, info, interval, k, constraint.stride(0),
                 torch.finfo(A.dtype).eps, MASKED=masked, **band.config(devices.architecture(A.device), k),
             )  # fmt: skip
@@ -139,7 +140,8 @@ def _single(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, active
     """Launch one program per matrix."""
     B, m, n = A.shape
     R = triton.next_power_of_2(max(n, 16))
-    jacobi.svd[(B,)](
+    launch(
+        jacobi.svd, (B,),
         A, U, sigma, V, U.new_empty(B, R, R), info, active_mask, m, n, triton.next_power_of_2(n), *A.stride(),
         MASKED=masked, R=R, SWEEPS=jacobi.SWEEPS, **_config(U, R),
     )  # fmt: skip
@@ -153,7 +155,8 @@ def _blocks(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, active
     group_size, grid = cooperative.batch_groups(A.device, B, blocks // 2)
     size = jacobi.workspace_size(m, n, group_size)
     options = jacobi.config_of_blocks(devices.architecture(A.device), _name(U))
-    jacobi.svd_by_blocks[(B * group_size,)](
+    launch(
+        jacobi.svd_by_blocks, (B * group_size,),
         A, U, sigma, V, U.new_empty(B, size), info.new_empty(B, options["SWEEPS"]), info, active_mask,
         cooperative.counters(B, A.device), m, n, blocks, size, group_size, *A.stride(),
         MASKED=masked, R=triton.next_power_of_2(n), **options, **grid,

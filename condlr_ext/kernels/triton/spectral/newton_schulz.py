@@ -20,7 +20,7 @@ from .. import devices
 from ..devices import INTERPRETED
 from ..runtime import cooperative
 from ..runtime.cooperative import barrier, copy, product, reset, split_program_id, timed_out
-from ..runtime.launching import variant
+from ..runtime.launching import launch, variant
 from . import band
 from .product import CORRECT, KEEP
 
@@ -309,7 +309,8 @@ def polar_factor(A: Tensor, out: Tensor) -> Tensor:
         return active_mask.fill_(CORRECT.value)
     group_size, grid = cooperative.batch_groups(A.device, B, jobs(m, n))
     workspace = A.new_empty(B, 3 * m * n + n * n)
-    polar[(B * group_size,)](
+    launch(
+        polar, (B * group_size,),
         A, out, workspace, active_mask, cooperative.counters(B, A.device), m, n, group_size, *A.stride(), *out.stride(),
         LEAST=POLAR, **config(devices.architecture(A.device)), **grid,
     )  # fmt: skip
@@ -328,7 +329,8 @@ def clip_spectrum(A: Tensor, constraint: Tensor, row: Tensor, out: Tensor) -> Te
     group_size, grid = cooperative.batch_groups(A.device, B, jobs(m, n))
     size = workspace_size(m, n)
     workspace, wide = A.new_empty(B, size), torch.empty(B, 2, n, n, dtype=torch.float64, device=A.device)
-    clip[(B * group_size,)](
+    launch(
+        clip, (B * group_size,),
         A, out, workspace, wide, constraint, row, active_mask, cooperative.counters(B, A.device), m, n, size,
         constraint.stride(0), group_size, *A.stride(), *out.stride(), POLAR=POLAR, SIGN=SIGN,
         **config(devices.architecture(A.device)), **grid,

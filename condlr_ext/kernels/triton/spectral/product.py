@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import devices
 from ..devices import INTERPRETED
 from ..runtime.cooperative import split_program_id
+from ..runtime.launching import launch
 
 # modes: leave out alone, out = C, out = the product + C, out = the product
 KEEP, REPLACE, CORRECT, REBUILD = map(tl.constexpr, range(4))
@@ -72,7 +73,8 @@ def product(
     batch, m, k = X.shape
     n = Y.shape[-1]
     tile = config(devices.architecture(X.device), torch.float64 if wide else X.dtype)
-    multiply[(batch * triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),)](
+    launch(
+        multiply, (batch * triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(n, tile["BLOCK_N"]),),
         X, Y, X if C is None else C, X if weight is None else weight, X if mode is None else mode, out, m, n, k,
         alpha, beta, gamma, *X.stride(), *Y.stride(), *(X if C is None else C).stride(), *out.stride(),
         ADD=C is not None, WEIGHTED=weight is not None, MODE=mode is not None, WIDE=wide, **tile,

@@ -5,7 +5,7 @@ active mask; the second clips those in float64. Up to rank 64 one program clips 
 does: in float32 by matrix products (newton_schulz.py), in float64 by blocks of columns (jacobi.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from .. import devices
 from ..qr.cholesky_qr import ALL_ZERO, NOT_CONVERGED, NOT_FINITE, OK, load_wide
 from ..runtime import cooperative
 from ..runtime.cooperative import barrier, copy, product, reset, timed_out
-from ..runtime.launching import offsets, on, table, variant
+from ..runtime.launching import addresses, launch, offsets, on, table, variant
 from ..spectral import band, jacobi, newton_schulz
 from . import tables as col
 from .tables import CoreRow
@@ -48,8 +48,10 @@ class CoreClip:
         self._large = triton.next_power_of_2(max(large, default=0))
         jobs = [newton_schulz.jobs(r, r) for r in large]
         group_size_of = dict(zip(large, cooperative.group_sizes(device, jobs), strict=True)) if large else {}
+        at = addresses(cores)
+        starts = offsets(at[0], at, base.element_size())
         rows, size, wide_size, programs = [], 0, 0, []
-        for i, (start, r, layer) in enumerate(zip(offsets(base, cores), ranks, layers, strict=True)):
+        for i, (start, r, layer) in enumerate(zip(starts, ranks, layers, strict=True)):
             if r <= LARGEST_SINGLE.value:
                 rounds, group_size = triton.next_power_of_2(r), 1
                 own = wide = 4 * self._width**2
@@ -71,18 +73,22 @@ class CoreClip:
         self._counters = cooperative.counters(len(cores), device)
         self._together = cooperative.grid_options(len(programs), len(cores), device)
 
-    def __call__(self, hyper: Tensor, moved: Tensor, info: Tensor) -> None:
+    def __call__(self, hyper: Tensor, moved: Tensor, info: Tensor) -> list[Callable]:
+        """Clip the cores; return the launches."""
         if self._base is None:
-            return
-        base = self._base
+            return []
+        base, launches = self._base, []
         with on(base.device):
             for masked in (False, True) if base.dtype == torch.float32 else (False,):
                 dtype = torch.float64 if masked else base.dtype
                 options = config(devices.architecture(base.device), dtype, self._width, self._large) | self._together
-                clip[(len(self._work),)](
+                again = launch(
+                    clip, (len(self._work),),
                     self._cores, self._work, hyper, base, self._workspace, self._wide, self._active, self._active_mask,
                     self._counters, moved, info, MASKED=masked, **options,
                 )  # fmt: skip
+                launches.append(again)
+        return launches
 
 
 @triton.jit

@@ -2,12 +2,13 @@
 
 Eight launches, whatever the number of layers, and with momentum or without: see network_step.py. Nothing waits for the
 device, and after the first step with the same parameters nothing is allocated. Where tensors have moved, as gradients
-may at every step, one more launch for every 32 of them updates the pointer table; a captured graph writes all of it.
+may at every step, one copy updates the pointer table; a captured graph writes it by launches.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,13 +19,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ....reference import ROLES
 from ..qr import cholesky_qr
 from ..runtime.launching import (
+    addresses,
     capturing,
+    launch,
     offsets,
     on,
     pointer_table_size,
     rows_per_split,
     table,
     tiles,
+    upload,
     write_pointer_table,
 )
 from . import network_step
@@ -66,7 +70,7 @@ class _Tables:
     section: int  # length of each of the sections params, grads, buffers of the pointer table
     factors: list[FactorRow]
     layers: list[LayerRow]
-    trial_points: list[int] = field(default_factory=list)  # the last section of the pointer table
+    trial_points: list[int] = field(default_factory=list)  # behind them
     first_jobs: list[cholesky_qr.ProductJob] = field(default_factory=list)
     first_work: list[tuple] = field(default_factory=list)
     prepare_work: list[tuple] = field(default_factory=list)
@@ -78,6 +82,11 @@ class _Tables:
     wide: _Allocator = field(default_factory=_Allocator)
     Y: _Allocator = field(default_factory=_Allocator)
     trial_cores: _Allocator = field(default_factory=_Allocator)
+
+    @property
+    def pointers(self) -> int:
+        """Where the trial points begin in the pointer table."""
+        return pointer_table_size(3 * self.section)
 
     def entries(self, slot: int) -> tuple[int, int, int]:
         """Return the entries of a parameter, its gradient and its buffer in the pointer table."""
@@ -103,10 +112,13 @@ class StepPlan:
     def __init__(self, params: Sequence[Tensor], grads: Sequence[Tensor]):
         self.device, self.dtype = params[0].device, params[0].dtype
         self.layout = layout(params, grads)
+        self._known: tuple[int, ...] = (0,)  # addresses of all tensors as the pointer table has them
+        self._last: tuple = (None, None, [])  # hyper, skipped and launches of the last run
+        self._hyper: tuple = (None, 0, None)  # one on another device, its version, and its copy
         layers = len(params) // len(ROLES)
         ranks = [S.shape[0] for S in params[_S :: len(ROLES)]]
         self._tile = cholesky_qr.width(max(ranks))
-        tables = _Tables(pointer_table_size(len(params)), [FactorRow()] * (2 * layers), [LayerRow()] * layers)
+        tables = _Tables(len(params), [FactorRow()] * (2 * layers), [LayerRow()] * layers)
         self._factor_tables(tables, params, grads)
         cores = self._core_tables(tables, params, grads)
         self._upload(tables, params[0])
@@ -138,7 +150,7 @@ class StepPlan:
         for f in factors:
             m, r = f.rows, f.rank
             x, grad, buffer = tables.entries(f.slot)
-            trial = 3 * tables.section + len(tables.trial_points)
+            trial = tables.pointers + len(tables.trial_points)
             tables.trial_points.append(tables.Y.take(m * r))
             overlap_splits, gram_splits = len(tiles(m, per_overlap)), len(tiles(m, per_gram))
             row = FactorRow(
@@ -220,8 +232,7 @@ class StepPlan:
         """Copy the tables to the device and allocate the workspace."""
         int32 = functools.partial(table, dtype=torch.int32, device=self.device)
         int64 = functools.partial(table, dtype=torch.int64, device=self.device)
-        self._section, self._known = tables.section, [None] * 3
-        self._pointer_table = int64([[0] * 3 * tables.section + tables.trial_points])[0]
+        self._pointer_table = int64([[0] * tables.pointers + tables.trial_points])[0]
         self._factors, self._layers = int64(tables.factors), int64(tables.layers)
         self._first_jobs, self._gram_jobs = int64(tables.first_jobs), int64(tables.gram_jobs)
         self._first_work, self._prepare_work = int32(tables.first_work), int32(tables.prepare_work)
@@ -236,56 +247,76 @@ class StepPlan:
         skipped: Tensor,
     ) -> None:  # fmt: skip
         """Take one step, as the step op does."""
-        base, wide = params[0], self._wide
-        products = cholesky_qr.product_options(self._tile)
         with on(self.device):
-            pointer_table = self._update_pointer_table(base, params, grads, buffers)
-            _launch(cholesky_qr.products, self._first_work)(
-                pointer_table, self._first_jobs, self._first_work, hyper, base, base, wide, **products
-            )
-            _launch(network_step.prepare, self._prepare_work)(
+            now = addresses(itertools.chain(params, grads, buffers))
+            if capturing(self.device):
+                self.captured = True
+                # a table of its own, written in every replay, since other steps overwrite that of the plan
+                pointer_table = self._pointer_table.clone()
+                write_pointer_table(pointer_table, offsets(now[0], now, self.dtype.itemsize))
+                self._launch(pointer_table, params[0], hyper, skipped)
+                return
+            if now != self._known:
+                upload(self._pointer_table, offsets(now[0], now, self.dtype.itemsize))
+            last_hyper, last_skipped, launches = self._last
+            if hyper is last_hyper and skipped is last_skipped and now[0] == self._known[0]:
+                for again in launches:
+                    again()
+            else:
+                base = params[0].detach()  # the plan must not keep the parameter alive, on which its own life depends
+                self._last = hyper, skipped, self._launch(self._pointer_table, base, hyper, skipped)
+            self._known = now
+
+    def _launch(self, pointer_table: Tensor, base: Tensor, hyper: Tensor, skipped: Tensor) -> list[Callable]:
+        """Launch all kernels of a step; return the launches."""
+        wide = self._wide
+        products, prepare = cholesky_qr.product_options(self._tile), network_step.prepare_options()
+        solve, factor = cholesky_qr.solve_options(), cholesky_qr.factor_options()
+        return [
+            *_over(
+                self._first_work, cholesky_qr.products,
+                pointer_table, self._first_jobs, self._first_work, hyper, base, base, wide, **products,
+            ),
+            *_over(
+                self._prepare_work, network_step.prepare,
                 pointer_table, self._factors, self._layers, self._prepare_work, hyper, base, wide, self._trial,
-                self._state, self._bias_state, self._need, self._moved, **network_step.prepare_options(),
-            )  # fmt: skip
-            _launch(network_step.trial, self._trial_work)(
+                self._state, self._bias_state, self._need, self._moved, **prepare,
+            ),
+            *_over(
+                self._trial_work, network_step.trial,
                 pointer_table, self._factors, self._trial_work, hyper, base, wide, self._Y, self._need,
-                **cholesky_qr.solve_options(),
-            )  # fmt: skip
-            _launch(cholesky_qr.products, self._gram_work)(
-                pointer_table, self._gram_jobs, self._gram_work, hyper, self._Y, self._Y, wide, **products
-            )
-            _launch(network_step.decide, self._decide_work)(
-                self._factors, self._decide_work, wide, self._state, self._need, _FAR[self.dtype],
-                **cholesky_qr.factor_options(),
-            )  # fmt: skip
-            self._clip(hyper, self._moved, self._info)
-            _launch(network_step.finish, self._finish_work)(
+                **solve,
+            ),
+            *_over(
+                self._gram_work, cholesky_qr.products,
+                pointer_table, self._gram_jobs, self._gram_work, hyper, self._Y, self._Y, wide, **products,
+            ),
+            *_over(
+                self._decide_work, network_step.decide,
+                self._factors, self._decide_work, wide, self._state, self._need, _FAR[self.dtype], **factor,
+            ),
+            *self._clip(hyper, self._moved, self._info),
+            *_over(
+                self._finish_work, network_step.finish,
                 pointer_table, self._factors, self._layers, self._finish_work, hyper, base, wide, self._Y, self._trial,
                 self._state, self._bias_state, self._moved, self._info, skipped, **network_step.finish_options(),
-            )  # fmt: skip
+            ),
+        ]  # fmt: skip
 
-    def _update_pointer_table(self, base: Tensor, *sections: Sequence[Tensor]) -> Tensor:
-        """Return the pointer table, updated for tensors that moved.
-
-        A captured graph gets a table of its own and writes all three sections in every replay, since other steps
-        overwrite the table of the plan.
-        """
-        captured = capturing(self.device)
-        self.captured |= captured
-        pointer_table = self._pointer_table.clone() if captured else self._pointer_table
-        for i, tensors in enumerate(sections):
-            now = offsets(base, tensors)
-            if captured or now != self._known[i]:
-                write_pointer_table(pointer_table[i * self._section :], now)
-                if not captured:
-                    self._known[i] = now
-        return pointer_table
+    def hyper_here(self, hyper: Tensor) -> Tensor:
+        """Return hyper on the device of the plan, copied only if it is another or has changed."""
+        if hyper.device == self.device:
+            return hyper
+        known, version, copy = self._hyper
+        if hyper is not known or hyper._version != version:
+            copy = hyper.to(self.device)
+            self._hyper = hyper, hyper._version, copy
+        return copy
 
 
 def layout(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple:
-    """Return what a plan depends on."""
-    shapes = tuple((p.shape, g.numel() > 0) for p, g in zip(params, grads, strict=True))
-    return params[0].device, params[0].dtype, shapes
+    """Return what a plan depends on; the numbers of elements say the shapes of U [m, r], S [r, r], V [n, r]."""
+    return params[0].device, params[0].dtype, (*map(Tensor.numel, params),), (*map(bool, map(Tensor.numel, grads)),)
 
 
 _plans = WeakIdKeyDictionary()  # by the first parameter
@@ -301,9 +332,9 @@ def step(params, grads, momentum_buffers, hyper: Tensor, skipped: Tensor) -> Non
         if plan is not None and plan.captured:
             _captured.setdefault(params[0], []).append(plan)
         plan = _plans[params[0]] = StepPlan(params, grads)
-    plan.run(params, grads, momentum_buffers, hyper.to(plan.device), skipped)
+    plan.run(params, grads, momentum_buffers, plan.hyper_here(hyper), skipped)
 
 
-def _launch(kernel, work: Tensor):
-    """Return the launch of one program for each row of work, which does nothing where there is none."""
-    return kernel[(len(work),)] if len(work) else lambda *args, **options: None
+def _over(work: Tensor, kernel, *args, **options) -> list[Callable]:
+    """Launch one program for each row of work; return the launch if there is any."""
+    return [launch(kernel, (len(work),), *args, **options)] if len(work) else []
