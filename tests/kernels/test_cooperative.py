@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from helpers.matrices import with_spectrum
 
 from condlr_ext import reference
 from condlr_ext.kernels.status import NOT_CONVERGED, OK
+from condlr_ext.kernels.triton import devices
 from condlr_ext.reference import HYPER
 
 pytestmark = ON_CPU
@@ -124,7 +126,7 @@ def test_groups_clip_the_cores_of_a_network(at_once):
     hyper[..., HYPER.index("tau")], hyper[..., HYPER.index("sigma_max")] = 0.1, math.inf
     clip = core_clip.CoreClip(views, range(3))
     clip(hyper, torch.ones_like(info), info)
-    assert at_once == [MEMBERS, MEMBERS] and info.tolist() == [OK] * 3
+    assert at_once == [MEMBERS, 1] * 2 and info.tolist() == [OK] * 3
     assert clip._active_mask.tolist() == [0, 0, 1] and not clip._counters.any()
     for view, core in zip(views, cores, strict=True):
         torch.testing.assert_close(view.double(), reference.clip_spectrum(core, 0.1), rtol=0, atol=2e-6)
@@ -132,9 +134,44 @@ def test_groups_clip_the_cores_of_a_network(at_once):
 
 @pytest.mark.parametrize("absent", [{1}])
 def test_nobody_waits_forever(monkeypatch, absent):
-    """Nobody takes the result of a group that timed out."""
+    """Nobody takes the result of a group that timed out, and the next launch of groups raises."""
     monkeypatch.setattr(cooperative, "MAX_SPINS", 3)
-    A = spectra(0.5)
-    out, active_mask = clipped(A)
-    assert active_mask.tolist() == [1]
-    assert spectral.svd(torch.eye(80, 66)[None])[3] == NOT_CONVERGED
+    for call, expected in (
+        (lambda: clipped(spectra(0.5))[1], 1),
+        (lambda: spectral.svd(torch.eye(80, 66)[None])[3], NOT_CONVERGED),
+    ):
+        cooperative._failure_flag.cache_clear()
+        assert call().tolist() == [expected]
+        with pytest.raises(RuntimeError, match="waited in vain"):
+            call()
+    with pytest.raises(RuntimeError, match="waited in vain"):
+        core_clip.CoreClip([torch.eye(3)], [0])(torch.zeros(0), torch.ones(1), torch.zeros(1))
+    cooperative._failure_flag.cache_clear()
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7, 108, 132, 304])
+def test_groups_fit_on_the_device(multiprocessors, monkeypatch):
+    """Whatever the sizes of the matrices: all members of all groups run at once, or all groups have one member."""
+    monkeypatch.undo()
+    monkeypatch.setattr(cooperative, "INTERPRETED", False)
+    monkeypatch.setattr(devices, "multiprocessors", lambda device: multiprocessors)
+    draw = random.Random(0)
+    for _ in range(300):
+        jobs = [draw.choice((1, 9, 64, 256)) for _ in range(draw.randint(1, 200))]
+        sizes = cooperative.group_sizes(torch.device("cpu"), jobs)
+        together = cooperative.grid_options(sizes)["launch_cooperative_grid"]
+        assert sum(sizes) <= multiprocessors if together else sizes == [1] * len(jobs)
+
+
+def test_large_cores_do_not_wait_for_small_ones(monkeypatch):
+    """A network with one large and many small cores: the groups are launched without them, and cooperatively."""
+    monkeypatch.undo()
+    monkeypatch.setattr(cooperative, "INTERPRETED", False)
+    launched = []
+    monkeypatch.setattr(core_clip, "launch", lambda kernel, grid, *args, **options: launched.append((grid, options)))
+    ranks = [3] * 200 + [66]
+    cores = torch.zeros(sum(r * r for r in ranks)).split([r * r for r in ranks])
+    clip = core_clip.CoreClip([core.view(r, r) for core, r in zip(cores, ranks, strict=True)], range(len(ranks)))
+    clip(torch.zeros(0), torch.zeros(0), torch.zeros(0))
+    assert [grid for grid, _ in launched] == [(3,), (200,)] * 2  # 4 multiprocessors
+    assert [bool(options.get("launch_cooperative_grid")) for _, options in launched] == [True, False] * 2

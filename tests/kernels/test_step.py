@@ -372,9 +372,10 @@ def test_hyperparameters_are_read_at_every_step():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
 
 
-def test_eight_launches(monkeypatch):
-    """Whatever the ranks, and also where gradients have moved."""
-    shapes = [*SHAPES, (70, 66, 65), (80, 70, 66)]
+@pytest.mark.parametrize("above_64", [[], [(70, 66, 65), (80, 70, 66)]], ids=len)
+def test_eight_launches(above_64, monkeypatch):
+    """Whatever the number of layers, and also where gradients have moved; ranks above 64 have their own two clips."""
+    shapes = [*SHAPES, *above_64]
     params, grads, buffers = network(torch.float32, shapes)
     hyper, skipped = hyper_table(len(shapes)), torch.zeros(len(shapes), dtype=torch.int64)
     ours = step.StepPlan(params, grads)
@@ -385,7 +386,7 @@ def test_eight_launches(monkeypatch):
         launched.clear()
         ours.run(params, given, buffers, hyper, skipped)
         counts.append(len(launched))
-    assert counts == [8, 8, 8]
+    assert counts == [10 if above_64 else 8] * 3
 
 
 TAUS = (0.0, 0.5, 1e4)  # each with a band of its own; the other pairs are slow

@@ -1,41 +1,71 @@
 """Cooperative groups: several programs of one launch work on one matrix and wait for each other at barriers.
 
 A launch for every stage of such work would cost the host tens of microseconds and the device one or two. All programs
-of a group must run at the same time, so there are at most as many as multiprocessors, or one per matrix. A group of one
-program never waits; Triton's interpreter, which runs programs one after another, uses only those.
+of a group must run at the same time, since they wait for each other. So a grid with larger groups than of one program
+has at most as many programs as the device has multiprocessors, and is launched cooperatively: the driver starts all of
+them together, or refuses. A group of one program never waits; Triton's interpreter, which runs programs one after
+another, uses only those. Should a program be missing all the same, the others stop waiting after about two seconds and
+set a flag in the memory of the host, and the next launch raises.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import devices
 from ..devices import INTERPRETED
 
-MAX_SPINS = tl.constexpr(1 << 25)  # reads of the counter, of about a microsecond each
+# reads of the counter, of about a microsecond each; by a clock, time in which the device does other work would count
+MAX_SPINS = tl.constexpr(1 << 21)
 TIMED_OUT = tl.constexpr(1 << 48)
 
 
 def group_sizes(device: torch.device, jobs: Sequence[int]) -> list[int]:
-    """Return the number of programs for each matrix, given how many jobs of a matrix can run in parallel."""
+    """Return the number of programs for each matrix, given how many jobs of a matrix can run in parallel.
+
+    All together are at most as many as multiprocessors, or one for each matrix.
+    """
     most, total = devices.multiprocessors(device) - len(jobs), sum(jobs)
     return [1 if INTERPRETED else max(1, min(job, most * job // total)) for job in jobs]
 
 
-def grid_options(programs: int, groups: int, device: torch.device) -> dict:
-    """Return the launch option by which all programs of a grid start together, or wait until they can."""
-    return dict(launch_cooperative_grid=groups < programs <= devices.multiprocessors(device))
+def grid_options(sizes: Sequence[int]) -> dict:
+    """Return the launch option by which the groups of a grid start together, or wait until they can."""
+    return dict(launch_cooperative_grid=max(sizes) > 1)
 
 
 def batch_groups(device: torch.device, groups: int, jobs: int) -> tuple[int, dict]:
     """Return the size of each group and the launch option where all matrices have one shape."""
     size = group_sizes(device, [jobs] * groups)[0]
-    return size, grid_options(groups * size, groups, device)
+    return size, grid_options([size])
 
 
-def counters(groups: int, device: torch.device) -> torch.Tensor:
+def failure_flag(device: torch.device) -> Tensor:
+    """Return what kernels set to 1 when a barrier times out: memory of the host, which learns of it without waiting.
+
+    Raises:
+        RuntimeError: A barrier of an earlier launch has timed out.
+    """
+    flag = _failure_flag(device.type == "cuda")
+    if flag.item():
+        raise RuntimeError(
+            "condlr_ext: programs of a Triton launch have waited in vain for others of their group, so the results of"
+            " earlier calls are wrong: they must run at the same time. Does the device have fewer multiprocessors than"
+            " it reports, as under MPS or in a green context?"
+        )
+    return flag
+
+
+@functools.cache
+def _failure_flag(pinned: bool) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+
+
+def counters(groups: int, device: torch.device) -> Tensor:
     return torch.zeros(groups, 2, dtype=torch.int64, device=device)
 
 
@@ -73,9 +103,11 @@ def timed_out(counter_ptr):
 
 
 @triton.jit
-def reset(counter_ptr, group_size):
-    """Set the counter to 0 for the next launch; the last call of every member."""
+def reset(counter_ptr, group_size, failed_ptr):
+    """Set the counter to 0 for the next launch, and failed to 1 if a barrier timed out; every member's last call."""
     if group_size > 1:
+        if timed_out(counter_ptr):
+            tl.store(failed_ptr, 1)
         if tl.atomic_add(counter_ptr + 1, 1) == group_size - 1:
             tl.store(counter_ptr, 0)
             tl.store(counter_ptr + 1, 0)

@@ -430,8 +430,8 @@ def svd_by_group(
 
 @triton.jit(do_not_specialize=["group_size"])
 def svd_by_blocks(
-    A_ptr, U_ptr, sigma_ptr, V_ptr, workspace_ptr, rotated_ptr, info_ptr, active_mask_ptr, counter_ptr, m, n, blocks,
-    workspace_size, group_size, a_batch, a_row, a_col,
+    A_ptr, U_ptr, sigma_ptr, V_ptr, workspace_ptr, rotated_ptr, info_ptr, active_mask_ptr, counter_ptr, failed_ptr,
+    m, n, blocks, workspace_size, group_size, a_batch, a_row, a_col,
     MASKED: tl.constexpr, PAIR: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
     SWEEPS: tl.constexpr,
 ):  # fmt: skip
@@ -443,7 +443,7 @@ def svd_by_blocks(
             V_ptr + batch * n * n, n, workspace_ptr + batch * workspace_size, rotated_ptr + batch * SWEEPS,
             info_ptr + batch, blocks, member, group_size, counter_ptr + 2 * batch, PAIR, R, BLOCK, TILE, SWEEPS,
         )  # fmt: skip
-        reset(counter_ptr + 2 * batch, group_size)
+        reset(counter_ptr + 2 * batch, group_size, failed_ptr)
 
 
 def workspace_size(m: int, n: int, group_size: int) -> int:
@@ -481,7 +481,7 @@ def variants(architecture: str):
                 default = R < 64 or dtype == "fp32"
                 yield svd, types, tile | dict(SWEEPS=SWEEPS, MASKED=masked), options, default
             for R in (128, 512):
-                types["counter_ptr"] = "*i64"
+                types |= dict(counter_ptr="*i64", failed_ptr="*i32")
                 options = dict(MASKED=masked, R=R) | config_of_blocks(architecture, dtype)
                 tile = {key: options.pop(key) for key in ("MASKED", "PAIR", "R", "BLOCK", "TILE", "SWEEPS")}
                 yield svd_by_blocks, types, tile, options, dtype == "fp32"

@@ -158,8 +158,8 @@ def _blocks(A: Tensor, U: Tensor, sigma: Tensor, V: Tensor, info: Tensor, active
     launch(
         jacobi.svd_by_blocks, (B * group_size,),
         A, U, sigma, V, U.new_empty(B, size), info.new_empty(B, options["SWEEPS"]), info, active_mask,
-        cooperative.counters(B, A.device), m, n, blocks, size, group_size, *A.stride(),
-        MASKED=masked, R=triton.next_power_of_2(n), **options, **grid,
+        cooperative.counters(B, A.device), cooperative.failure_flag(A.device), m, n, blocks, size, group_size,
+        *A.stride(), MASKED=masked, R=triton.next_power_of_2(n), **options, **grid,
     )  # fmt: skip
     return U, sigma, V, info
 

@@ -256,7 +256,7 @@ def clip_by_group(
 
 @triton.jit(do_not_specialize=["group_size"])
 def polar(
-    A_ptr, out_ptr, workspace_ptr, active_mask_ptr, counter_ptr, m, n, group_size,
+    A_ptr, out_ptr, workspace_ptr, active_mask_ptr, counter_ptr, failed_ptr, m, n, group_size,
     a_batch, a_row, a_col, o_batch, o_row, o_col,
     LEAST: tl.constexpr, TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -276,13 +276,13 @@ def polar(
         copy(X_ptr, n, 1, out_ptr, o_row, o_col, m, n, 1.0, member, group_size, counter_ptr, BLOCK)
     if member == 0:
         tl.store(active_mask_ptr + batch, tl.where(good & ~timed_out(counter_ptr), KEEP, CORRECT))
-    reset(counter_ptr, group_size)
+    reset(counter_ptr, group_size, failed_ptr)
 
 
 @triton.jit(do_not_specialize=["group_size"])
 def clip(
-    A_ptr, out_ptr, workspace_ptr, wide_ptr, constraint_ptr, row_ptr, active_mask_ptr, counter_ptr, m, n, size, stride,
-    group_size, a_batch, a_row, a_col, o_batch, o_row, o_col, POLAR: tl.constexpr, SIGN: tl.constexpr,
+    A_ptr, out_ptr, workspace_ptr, wide_ptr, constraint_ptr, row_ptr, active_mask_ptr, counter_ptr, failed_ptr, m, n,
+    size, stride, group_size, a_batch, a_row, a_col, o_batch, o_row, o_col, POLAR: tl.constexpr, SIGN: tl.constexpr,
     TILE: tl.constexpr, WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Run `clip_by_group` on a batch with constraints as in `band.shifts`; active_mask = 1 where that failed, or 0."""
@@ -298,7 +298,7 @@ def clip(
     )  # fmt: skip
     if member == 0:
         tl.store(active_mask_ptr + batch, tl.where(good & ~timed_out(counter_ptr), 0, 1))
-    reset(counter_ptr, group_size)
+    reset(counter_ptr, group_size, failed_ptr)
 
 
 def polar_factor(A: Tensor, out: Tensor) -> Tensor:
@@ -311,7 +311,8 @@ def polar_factor(A: Tensor, out: Tensor) -> Tensor:
     workspace = A.new_empty(B, 3 * m * n + n * n)
     launch(
         polar, (B * group_size,),
-        A, out, workspace, active_mask, cooperative.counters(B, A.device), m, n, group_size, *A.stride(), *out.stride(),
+        A, out, workspace, active_mask, cooperative.counters(B, A.device), cooperative.failure_flag(A.device), m, n,
+        group_size, *A.stride(), *out.stride(),
         LEAST=POLAR, **config(devices.architecture(A.device)), **grid,
     )  # fmt: skip
     return active_mask
@@ -331,9 +332,9 @@ def clip_spectrum(A: Tensor, constraint: Tensor, row: Tensor, out: Tensor) -> Te
     workspace, wide = A.new_empty(B, size), torch.empty(B, 2, n, n, dtype=torch.float64, device=A.device)
     launch(
         clip, (B * group_size,),
-        A, out, workspace, wide, constraint, row, active_mask, cooperative.counters(B, A.device), m, n, size,
-        constraint.stride(0), group_size, *A.stride(), *out.stride(), POLAR=POLAR, SIGN=SIGN,
-        **config(devices.architecture(A.device)), **grid,
+        A, out, workspace, wide, constraint, row, active_mask, cooperative.counters(B, A.device),
+        cooperative.failure_flag(A.device), m, n, size, constraint.stride(0), group_size, *A.stride(), *out.stride(),
+        POLAR=POLAR, SIGN=SIGN, **config(devices.architecture(A.device)), **grid,
     )  # fmt: skip
     return active_mask
 
@@ -360,6 +361,7 @@ def variants(architecture: str):
     """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
     types = dict.fromkeys(("A_ptr", "out_ptr", "workspace_ptr"), "*fp32")
     types |= dict(wide_ptr="*fp64", constraint_ptr="*fp64", counter_ptr="*i64", active_mask_ptr="*i32", row_ptr="*i32")
+    types["failed_ptr"] = "*i32"
     types |= {name: "i32" for name in clip.arg_names if name.islower() and not name.endswith("_ptr")}
     yield variant(polar, types, dict(LEAST=POLAR) | config(architecture))
     yield variant(clip, types, dict(POLAR=POLAR, SIGN=SIGN) | config(architecture))

@@ -1,8 +1,9 @@
-"""clip_spectrum of the cores of a whole network, in place: all in one launch, or two for float32.
+"""clip_spectrum of the cores of a whole network, in place: in one launch, or two for float32.
 
 The first launch, in float32, clips the well-conditioned cores, as all are after a step, and marks the others in an
 active mask; the second clips those in float64. Up to rank 64 one program clips a core, above it a cooperative group
-does: in float32 by matrix products (newton_schulz.py), in float64 by blocks of columns (jacobi.py).
+does: in float32 by matrix products (newton_schulz.py), in float64 by blocks of columns (jacobi.py). Where a network has
+both kinds, each has launches of its own, since nothing may keep members of a group from running at the same time.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from ..spectral import band, jacobi, newton_schulz
 from . import tables as col
 from .tables import CoreRow
 
-LARGEST_SINGLE = tl.constexpr(jacobi.PAIR)  # the largest rank that one program serves
+LARGEST_SINGLE = jacobi.PAIR  # the largest rank that one program serves
 
 
 class CoreClip:
@@ -42,52 +43,60 @@ class CoreClip:
         base, device = self._base, self._base.device
         single = base.dtype == torch.float32
         ranks = [len(S) for S in cores]
-        small = [r for r in ranks if r <= LARGEST_SINGLE.value]
-        large = [r for r in ranks if r > LARGEST_SINGLE.value]
-        self._width = triton.next_power_of_2(max([16, *small]))
-        self._large = triton.next_power_of_2(max(large, default=0))
+        small, large = ([r for r in ranks if (r > LARGEST_SINGLE) == above] for above in (False, True))
+        width = triton.next_power_of_2(max([16, *small]))
+        widest = triton.next_power_of_2(max(large, default=0))
         jobs = [newton_schulz.jobs(r, r) for r in large]
-        group_size_of = dict(zip(large, cooperative.group_sizes(device, jobs), strict=True)) if large else {}
+        sizes = cooperative.group_sizes(device, jobs) if large else []
+        size_of = dict(zip(large, sizes, strict=True))
         at = addresses(cores)
         starts = offsets(at[0], at, base.element_size())
-        rows, size, wide_size, programs = [], 0, 0, []
+        rows, size, wide_size, singles, members = [], 0, 0, [], []
         for i, (start, r, layer) in enumerate(zip(starts, ranks, layers, strict=True)):
-            if r <= LARGEST_SINGLE.value:
-                rounds, group_size = triton.next_power_of_2(r), 1
-                own = wide = 4 * self._width**2
+            if r <= LARGEST_SINGLE:
+                rounds = triton.next_power_of_2(r)
+                own = wide = 4 * width**2
+                singles.append((-r, i, 0, 1))
             else:
                 rounds = triton.next_power_of_2(triton.cdiv(2 * r, jacobi.PAIR))
-                group_size = group_size_of[r]
                 own = newton_schulz.workspace_size(r, r)
-                wide = 2 * r * r + self._large + jacobi.workspace_size(r, r, group_size)
+                wide = 2 * r * r + widest + jacobi.workspace_size(r, r, size_of[r])
+                members += [(-r, i, member, size_of[r]) for member in range(size_of[r])]
             rows.append(CoreRow(start, r, layer, rounds, workspace=size, wide_workspace=wide_size))
             size, wide_size = size + own * single, wide_size + wide
-            programs += [(-r, i, member, group_size) for member in range(group_size)]
+        # what each launch does, the longest programs first, and the options of its kernel that depend on the ranks
+        self._work = [
+            (table([row[1:] for row in sorted(programs)], torch.int32, device), ranks, options)
+            for programs, ranks, options in (
+                (members, (16, widest), cooperative.grid_options(sizes) if sizes else {}),
+                (singles, (width, 0), {}),
+            )
+            if programs
+        ]
         self._cores = table(rows, torch.int64, device)
-        # groups first: their members must run at the same time
-        self._work = table([row[1:] for row in sorted(programs)], torch.int32, device)
         self._workspace = torch.empty(size, dtype=base.dtype, device=device)
         self._wide = torch.empty(wide_size, dtype=torch.float64, device=device)
         self._active = torch.zeros(len(cores), jacobi.SWEEPS_OF_BLOCKS, dtype=torch.int32, device=device)
         self._active_mask = torch.zeros(len(cores), dtype=torch.int32, device=device)
         self._counters = cooperative.counters(len(cores), device)
-        self._together = cooperative.grid_options(len(programs), len(cores), device)
 
     def __call__(self, hyper: Tensor, moved: Tensor, info: Tensor) -> list[Callable]:
         """Clip the cores; return the launches."""
         if self._base is None:
             return []
         base, launches = self._base, []
+        failed, architecture = cooperative.failure_flag(base.device), devices.architecture(base.device)
         with on(base.device):
             for masked in (False, True) if base.dtype == torch.float32 else (False,):
                 dtype = torch.float64 if masked else base.dtype
-                options = config(devices.architecture(base.device), dtype, self._width, self._large) | self._together
-                again = launch(
-                    clip, (len(self._work),),
-                    self._cores, self._work, hyper, base, self._workspace, self._wide, self._active, self._active_mask,
-                    self._counters, moved, info, MASKED=masked, **options,
-                )  # fmt: skip
-                launches.append(again)
+                for work, (width, large), options in self._work:
+                    again = launch(
+                        clip, (len(work),),
+                        self._cores, work, hyper, base, self._workspace, self._wide, self._active, self._active_mask,
+                        self._counters, failed, moved, info, MASKED=masked,
+                        **config(architecture, dtype, width, large), **options,
+                    )  # fmt: skip
+                    launches.append(again)
         return launches
 
 
@@ -245,12 +254,12 @@ def _clip_by_blocks(
 @triton.jit
 def clip(
     cores_ptr, work_ptr, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_ptr, active_mask_ptr, counter_ptr,
-    moved_ptr, info_ptr,
+    failed_ptr, moved_ptr, info_ptr,
     MASKED: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SWEEPS: tl.constexpr, LARGE: tl.constexpr,
     PAIR: tl.constexpr, SWEEPS_OF_BLOCKS: tl.constexpr, POLAR: tl.constexpr, SIGN: tl.constexpr, TILE: tl.constexpr,
     WIDE_TILE: tl.constexpr, DEPTH: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    """Set every core S [n, n] to S + U diag(weight) Vᵀ or U diag(weight) Vᵀ; n <= R, or n <= LARGE if LARGE > 0.
+    """Set every core S [n, n] to S + U diag(weight) Vᵀ or U diag(weight) Vᵀ; n <= R, or 64 < n <= LARGE if LARGE > 0.
 
     work, a row per program: core, member, size of its group. MASKED: clip the cores of the active mask, in float64.
     Otherwise clip all, in the dtype of base, and put those into the mask for which float32 is not enough.
@@ -270,8 +279,6 @@ def clip(
         own_ptr = workspace_ptr if single else wide_ptr
         if LARGE == 0:
             _clip(core, hyper_ptr, base_ptr, own_ptr, active_mask_ptr, moved_ptr, info_ptr, MASKED, R, BLOCK, SWEEPS)
-        elif tl.load(core + col.CORE_RANK) <= LARGEST_SINGLE:
-            _clip(core, hyper_ptr, base_ptr, own_ptr, active_mask_ptr, moved_ptr, info_ptr, MASKED, R, BLOCK, SWEEPS)
         elif single:
             _clip_by_products(
                 core, hyper_ptr, base_ptr, workspace_ptr, wide_ptr, active_mask_ptr, moved_ptr, info_ptr, member,
@@ -282,32 +289,30 @@ def clip(
                 core, hyper_ptr, base_ptr, wide_ptr, active_ptr + index * SWEEPS_OF_BLOCKS, moved_ptr, info_ptr, member,
                 group_size, counter_ptr, PAIR, LARGE, BLOCK, WIDE_TILE, SWEEPS_OF_BLOCKS,
             )  # fmt: skip
-        reset(counter_ptr, group_size)
+        reset(counter_ptr, group_size, failed_ptr)
 
 
 def config(architecture: str, dtype: torch.dtype, width: int, large: int) -> dict:
-    """Return the constexprs and options of `clip` for ranks up to width, or up to large if that is not 0."""
+    """Return the constexprs and options of `clip` for ranks up to width or, if large is not 0, from 65 to large."""
     name = "fp64" if dtype == torch.float64 else "fp32"
     options = dict(R=width, SWEEPS=jacobi.SWEEPS, LARGE=large, PAIR=jacobi.PAIR)
     options |= dict(SWEEPS_OF_BLOCKS=jacobi.SWEEPS_OF_BLOCKS, POLAR=newton_schulz.POLAR, SIGN=newton_schulz.SIGN)
     products = newton_schulz.config(architecture)
     options |= dict(FLAT=products.pop("BLOCK")) | products
-    # the warps of the larger kind of work
     return options | jacobi.config(architecture, name, jacobi.PAIR if large else width)
 
 
 def variants(architecture: str):
     """Yield what to compile ahead of time: (kernel, signature types, constexprs, options, is a default)."""
     types = dict(cores_ptr="*i64", work_ptr="*i32", hyper_ptr="*fp64", wide_ptr="*fp64", counter_ptr="*i64")
-    types |= dict.fromkeys(("active_ptr", "active_mask_ptr", "moved_ptr", "info_ptr"), "*i32")
+    types |= dict.fromkeys(("active_ptr", "active_mask_ptr", "failed_ptr", "moved_ptr", "info_ptr"), "*i32")
     for base, dtype, masked in (
         ("fp32", torch.float32, False),
         ("fp32", torch.float64, True),
         ("fp64", torch.float64, False),
     ):
         types |= dict.fromkeys(("base_ptr", "workspace_ptr"), f"*{base}")
-        for width, large in ((16, 0), (32, 0), (64, 0), (16, 512), (32, 512), (64, 512)):
+        for width, large in ((16, 0), (32, 0), (64, 0), (16, 512)):
             options = dict(MASKED=masked) | config(architecture, dtype, width, large)
-            # float64, and both kinds of work at their widest, spill a few registers
-            default = dtype == torch.float32 and (width == 32 or not large)
-            yield variant(clip, types, options)[:-1] + (default,)
+            # in float64 a few registers spill
+            yield variant(clip, types, options)[:-1] + (dtype == torch.float32,)

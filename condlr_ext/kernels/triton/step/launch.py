@@ -1,8 +1,9 @@
 """The step op by Triton: tables, workspace and launches for a whole network.
 
-Eight launches, whatever the number of layers, and with momentum or without: see network_step.py. Nothing waits for the
-device, and after the first step with the same parameters nothing is allocated. Where tensors have moved, as gradients
-may at every step, one copy updates the pointer table; a captured graph writes it by launches.
+Eight launches, whatever the number of layers, and with momentum or without: see network_step.py; two more where some
+ranks are above 64 and some not. Nothing waits for the device, and after the first step with the same parameters nothing
+is allocated. Where tensors have moved, as gradients may at every step, one copy updates the pointer table; a captured
+graph writes it by launches.
 """
 
 import functools
@@ -18,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ....reference import ROLES
 from ..qr import cholesky_qr
+from ..runtime import cooperative
 from ..runtime.launching import (
     addresses,
     capturing,
@@ -247,6 +249,7 @@ class StepPlan:
         skipped: Tensor,
     ) -> None:  # fmt: skip
         """Take one step, as the step op does."""
+        cooperative.failure_flag(self.device)  # raises
         with on(self.device):
             now = addresses(itertools.chain(params, grads, buffers))
             if capturing(self.device):
