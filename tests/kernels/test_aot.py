@@ -4,7 +4,6 @@ One process for `pytest -m aot` (the default configurations) or `pytest -m "aot 
 TRITON_INTERPRET=1, which leaves nothing to compile.
 """
 
-import importlib
 import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -13,70 +12,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from helpers import aot
-
+from bench import aot
 from condlr_ext.kernels.triton.devices import INTERPRETED
-
-TYPES = {"fp16": "fp16", "bf16": "bf16", "tf32": "fp32", "fp32": "fp32", "fp64": "fp64"}
-# the products of a layer, with the stride of S that is 1: forward, backward, the same for the pointwise half
-CHAINS = {
-    "forward": {"FIRST": True, "LAST": True, "BIAS": True, "s_col": 1},
-    "backward": {"FIRST": True, "LAST": True, "BIAS": False, "s_row": 1},
-    "pointwise": {"FIRST": False, "LAST": True, "BIAS": True, "s_col": 1},
-    "pointwise backward": {"FIRST": True, "LAST": False, "BIAS": False, "s_row": 1},
-}
-COUNTS = ("n_rows", "splits", "u_tiles", "v_tiles", "rows_per_split")  # integers of any value
-
-
-def layer_variants():
-    """Yield every configuration of the kernels of the layers."""
-    import torch
-
-    from condlr_ext.kernels.triton.linear import configs, low_rank
-
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
-    for architecture in configs.ARCHITECTURES:
-        for dtype, type_ in TYPES.items():
-            wide = "fp64" if dtype == "fp64" else "fp32"
-            rounding = "ieee" if dtype in ("fp32", "fp64") else "tf32"
-            for rank in configs.RANKS:
-                for kernel in ("chain", "sums", "combine"):
-                    names = getattr(low_rank, kernel).arg_names
-                    listed = configs.of(kernel, architecture, dtypes.get(dtype, torch.float32), rank, rounding)
-                    for i, config in enumerate(listed):
-                        for kind, fixed in CHAINS.items() if kernel == "chain" else [("", {"BIAS": True})]:
-                            constants = fixed | {"RANK": rank, "PRECISION": rounding} | config.kwargs
-                            if kernel == "combine":
-                                constants["s_col"] = 1
-                            types = {}
-                            for name in names:
-                                if name.endswith("_ptr"):
-                                    summed = name.endswith("sums_ptr") or (kernel == "sums" and name == "db_ptr")
-                                    types[name] = f"*{wide if summed else type_}:16"
-                                elif name not in constants:
-                                    types[name] = "i32" if name in COUNTS else "i32:16"
-                            options = {k: v for k, v in config.all_kwargs().items() if k not in config.kwargs}
-                            yield aot.Variant(
-                                "linear.low_rank", kernel, architecture, types, constants, options, i == 0, kind, dtype
-                            )
-
-
-def other_variants():
-    """Yield the `variants` of all other modules with kernels."""
-    from condlr_ext.kernels.triton.linear import configs
-
-    for name in (
-        "runtime.launching", "qr.cholesky_qr", "spectral.band", "spectral.bound", "spectral.jacobi",
-        "spectral.newton_schulz", "spectral.product", "step.core_clip", "step.network_step",
-    ):  # fmt: skip
-        module = importlib.import_module(f"condlr_ext.kernels.triton.{name}")
-        for architecture in configs.ARCHITECTURES:
-            for kernel, types, constants, options, default in module.variants(architecture):
-                types = {name: types[name] for name in kernel.arg_names if name not in constants}
-                dtypes = "-".join(dict.fromkeys(t.lstrip("*") for t in types.values() if t[:3] in ("*fp", "*bf")))
-                yield aot.Variant(
-                    name, kernel.fn.__name__, architecture, types, constants, options, default, dtype=dtypes
-                )
+from condlr_ext.kernels.triton.linear import configs
 
 
 def in_make_test(variant) -> bool:
@@ -85,7 +23,7 @@ def in_make_test(variant) -> bool:
     return variant.default and (not layers or (variant.constants["RANK"] == 64 and "pointwise" not in variant.kind))
 
 
-VARIANTS = [] if INTERPRETED else [*layer_variants(), *other_variants()]
+VARIANTS = [] if INTERPRETED else [v for name in configs.ARCHITECTURES for v in aot.variants(name)]
 
 
 @pytest.fixture(scope="module")
