@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import triton
 
+import condlr_ext
 from condlr_ext._table import markdown
 from condlr_ext.kernels.triton.linear import configs, low_rank
 from condlr_ext.kernels.triton.linear import launch as layers
@@ -84,9 +85,22 @@ def steps(layer_counts=LAYERS, samples: int = 40) -> list[list[str]]:
     return rows
 
 
+def optimizers(layer_counts=LAYERS, samples: int = 40) -> list[list[str]]:
+    """Return rows for step() of an optimizer, gradients where they were."""
+    rows = []
+    for count in layer_counts:
+        net = torch.nn.Sequential(*(condlr_ext.LowRankLinear(80, 80, rank=8 + i % 3) for i in range(count)))
+        optimizer = condlr_ext.optim.CondLRSGD(net, 1e-3, momentum=0.9, tau=0.1)
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        with condlr_ext.backend("triton"):
+            rows.append([f"`CondLRSGD.step()` of {count} layers", f"{microseconds(optimizer.step, samples):.0f}"])
+    return rows
+
+
 def table() -> str:
     with driver_of(90):
-        cells = [*launches(), *steps()]
+        cells = [*launches(), *steps(), *optimizers()]
     about = f"Python {platform.python_version()}, torch {torch.__version__}, Triton {triton.__version__}"
     return f"{markdown(['what', 'us'], cells)}\n`python -m bench.launches`: {about}, one thread, an idle driver.\n"
 
