@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ....reference import ROLES
+from .. import devices
 from ..qr import cholesky_qr
 from ..runtime import cooperative
 from ..runtime.launching import (
@@ -275,6 +276,7 @@ class StepPlan:
         wide = self._wide
         products, prepare = cholesky_qr.product_options(self._tile), network_step.prepare_options()
         solve, factor = cholesky_qr.solve_options(), cholesky_qr.factor_options()
+        finish = network_step.finish_options(devices.architecture(self.device))
         return [
             *_over(
                 self._first_work, cholesky_qr.products,
@@ -302,7 +304,7 @@ class StepPlan:
             *_over(
                 self._finish_work, network_step.finish,
                 pointer_table, self._factors, self._layers, self._finish_work, hyper, base, wide, self._Y, self._trial,
-                self._state, self._bias_state, self._moved, self._info, skipped, **network_step.finish_options(),
+                self._state, self._bias_state, self._moved, self._info, skipped, **finish,
             ),
         ]  # fmt: skip
 
