@@ -39,30 +39,6 @@ class LowRankConvFunction(Function):
         return _factorized_backward(ctx, layers.low_rank_conv_backward, reference.low_rank_conv_backward, grad)
 
 
-class MergedLinearFunction(Function):
-    """Y of reference.merged_linear."""
-
-    @staticmethod
-    def forward(ctx, backend, *args):
-        return _merged(ctx, layers.merged_linear, backend, args)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _merged_backward(ctx, layers.merged_linear_backward, reference.merged_linear_backward, grad)
-
-
-class MergedConvFunction(Function):
-    """Y of reference.merged_conv."""
-
-    @staticmethod
-    def forward(ctx, backend, *args):
-        return _merged(ctx, layers.merged_conv, backend, args)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _merged_backward(ctx, layers.merged_conv_backward, reference.merged_conv_backward, grad)
-
-
 def _factorized(ctx, op, backend, args):
     """Return Y. Save the factors, P for dU and dS, and X for dV and to compute P again in double backward.
 
@@ -82,19 +58,6 @@ def _factorized_backward(ctx, op, differentiable, grad):
     if torch.is_grad_enabled() and input is not None:
         P = None  # computed again as a function of X and V
     return _gradients(ctx, op, differentiable, grad, input, P, U, S, V)
-
-
-def _merged(ctx, op, backend, args):
-    """Return Y. Save the factors, from which W is formed again, and X for their gradients (see _factorized)."""
-    input, U, S, V, _, *ctx.geometry = args
-    _, by_X, *by_factors, _ = ctx.needs_input_grad[:6]
-    ctx.backend = backend
-    ctx.save_for_backward(input if any(by_factors) or (by_X and ctx.geometry) else None, U, S, V)
-    return op.run(backend, *args)
-
-
-def _merged_backward(ctx, op, differentiable, grad):
-    return _gradients(ctx, op, differentiable, grad, *ctx.saved_tensors)
 
 
 def _gradients(ctx, op, differentiable, *tensors):

@@ -1,6 +1,9 @@
 """Functional forms of the low-rank layers: argument checks, autocast, choice of route, then autograd."""
 
+import math
 import numbers
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.fx
@@ -47,15 +50,23 @@ def low_rank_linear(
         Savostianova et al., NeurIPS 2023, section 3.
     """
     args = linear_arguments(input, U, S, V, bias)
-    if check_route("low_rank_linear", route) == "auto":
+    return linear_products(route, *args)(*args)
+
+
+def linear_products(route: str, *args) -> Callable[..., Tensor]:
+    """Return the function of these arguments, of linear_arguments, that computes the layer the fastest."""
+    check_route("low_rank_linear", route)
+    input, U, *_ = args
+    kernels = _kernels(ops.layers.low_rank_linear, ops.layers.is_served, args)
+    if route == "auto":
         route = ops.cost_model_cpu.choose(ops.cost_model_cpu.linear, *args)
     if route == "merged":
-        if _use_aten():
-            return reference.merged_linear(*args)
-        return autograd.MergedLinearFunction.apply(ops.layers.merged_linear.choose(*args), *args)
-    if _use_aten():
-        return reference.low_rank_linear(*args)[0]
-    return autograd.LowRankLinearFunction.apply(ops.layers.low_rank_linear.choose(*args), *args)
+        return reference.merged_linear
+    folded = math.prod(reference.sizes(input)[:-1]) > U.shape[0]
+    products = reference.folded_linear if folded else reference.thin_linear
+    if kernels is None:
+        return products
+    return partial(_by_kernels, autograd.LowRankLinearFunction, ops.layers.low_rank_linear, kernels, products)
 
 
 def linear_arguments(input, U, S, V, bias) -> tuple:
@@ -160,18 +171,21 @@ def conv_arguments(name, d, input, U, S, V, bias, stride, padding, dilation, gro
 def _conv(d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route) -> Tensor:
     name = f"low_rank_conv{d}d"
     args = conv_arguments(name, d, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size)
-    if check_route(name, route) == "auto":
+    output = conv_products(route, *args)(*args)
+    return output if input.dim() == d + 2 else output.squeeze(0)
+
+
+def conv_products(route: str, *args) -> Callable[..., Tensor]:
+    """Return the function of these arguments, of conv_arguments, that computes the layer the fastest."""
+    check_route(f"low_rank_conv{len(args[5])}d", route)
+    kernels = _kernels(ops.layers.low_rank_conv, None, args)
+    if route == "auto":
         route = ops.cost_model_cpu.choose(ops.cost_model_cpu.conv, *args)
     if route == "merged":
-        if _use_aten():
-            output = reference.merged_conv(*args)
-        else:
-            output = autograd.MergedConvFunction.apply(ops.layers.merged_conv.choose(*args), *args)
-    elif _use_aten():
-        output, _ = reference.low_rank_conv(*args)
-    else:
-        output = autograd.LowRankConvFunction.apply(ops.layers.low_rank_conv.choose(*args), *args)
-    return output if input.dim() == d + 2 else output.squeeze(0)
+        return reference.merged_conv
+    if kernels is None:
+        return reference.folded_conv
+    return partial(_by_kernels, autograd.LowRankConvFunction, ops.layers.low_rank_conv, kernels, reference.folded_conv)
 
 
 def check_route(name: str, route: str) -> str:
@@ -181,8 +195,30 @@ def check_route(name: str, route: str) -> str:
     return route
 
 
-def _use_aten() -> bool:
-    """Return whether to call torch's own products: under transforms, FLOP counting, tracing and export."""
+def _kernels(op: ops.Op, is_served: Callable[..., bool] | None, args: tuple) -> str | None:
+    """Return the backend whose own kernels serve a factorized layer faster than torch's products, None if none does.
+
+    is_served says so of the compiled kernels; None where there are none.
+    """
+    input, U, S, V, *_ = args
+    if _needs_products():
+        return None
+    if input.is_cpu and ops.current_backend() in ("auto", "cpu"):
+        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (input, U, S, V))
+        return "cpu" if is_served and is_served(input, U, needs_gradient) else None
+    backend = op.choose(*args)
+    return None if backend == "reference" else backend
+
+
+def _by_kernels(function: type[torch.autograd.Function], op: ops.Op, backend: str, products: Callable, *args) -> Tensor:
+    """Apply the function, unless only torch's own products will do, as in a later call of a layer."""
+    if _needs_products():
+        return products(*args)
+    return function.apply(backend, *args) if torch.is_grad_enabled() else op.run(backend, *args)[0]
+
+
+def _needs_products() -> bool:
+    """Return whether only torch's own products will do: under transforms, FLOP counting, tracing and export."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed() or _counted()
 
 

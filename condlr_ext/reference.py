@@ -9,6 +9,7 @@ import math
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BANDS = ("rms", "mean", "optimal")
@@ -45,29 +46,31 @@ def _traced(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(t.numel()) is not int
 
 
-def halves(A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two matrices whose product is A B C, in the cheaper order."""
-    (a, b), (c, d) = sizes(A), sizes(C)
-    return (A @ B, C) if a * c * (b + d) <= b * d * (a + c) else (A, B @ C)
-
-
 def product(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """Return A B C, in the cheaper order."""
-    left, right = halves(A, B, C)
-    return left @ right
+    (a, b), (c, d) = sizes(A), sizes(C)
+    return (A @ B) @ C if a * c * (b + d) <= b * d * (a + c) else A @ (B @ C)
 
 
 # ---------------------------------------------------------------------------------------------- layers
 
 
+def thin_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return Y = X V Sᵀ Uᵀ + b [*, m] for X [*, n] by three thin products."""
+    return F.linear(F.linear(input @ V, S), U, bias)
+
+
+def folded_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return Y of thin_linear with U S folded: cheaper for more than m rows."""
+    return F.linear(input @ V, U @ S, bias)
+
+
 def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None):
-    """Return Y = X V Sᵀ Uᵀ + b [*, m] and P = X V [*, r] for X [*, n]."""
-    X = input.reshape(-1, input.shape[-1])
-    P = X @ V
-    left, right = halves(P, S.mT, U.mT)  # (P Sᵀ) Uᵀ or P (U S)ᵀ
-    Y = left @ right if bias is None else torch.addmm(bias, left, right)  # one pass over Y fewer than adding b
-    lead = input.shape[:-1]
-    return Y.reshape(*lead, U.shape[0]), P.reshape(*lead, U.shape[1])
+    """Return Y of thin_linear and P = X V [*, r]."""
+    P = input @ V
+    if math.prod(sizes(input)[:-1]) > U.shape[0]:
+        return F.linear(P, U @ S, bias), P
+    return F.linear(F.linear(P, S), U, bias), P
 
 
 def low_rank_linear_backward(grad: Tensor, input: Tensor, P: Tensor, U: Tensor, S: Tensor, V: Tensor, mask):
@@ -117,6 +120,11 @@ def low_rank_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, 
     return torch.convolution(P, pointwise, bias, one, zero, one, False, zero, groups), P
 
 
+def folded_conv(*args) -> Tensor:
+    """Return Y of low_rank_conv."""
+    return low_rank_conv(*args)[0]
+
+
 def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
     """Return the gradients of low_rank_conv by the same two convolutions; P and mask as in low_rank_linear_backward.
 
@@ -152,45 +160,13 @@ def low_rank_conv_backward(grad, input, P, U, S, V, mask, kernel_size, stride, p
 
 def merged_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return Y of low_rank_linear by the dense product with W = U S Vᵀ: cheaper for high ranks and many rows."""
-    return torch.nn.functional.linear(input, product(U, S, V.mT), bias)
-
-
-def merged_linear_backward(grad: Tensor, input: Tensor, U: Tensor, S: Tensor, V: Tensor, mask):
-    """Return the gradients of merged_linear: dX = G W, db = Σ G, and those of the factors from dW = Gᵀ X."""
-    G = grad.reshape(-1, grad.shape[-1])
-    dX = (G @ product(U, S, V.mT)).reshape(*grad.shape[:-1], V.shape[0]) if mask[0] else None
-    dW = G.mT @ input.reshape(-1, V.shape[0]) if any(mask[1:4]) else None
-    return dX, *_factor_gradients(dW, U, S, V, mask), G.sum(0) if mask[4] else None
+    return F.linear(input, product(U, S, V.mT), bias)
 
 
 def merged_conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Tensor:
     """Return Y of low_rank_conv by one convolution with W = U S Vᵀ."""
     W = product(U, S, V.mT).reshape(U.shape[0], -1, *kernel_size)
     return torch.convolution(input, W, bias, stride, padding, dilation, False, _unit(kernel_size)[1], groups)
-
-
-def merged_conv_backward(grad, input, U, S, V, mask, kernel_size, stride, padding, dilation, groups):
-    """Return the gradients of merged_conv; `input` may be None if only db is needed."""
-    if not any(mask[:4]):
-        return None, None, None, None, _sum_of_channels(grad) if mask[4] else None
-    # for dW alone torch uses only the shape of W
-    W = product(U, S, V.mT) if mask[0] else U.new_empty(U.shape[0], V.shape[0])
-    W = W.reshape(U.shape[0], -1, *kernel_size)
-    dX, dW, db = torch.ops.aten.convolution_backward(
-        grad, input, W, [U.shape[0]], stride, padding, dilation, False, _unit(kernel_size)[1], groups,
-        [mask[0], any(mask[1:4]), mask[4]],
-    )  # fmt: skip
-    dW = dW.reshape(U.shape[0], V.shape[0]) if any(mask[1:4]) else None
-    return dX if mask[0] else None, *_factor_gradients(dW, U, S, V, mask), db if mask[4] else None
-
-
-def _factor_gradients(dW: Tensor | None, U: Tensor, S: Tensor, V: Tensor, mask):
-    """Return dU = dW V Sᵀ, dS = Uᵀ dW V, dV = dWᵀ U S, the gradients through W = U S Vᵀ."""
-    dWV = dW @ V if mask[1] or mask[2] else None
-    dU = dWV @ S.mT if mask[1] else None
-    dS = U.mT @ dWV if mask[2] else None
-    dV = product(dW.mT, U, S) if mask[3] else None
-    return dU, dS, dV
 
 
 def _sum_of_channels(grad: Tensor) -> Tensor:

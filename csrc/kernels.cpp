@@ -11,12 +11,22 @@ namespace condlr {
 namespace CONDLR_ISA {
 
 extern const KernelSet kernels;
-const KernelSet kernels = {
-    {svd<float>, qr<float>, polar<float>, clip_spectrum<float>, eigh<float>, prepare<float>, apply<float>,
-     linear_forward<float>, linear_backward<float>},
-    {svd<double>, qr<double>, polar<double>, clip_spectrum<double>, eigh<double>, prepare<double>,
-     apply<double>, linear_forward<double>, linear_backward<double>},
+template <class T>
+constexpr Kernels<T> kernels_of = {
+    svd<T>,
+    qr<T>,
+    polar<T>,
+    clip_spectrum<T>,
+    eigh<T>,
+    prepare<T>,
+    apply<T>,
+    linear_fold<T>,
+    linear_forward<T>,
+    linear_backward_rows<T>,
+    linear_backward_sums<T>,
+    linear_backward_core<T>,
 };
+const KernelSet kernels = {kernels_of<float>, kernels_of<double>};
 
 }  // namespace CONDLR_ISA
 }  // namespace condlr

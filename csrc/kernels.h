@@ -23,9 +23,13 @@ struct Kernels {
   bool (*eigh)(const T* A, int64_t n, int64_t head, int64_t tail, T* lambda, T* V, Workspace&);
   StepOutcome (*prepare)(Update&, Workspace&);
   void (*apply)(const Update&, Workspace&);
-  void (*linear_forward)(const Linear<T>&, const T* X, const T* bias, T* Y, T* P, Workspace&);
-  void (*linear_backward)(const Linear<T>&, const T* G, const T* X, const T* P, const LinearGradients<T>&,
-                          Workspace&);
+  void (*linear_fold)(const Linear<T>&, T* US, Workspace&);
+  void (*linear_forward)(const Linear<T>&, const T* X, const T* bias, T* Y, T* P, Share, Workspace&);
+  void (*linear_backward_rows)(const Linear<T>&, const T* G, const T* P, const LinearProducts<T>&, T* dX, Share,
+                               Workspace&);
+  void (*linear_backward_sums)(const Linear<T>&, const T* G, const T* X, const T* P, const LinearProducts<T>&,
+                               const LinearGradients<T>&, Share, Workspace&);
+  void (*linear_backward_core)(const Linear<T>&, const T* dC, T* dS, Workspace&);
 };
 
 struct KernelSet {

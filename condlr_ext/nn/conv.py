@@ -1,6 +1,8 @@
 """LowRankConv1d, LowRankConv2d, LowRankConv3d: torch's convolutions with flattened weight U S Vᵀ."""
 
 import numbers
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +147,7 @@ class _LowRankConv(LowRankLayer):
         )
         return first, self._dense(maps, self.out_channels, 1, groups=self.groups, bias=self.bias is not None, **like)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _checked(self, input: Tensor) -> Tensor:
         low_rank_conv = getattr(functional, self._functional)  # looked up at each call: torch.fx patches it
         return low_rank_conv(*self._padded(input), kernel_size=self.kernel_size, route=self._route)
 
@@ -153,6 +155,13 @@ class _LowRankConv(LowRankLayer):
         return functional.conv_arguments(
             type(self).__name__, self._d, *self._padded(input), kernel_size=self.kernel_size
         )
+
+    def _choose_products(self, input: Tensor) -> Callable[..., Tensor] | None:
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or input.dim() != self._d + 2:
+            return None
+        args = self._arguments(input)
+        products = functional.conv_products(self._route, *args)
+        return partial(_convolve, products, args[5:], self._last if self.channels_last else None)
 
     def _padded(self, input: Tensor) -> tuple:
         """Return the positional arguments of the functional form, which pads with zeros only."""
@@ -177,6 +186,12 @@ class _LowRankConv(LowRankLayer):
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode}"
         return text + self._route_repr()
+
+
+def _convolve(products, geometry: tuple, memory_format: torch.memory_format | None, input: Tensor, *factors) -> Tensor:
+    if memory_format is not None and not functional.transformed():
+        input = as_channels_last(input, memory_format)
+    return products(input, *factors, *geometry)
 
 
 def as_channels_last(input: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,11 +10,12 @@ from torch import Tensor, nn
 from .. import functional, linalg, ops
 from .._modules import not_plain
 from ..errors import NonFiniteError, ShapeError
-from ..reference import ORTHONORMAL_INPUT, ORTHONORMAL_STEP, orthonormality_error
+from ..reference import ORTHONORMAL_INPUT, ORTHONORMAL_STEP, ROLES, orthonormality_error
 from .formed import formed
 from .rank import resolve_rank
 from .truncated import truncated_svd
 
+_KINDS = 1000  # of inputs that a layer remembers
 _LAYERS = weakref.WeakSet()  # all live layers; not their parameters, which torch replaces
 
 
@@ -60,7 +62,42 @@ class LowRankLayer(nn.Module):
     def __new__(cls, *args, **kwargs):
         layer = super().__new__(cls)  # copies and unpickled layers pass here too
         _LAYERS.add(layer)
+        layer.__dict__["_products"] = {}  # functions that compute the layer, by kind of input
         return layer
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "_products"}
+
+    def forward(self, input: Tensor) -> Tensor:
+        # what is cheap enough for every call: the checks are those of the first input of a kind
+        if type(input) is not Tensor or not ops.is_plain(input):
+            return self._checked(input)
+        kind = input.shape, input.dtype, input.requires_grad, torch.is_grad_enabled()
+        products = self._products.get(kind)
+        if products is None:
+            output = self._checked(input)
+            if kind not in self._products:
+                if len(self._products) == _KINDS:
+                    self._products.clear()
+                self._products[kind] = self._choose_products(input)
+            return output
+        factors = self._parameters
+        try:
+            return products(input, factors["U"], factors["S"], factors["V"], factors["bias"])
+        except (RuntimeError, TypeError, KeyError):  # KeyError: pruned or parametrized since
+            return self._checked(input)  # names what is wrong
+
+    def _checked(self, input: Tensor) -> Tensor:
+        """Return the output after all checks."""
+        raise NotImplementedError
+
+    def _choose_products(self, input: Tensor) -> Callable[..., Tensor] | None:
+        """Return the function of input, U, S, V and bias that serves all inputs of this kind, if one does."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse=True):
+        self._products.clear()
+        return super()._apply(fn, recurse)
 
     @property
     def route(self) -> str:
@@ -72,6 +109,7 @@ class LowRankLayer(nn.Module):
     @route.setter
     def route(self, route: str) -> None:
         self._route = functional.check_route(f"{type(self).__name__}.route", route)
+        self._products.clear()
 
     def plan(self, input: Tensor) -> ops.cost_model_cpu.Plan:
         """Return the costs that the cost model estimates for this input, and with them the route "auto" would take.
@@ -136,6 +174,8 @@ class LowRankLayer(nn.Module):
                 f"{type(self).__name__}.weight is formed from U, S and V and cannot be assigned; change these, or use"
                 " from_dense for the layer of a dense weight"
             )
+        if name in ROLES:
+            self._products.clear()
         super().__setattr__(name, value)
 
     def register_parameter(self, name, param) -> None:

@@ -1,6 +1,7 @@
 """LowRankLinear: torch.nn.Linear with weight U S Vᵀ."""
 
 import numbers
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ class LowRankLinear(LowRankLayer):
         first = nn.Linear(self.in_features, rank, bias=False, **like)
         return first, nn.Linear(rank, self.out_features, self.bias is not None, **like)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _checked(self, input: Tensor) -> Tensor:
         return functional.low_rank_linear(input, self.U, self.S, self.V, self.bias, route=self._route)
 
     def apply_rows(self, input: Tensor, rows: slice, bias: Tensor | None) -> Tensor:
@@ -61,6 +62,9 @@ class LowRankLinear(LowRankLayer):
 
     def _arguments(self, input: Tensor) -> tuple:
         return functional.linear_arguments(input, self.U, self.S, self.V, self.bias)
+
+    def _choose_products(self, input: Tensor) -> Callable[..., Tensor]:
+        return functional.linear_products(self._route, *self._arguments(input))
 
     def extra_repr(self) -> str:
         return (

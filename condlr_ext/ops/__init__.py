@@ -11,6 +11,7 @@ from ._dispatch import (
     can_check,
     check_environment,
     current_backend,
+    is_plain,
     no_autocast,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "current_backend",
     "cost_model_cpu",
     "cost_model_gpu",
+    "is_plain",
     "layers",
     "linalg",
     "no_autocast",

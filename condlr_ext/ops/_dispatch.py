@@ -193,6 +193,16 @@ def _on_first_call(path: str) -> Callable:
     return run
 
 
+def is_plain(t: torch.Tensor) -> bool:
+    """Return whether a layer's call on t is an ordinary one: not traced, no backend chosen, no autocast."""
+    return (
+        not torch.compiler.is_compiling()
+        and _choice.name == "auto"
+        and not autocast_enabled(t.device.type)
+        and not torch.jit.is_tracing()
+    )
+
+
 def autocast_enabled(device_type: str) -> bool:
     """Return whether an autocast region is active; torch raises when asked about the meta device, which has none."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)

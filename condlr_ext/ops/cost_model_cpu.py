@@ -31,6 +31,7 @@ COPY = 300  # copying one number of a filter bank into another memory format, wh
 FORM = 1.5  # one flop of the small products that form W or split its gradient
 CALL = 10e6  # overhead of a dense layer of any size, forward and backward: autograd and the calls
 CALLS = 3  # multiple of that overhead for merged layers and for convolutions
+KERNELS = 0.55  # time of one flop of the compiled kernels
 FEWER_CALLS = 1.5  # the same for factorized linear layers: small ones are one compiled call each way
 
 
@@ -73,7 +74,8 @@ def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) 
         return _on_gpu(lambda direction: cost_model_gpu.linear(direction, input, U, V), fused, input, U, S, V)
     (m, r), n, numbers = U.shape, V.shape[0], math.prod(reference.sizes(input))
     gradients = _gradients(input, U, S, V)
-    return _cost_model(n)(m, n, r, numbers, numbers // n, r, n * r, r * m, m * n, 0, FEWER_CALLS, *gradients)
+    rate = KERNELS if layers.is_served(input, U, any(gradients)) else 1
+    return _cost_model(n)(m, n, r, numbers, numbers // n, r, n * r, r * m, m * n, 0, FEWER_CALLS, rate, *gradients)
 
 
 def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -> Plan:
@@ -93,7 +95,7 @@ def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -
     core = _blocks(r)
     products = groups * core * fan_in, core * filters, filters * fan_in
     gradients = _gradients(input, U, S, V)
-    return _cost_model(n)(m, n, r, numbers, rows, groups * r, *products, COPY, CALLS, *gradients)
+    return _cost_model(n)(m, n, r, numbers, rows, groups * r, *products, COPY, CALLS, 1, *gradients)
 
 
 def _on_gpu(costs, fused: bool, input, U, S, V) -> Plan:
@@ -119,7 +121,7 @@ def _cost_model(n):
     return _plan if torch.compiler.is_compiling() or type(n) is not int else _remembered
 
 
-def _plan(m, n, r, numbers, rows, width, first, second, full, copy, calls, factors, image) -> Plan:
+def _plan(m, n, r, numbers, rows, width, first, second, full, copy, calls, rate, factors, image) -> Plan:
     """Return the plan.
 
     Args:
@@ -134,6 +136,7 @@ def _plan(m, n, r, numbers, rows, width, first, second, full, copy, calls, facto
         full: Those of the dense product.
         copy: Cost of copying an element of the weights.
         calls: Calls of the factorized route.
+        rate: Time of a flop of the factorized route over that of torch's products.
         factors: Whether the gradients of the factors are needed.
         image: Whether the gradient of the input is needed.
     """
@@ -143,7 +146,7 @@ def _plan(m, n, r, numbers, rows, width, first, second, full, copy, calls, facto
     form = r * min(m * (r + n), n * (r + m))
 
     thin = first * passes + second * (1 + factors + (factors or image))
-    factorized = 2 * rows * thin + MOVE * (outer + P * (2 + 3 * factors + 2 * image))
+    factorized = rate * 2 * rows * thin + MOVE * (outer + P * (2 + 3 * factors + 2 * image))
     factorized += FORM * 2 * min(rows, m) * r * r * (1 + 3 * factors) + copy * n * r * 2 * passes
 
     dense = 2 * rows * full * passes + MOVE * outer + copy * m * n * passes

@@ -1,9 +1,12 @@
-"""low_rank_linear and low_rank_conv, factorized and merged, with their backwards.
+"""low_rank_linear and low_rank_conv with their backwards.
 
-On CPUs small factorized linear layers take one compiled call each way; all other layers are products by torch's own
+On CPUs a linear layer takes one compiled call each way where that is faster; all others are products by torch's own
 libraries (oneDNN, MKL) in the cheapest order, which the "cpu" backend serves too. On GPUs Triton kernels serve the
-factorized layers unless cost_model_gpu finds the products faster. Gradients that are not asked for are empty tensors.
+layers unless cost_model_gpu finds the products faster. Gradients that are not asked for are empty tensors.
 """
+
+import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +14,16 @@ from torch import Tensor
 from .. import reference
 from . import cost_model_gpu
 from ._dispatch import COMPILED, Op
+
+
+def _on_amd() -> bool:
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+_ON_AMD = _on_amd()  # where torch's products by MKL were measured to be slower than the compiled kernels at every size
 
 
 def _cpu_unsupported(input: Tensor, *_) -> list[str]:
@@ -32,11 +45,6 @@ def _conv(input, U, S, V, bias, *geometry):
     return reference.low_rank_conv(input, U, S, V, bias, *geometry)
 
 
-def _merged_conv(input, U, S, V, bias, *geometry):
-    _check_conv(input, *geometry)
-    return reference.merged_conv(input, U, S, V, bias, *geometry)
-
-
 def _or_empty(backward):
     """Make gradients that are not asked for empty tensors, and the others contiguous except dX."""
 
@@ -49,17 +57,29 @@ def _or_empty(backward):
 
 _linear_backward = _or_empty(reference.low_rank_linear_backward)
 _conv_backward = _or_empty(reference.low_rank_conv_backward)
-_merged_linear_backward = _or_empty(reference.merged_linear_backward)
-_merged_conv_backward = _or_empty(reference.merged_conv_backward)
 
 _LIBRARIES = "torch's products, oneDNN or MKL"
-_SMALL = (
-    _LIBRARIES if COMPILED.ops_reason else f"compiled kernel for small layers in float32 and float64, else {_LIBRARIES}"
-)
+_KERNELS = _LIBRARIES if COMPILED.ops_reason else f"compiled kernels in float32 and float64, else {_LIBRARIES}"
+_COMPILED_DTYPES = (torch.float32, torch.float64)
+# of the compiled kernels; measured: with fewer rows, a product reads its matrix once and the calls decide
+LEAST_ROWS = 8
+LEAST_ROWS_INFERENCE = 32
+LARGEST = 8e6  # multiply-adds of the forward times threads, where torch's products are fast
 _LAYER = "Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias"
 _GRADS = "(Tensor dX, Tensor dU, Tensor dS, Tensor dV, Tensor db)"
 _FACTORS = "Tensor U, Tensor S, Tensor V, bool[5] mask"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
+
+
+def is_served(input: Tensor, U: Tensor, needs_gradient: bool) -> bool:
+    """Return whether the compiled kernels of a factorized linear layer on a CPU are faster than torch's products."""
+    if COMPILED.ops_reason or input.dtype not in _COMPILED_DTYPES:
+        return False
+    *lead, width = reference.sizes(input)
+    rows = math.prod(lead)
+    if rows < (LEAST_ROWS if needs_gradient else LEAST_ROWS_INFERENCE):
+        return False
+    return _ON_AMD or rows * U.shape[1] * (U.shape[0] + width) * torch.get_num_threads() <= LARGEST
 
 
 def _op(schema, implementation, cpu_is=_LIBRARIES, **triton) -> Op:
@@ -132,7 +152,7 @@ def _compare(costs: cost_model_gpu.Costs) -> str:
 low_rank_linear = _op(
     f"low_rank_linear({_LAYER}) -> (Tensor output, Tensor P)",
     reference.low_rank_linear,
-    _SMALL,
+    _KERNELS,
     triton="linear.launch.low_rank_linear",
     triton_unsupported=lambda input, U, *_: _rank_unsupported(U),
     prefer_reference=_linear_prefer_reference,
@@ -140,7 +160,7 @@ low_rank_linear = _op(
 low_rank_linear_backward = _op(
     f"low_rank_linear_backward(Tensor grad, Tensor? input, Tensor? P, {_FACTORS}) -> {_GRADS}",
     _linear_backward,
-    _SMALL,
+    _KERNELS,
     triton="linear.launch.low_rank_linear_backward",
     triton_unsupported=lambda grad, input, P, U, *_: _rank_unsupported(U),
     prefer_reference=_linear_backward_prefer_reference,
@@ -158,12 +178,4 @@ low_rank_conv_backward = _op(
     triton="linear.launch.low_rank_conv_backward",
     triton_unsupported=lambda grad, input, P, U, *rest: _rank_unsupported(U) + _groups_unsupported(rest[-1]),
     prefer_reference=_conv_backward_prefer_reference,
-)
-merged_linear = _op(f"merged_linear({_LAYER}) -> Tensor", reference.merged_linear)
-merged_linear_backward = _op(
-    f"merged_linear_backward(Tensor grad, Tensor? input, {_FACTORS}) -> {_GRADS}", _merged_linear_backward
-)
-merged_conv = _op(f"merged_conv({_LAYER}, {_GEOMETRY}) -> Tensor", _merged_conv)
-merged_conv_backward = _op(
-    f"merged_conv_backward(Tensor grad, Tensor? input, {_FACTORS}, {_GEOMETRY}) -> {_GRADS}", _merged_conv_backward
 )

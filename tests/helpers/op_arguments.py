@@ -47,12 +47,7 @@ def arguments(name):
             (torch.randn(2, 4, 6), X, X @ V, U, S, V, [False] * 5),
             (torch.randn(2, 4, 6), None, None, U, S, V, [True, False, False, False, True]),
         ]
-    if name == "merged_linear":
-        return [(X, U, S, V, b), (X[:0], U, S, V, None)]
-    if name == "merged_linear_backward":
-        G = torch.randn(2, 4, 6)
-        return [(G, X, U, S, V, mask), (G, None, U, S, V, [True, False, False, False, True])]
-    if name in ("low_rank_conv", "merged_conv"):
+    if name == "low_rank_conv":
         nhwc = image.to(memory_format=torch.channels_last)
         return [(image, U, S, Vc, b, *geometry), (nhwc, U, S, Vc, None, *geometry)]
     if name == "low_rank_conv_backward":
@@ -61,12 +56,6 @@ def arguments(name):
             (torch.randn_like(Y), image, P, U, S, Vc, mask, *geometry),
             (torch.randn_like(Y), image, None, U, S, Vc, mask, *geometry),
             (torch.randn_like(Y), image, None, U, S, Vc, [False, False, False, True, True], *geometry),
-        ]
-    if name == "merged_conv_backward":
-        Y = reference.merged_conv(image, U, S, Vc, b, *geometry)
-        return [
-            (torch.randn_like(Y), image, U, S, Vc, mask, *geometry),
-            (torch.randn_like(Y), image, U, S, Vc, [False, True, False, False, False], *geometry),
         ]
     if name == "step":
         return [step_arguments(), step_arguments(torch.float64)]
@@ -89,6 +78,6 @@ def one_of_each():
     optimizer = condlr_ext.optim.CondLRSGD(model, 0.1, tau=0.1)
     for route in ("factorized", "merged"):
         model[0].route = model[2].route = route
-        model(torch.randn(3, 1, 4, 4)).sum().backward()
+        model(torch.randn(8, 1, 4, 4)).sum().backward()
     optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
