@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -165,16 +166,19 @@ class _LowRankConv(LowRankLayer):
 
     def _padded(self, input: Tensor) -> tuple:
         """Return the positional arguments of the functional form, which pads with zeros only."""
-        if self.channels_last and input.dim() == self._d + 2 and not functional.transformed():
-            input = as_channels_last(input, self._last)
-        padding = self.padding
+        factors, padding = (self.U, self.S, self.V, self.bias), self.padding
+        if isinstance(input, Tensor):  # torch.fx gives none
+            if self.channels_last and input.dim() == self._d + 2 and not functional.transformed():
+                input = as_channels_last(input, self._last)
+        elif not isinstance(input, torch.fx.Proxy):
+            return input, *factors, self.stride, 0, self.dilation, self.groups  # for the functional form to refuse
         if self.padding_mode != "zeros" and padding != "valid":
             if padding == "same":
                 pads = functional.same_padding(self.kernel_size, self.dilation)
             else:
                 pads = [p for p in reversed(padding) for _ in range(2)]
             input, padding = F.pad(input, pads, mode=self.padding_mode), 0
-        return input, self.U, self.S, self.V, self.bias, self.stride, padding, self.dilation, self.groups
+        return input, *factors, self.stride, padding, self.dilation, self.groups
 
     def extra_repr(self) -> str:
         text = (
