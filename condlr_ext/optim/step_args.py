@@ -363,7 +363,7 @@ def in_new_basis(grads: list[Tensor], R_U: Tensor, R_V: Tensor) -> list[Tensor]:
         new[0] = dU.double() @ R_U.mT
     if dS.numel():
         left, right = (torch.linalg.inv_ex(R).inverse for R in (R_U, R_V))
-        regular = max(R_U.norm() * left.norm(), R_V.norm() * right.norm()) < 1e8  # NaN fails
+        regular = all(R.norm() * inverse.norm() < 1e8 for R, inverse in ((R_U, left), (R_V, right)))  # NaN fails
         new[1] = left.mT @ dS.double() @ right if regular else torch.zeros_like(dS)
     if dV.numel():
         new[2] = dV.double() @ R_V.mT

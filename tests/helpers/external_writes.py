@@ -23,9 +23,9 @@ def adamw(model, lr=0.1, **options):
     return CondLRAdamW(model, lr, weight_decay=0.0, **(dict(tau=0.1) | options))
 
 
-def trained(make, dtype=torch.float32, device=None, **options):
+def trained(make, dtype=torch.float32, device=None, *, seed=0, **options):
     """A network of two low-rank layers and its optimizer, after two steps."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     layers = [LowRankLinear(12, 20, rank=5), nn.Tanh(), LowRankLinear(20, 6, rank=4)]
     model = nn.Sequential(*layers).to(device, dtype)
     optimizer = make(model, **options)

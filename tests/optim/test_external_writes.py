@@ -27,6 +27,15 @@ def test_the_next_step_keeps_the_bound_and_moves_everything(backend, make, write
     writes.check_the_next_step(make, write)
 
 
+def test_dependent_columns_leave_no_core_without_the_bound(backend):
+    """Their triangle is singular, exactly or to rounding; its inverse must not reach the core."""
+    for seed in range(60):
+        model, optimizer = writes.trained(writes.sgd, seed=seed)
+        writes.dependent_columns(model)
+        writes.step(model, optimizer)
+        writes.check_the_constraint(model)
+
+
 def test_the_step_is_that_of_the_new_factors():
     """Plain SGD from (2 U) S Vᵀ is that from U (2 S) Vᵀ: the same weight, gradients of the chain rule."""
     model = nn.Sequential(LowRankLinear(9, 7, rank=3, dtype=torch.float64))
