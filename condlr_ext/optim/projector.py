@@ -145,6 +145,8 @@ class Projector:
             # a new or unfrozen layer may not be orthonormal yet
             known = (layer.module for layer in layers if self._seen.get(layer.module.U))
             for X in (X for module in known for X in (module.U, module.V) if X.grad is not None):
+                if 0 in X.grad.stride():  # an expanded tensor takes no values
+                    X.grad = X.grad.contiguous()
                 X.grad.copy_(reference.tangent_projection(_wide(X), _wide(X.grad)))
 
     def _after(self, layers: list["ProjectedLayer"], skip: Tensor | None, step: str) -> None:

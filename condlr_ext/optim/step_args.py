@@ -300,6 +300,7 @@ class StepCall:
                 skipped[layer] += 1
                 frozen.append(self.layers[layer])
                 continue
+            given = [t.clone() for t in (U, S, V, *buffers[at])]
             R_U, R_V = absorb_triangles(U, S, V)
             of_new_factors = [in_new_basis(g, R_U, R_V) for g in (grads[at], buffers[at])]
             for buffer, new in zip(buffers[at], of_new_factors[1], strict=True):
@@ -307,7 +308,10 @@ class StepCall:
             count = torch.zeros(1, dtype=skipped.dtype, device=skipped.device)
             one = table[layer : layer + 1]
             ops.step.step.run(self._backend, params[at], of_new_factors[0], buffers[at], one, count)
-            skipped[layer] += min(int(count), 1)
+            if count:  # left unchanged, so what was written stays too
+                skipped[layer] += 1
+                for t, before in zip((U, S, V, *buffers[at]), given, strict=True):
+                    t.copy_(before)
         return frozen
 
 

@@ -36,6 +36,21 @@ def test_dependent_columns_leave_no_core_without_the_bound(backend):
         writes.check_the_constraint(model)
 
 
+def test_a_step_that_is_left_out_leaves_what_was_written(backend):
+    model, optimizer = writes.trained(writes.sgd)
+    with torch.no_grad():
+        model[0].V.copy_(100 * torch.randn(12, 5))
+    optimizer.zero_grad()
+    model(torch.randn(16, 12)).sum().backward()
+    for p in model[0].parameters():
+        p.grad = 1e36 * torch.randn_like(p)
+    before = copy.deepcopy((model[0].state_dict(), [optimizer.state[p] for p in model[0].parameters()]))
+    optimizer.step()
+    assert optimizer.skipped == 1
+    after = model[0].state_dict(), [optimizer.state[p] for p in model[0].parameters()]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 def test_the_step_is_that_of_the_new_factors():
     """Plain SGD from (2 U) S Vᵀ is that from U (2 S) Vᵀ: the same weight, gradients of the chain rule."""
     model = nn.Sequential(LowRankLinear(9, 7, rank=3, dtype=torch.float64))

@@ -158,6 +158,17 @@ def test_tangent_takes_the_turning_part_from_the_gradients(as_closure):
         torch.testing.assert_close(p.grad, expected[p], rtol=0, atol=1e-12)
 
 
+def test_tangent_takes_expanded_gradients():
+    layer = LowRankLinear(6, 5, rank=3)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    Projector(layer, 0.1, tangent=True).attach(optimizer)
+    for p in layer.parameters():
+        p.grad = torch.ones(p.shape[0], *[1] * (p.dim() - 1)).expand(p.shape)
+    U = layer.U.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(layer.U.grad, torch.ones(5, 3) - U @ (U.mT @ torch.ones(5, 3)))
+
+
 def test_groups_have_their_own_constraint_and_schedules_take_effect_at_the_next_step():
     model = make_model()
     first, rest = list(model[0].parameters()), [p for i, m in enumerate(model) if i for p in m.parameters()]
