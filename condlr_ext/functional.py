@@ -200,12 +200,11 @@ def _kernels(op: ops.Op, is_served: Callable[..., bool] | None, args: tuple) -> 
 
     is_served says so of the compiled kernels; None where there are none.
     """
-    input, U, S, V, *_ = args
+    input, U, *_ = args
     if _needs_products():
         return None
     if input.is_cpu and ops.current_backend() in ("auto", "cpu"):
-        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (input, U, S, V))
-        return "cpu" if is_served and is_served(input, U, needs_gradient) else None
+        return "cpu" if is_served and is_served(input, U) else None
     backend = op.choose(*args)
     return None if backend == "reference" else backend
 

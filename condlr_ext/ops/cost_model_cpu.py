@@ -74,7 +74,7 @@ def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) 
         return _on_gpu(lambda direction: cost_model_gpu.linear(direction, input, U, V), fused, input, U, S, V)
     (m, r), n, numbers = U.shape, V.shape[0], math.prod(reference.sizes(input))
     gradients = _gradients(input, U, S, V)
-    rate = KERNELS if layers.is_served(input, U, any(gradients)) else 1
+    rate = KERNELS if layers.is_served(input, U) else 1
     return _cost_model(n)(m, n, r, numbers, numbers // n, r, n * r, r * m, m * n, 0, FEWER_CALLS, rate, *gradients)
 
 

@@ -18,7 +18,7 @@ from ._dispatch import COMPILED, Op
 
 def _on_amd() -> bool:
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
 
@@ -62,8 +62,7 @@ _LIBRARIES = "torch's products, oneDNN or MKL"
 _KERNELS = _LIBRARIES if COMPILED.ops_reason else f"compiled kernels in float32 and float64, else {_LIBRARIES}"
 _COMPILED_DTYPES = (torch.float32, torch.float64)
 # of the compiled kernels; measured: with fewer rows, a product reads its matrix once and the calls decide
-LEAST_ROWS = 8
-LEAST_ROWS_INFERENCE = 32
+LEAST_ROWS = 16
 LARGEST = 8e6  # multiply-adds of the forward times threads, where torch's products are fast
 _LAYER = "Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias"
 _GRADS = "(Tensor dX, Tensor dU, Tensor dS, Tensor dV, Tensor db)"
@@ -71,13 +70,16 @@ _FACTORS = "Tensor U, Tensor S, Tensor V, bool[5] mask"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 
-def is_served(input: Tensor, U: Tensor, needs_gradient: bool) -> bool:
-    """Return whether the compiled kernels of a factorized linear layer on a CPU are faster than torch's products."""
+def is_served(input: Tensor, U: Tensor) -> bool:
+    """Return whether the compiled kernels of a factorized linear layer on a CPU are faster than torch's products.
+
+    With or without gradients, so that a forward has the same bits.
+    """
     if COMPILED.ops_reason or input.dtype not in _COMPILED_DTYPES:
         return False
     *lead, width = reference.sizes(input)
     rows = math.prod(lead)
-    if rows < (LEAST_ROWS if needs_gradient else LEAST_ROWS_INFERENCE):
+    if rows < LEAST_ROWS:
         return False
     return _ON_AMD or rows * U.shape[1] * (U.shape[0] + width) * torch.get_num_threads() <= LARGEST
 

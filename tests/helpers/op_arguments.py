@@ -78,6 +78,6 @@ def one_of_each():
     optimizer = condlr_ext.optim.CondLRSGD(model, 0.1, tau=0.1)
     for route in ("factorized", "merged"):
         model[0].route = model[2].route = route
-        model(torch.randn(8, 1, 4, 4)).sum().backward()
+        model(torch.randn(16, 1, 4, 4)).sum().backward()
     optimizer.step()
     return [p.detach().clone() for p in model.parameters()]

@@ -99,8 +99,8 @@ def test_which_implementation_serves(where, tmp_path):
 @pytest.mark.skipif(os.environ.get("CONDLR_EXT_BUILD") == "none", reason="built without compiled parts")
 def test_linear_layers_are_compiled_where_that_is_faster(monkeypatch):
     for rows, dtype, amd, compiled in (
-        (8, torch.float32, True, True),
-        (8, torch.bfloat16, True, False),
+        (16, torch.float32, True, True),
+        (16, torch.bfloat16, True, False),
         (2, torch.float64, True, False),
         (40000, torch.float64, True, True),
         (40000, torch.float32, False, False),
