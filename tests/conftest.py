@@ -18,6 +18,28 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from helpers import interpreted  # noqa: F401
 
 
+def pytest_addoption(parser):
+    text = "run the tests of the Triton kernels on their PTX, executed on the CPU"
+    parser.addoption("--ptx", choices=["sm_80", "sm_90"], help=text)
+
+
+def pytest_configure(config):
+    if config.option.ptx:
+        from helpers.ptx.driver import executing
+
+        scope = executing(int(config.option.ptx.removeprefix("sm_")))
+        config.ptx_run = scope.__enter__()
+        config.add_cleanup(lambda: scope.__exit__(None, None, None))
+
+
+@pytest.fixture(autouse=True)
+def executed_kernels(request):
+    """With --ptx: forget at the end of a test which tensors there were."""
+    yield
+    if request.config.option.ptx:
+        request.config.ptx_run.forget()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """The tensors are tiny: a second thread adds only waiting. Tests about threads set their own number."""
