@@ -347,9 +347,11 @@ def band_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float | 
 
 def _optimal_lower_edge(sigma: Tensor, c: float) -> Tensor:
     """Return the root a of g(a) = Σ_{σ<a} (a - σ) - c Σ_{σ>ca} (σ - c a), which increases piecewise linearly."""
-    knots = torch.cat((sigma, sigma / c), dim=-1).sort(dim=-1).values
+    knots, order = torch.cat((sigma, sigma / c), dim=-1).sort(dim=-1)
+    # c a, for a = σ / c without the rounding error by which c a misses σ, and which c may make large
+    upper = torch.cat((c * sigma, sigma), dim=-1).gather(-1, order)
     below = (knots.unsqueeze(-1) - sigma.unsqueeze(-2)).clamp_min(0).sum(-1)
-    above = (sigma.unsqueeze(-2) - c * knots.unsqueeze(-1)).clamp_min(0).sum(-1)
+    above = (sigma.unsqueeze(-2) - upper.unsqueeze(-1)).clamp_min(0).sum(-1)
     # the last knot with g <= 0 starts the root's piece; its middle tells which sigma are below and above, while at a
     # knot rounding would decide
     start = ((below <= c * above).sum(-1, keepdim=True) - 1).clamp_min(0)

@@ -46,3 +46,13 @@ def test_one_huge_finite_gradient_breaks_neither_bound_nor_cap(backend, make, ba
         over_cap, over_kappa = excess(layer.S.detach(), 0.1, 1.5)
         assert over_cap <= EXCESS[dtype][0] and over_kappa <= EXCESS[dtype][1], scale
         assert math.isfinite(layer.condition_number())
+
+
+@pytest.mark.parametrize("tau", [1e8, 1e12, 1e200])
+def test_the_optimal_band_of_a_singular_matrix_at_large_tau(backend, tau):
+    """The singular value 0 rises by next to nothing and the others stay; an error of a knot would let all go to 0."""
+    for _ in range(40):
+        sigma = torch.rand(4, dtype=torch.float64) + 0.1
+        sigma[3] = 0
+        A = torch.diag(sigma)
+        assert (linalg.clip_spectrum(A, tau, "optimal") - A).abs().max() <= 2e-8

@@ -28,13 +28,15 @@ def _optimal_lower_edge(sigma_ptr, x, real, n, c, R: tl.constexpr, BLOCK: tl.con
     for begin in range(0, n, BLOCK):
         inside = begin + i < n
         knot = tl.load(sigma_ptr + begin + i, mask=inside, other=0.0).to(tl.float64) / largest
+        a, upper = knot, c * knot
         for _ in tl.static_range(2):
-            below = tl.sum(tl.where(real[None, :], tl.maximum(knot[:, None] - x[None, :], 0.0), 0.0), 1)
-            above = tl.sum(tl.where(real[None, :], tl.maximum(x[None, :] - c * knot[:, None], 0.0), 0.0), 1)
+            below = tl.sum(tl.where(real[None, :], tl.maximum(a[:, None] - x[None, :], 0.0), 0.0), 1)
+            above = tl.sum(tl.where(real[None, :], tl.maximum(x[None, :] - upper[:, None], 0.0), 0.0), 1)
             before = below <= c * above
-            start = tl.maximum(start, tl.where(before & inside, knot, 0.0))
-            end = tl.minimum(end, tl.where(before | ~inside, 1.0, knot))
-            knot = knot / c
+            start = tl.maximum(start, tl.where(before & inside, a, 0.0))
+            end = tl.minimum(end, tl.where(before | ~inside, 1.0, a))
+            # not c a, which misses x_i by a rounding error that c may make large
+            a, upper = knot / c, knot
     # compare with the middle of the piece: at a knot rounding would decide
     middle = (tl.max(start, 0) + tl.min(end, 0)) / 2
     low, high = real & (x < middle), real & (x > c * middle)
