@@ -27,18 +27,7 @@ from .translate import Module
 MULTIPROCESSORS = 4
 SHARED = {80: 101376, 90: 232448}  # bytes a block may have; sm_80 stands for GPUs with 99 KiB too
 # reports that are no errors: (file, kernel, kind): why
-ALLOWED: dict[tuple[str, str, str], str] = {
-    (
-        "cholesky_qr.py",
-        "cholesky",
-        "racecheck",
-    ): "all threads read the state, the one that stores it uses what it read itself",
-    ("cholesky_qr.py", "rescue", "racecheck"): "x",
-    ("network_step.py", "decide", "racecheck"): "x",
-    ("network_step.py", "finish", "racecheck"): "x",
-    ("cholesky_qr.py", "decide", "racecheck"): "x",
-    ("cholesky_qr.py", "finish", "racecheck"): "x",
-}
+ALLOWED: dict[tuple[str, str, str], str] = {}
 _current: "Run | None" = None
 
 

@@ -107,7 +107,8 @@ OPCODES = {
     r"setp\.equ\.f(32|64)": ("p tt", "~(({0} < {1}) | ({0} > {1}))"),
     r"setp\.(ltu|leu|gtu|geu)\.f(32|64)": ("p tt", "~({0} {sign} {1})"),
     r"setp\.nan\.f(32|64)": ("p tt", "np.isnan({0}) | np.isnan({1})"),
-    r"setp\.num\.f(32|64)": ("p tt", "~(np.isnan({0}) | np.isnan({1}))"),
+    r"setp\.num\.f(16|32|64)": ("p tt", "~(np.isnan({0}) | np.isnan({1}))"),
+    r"setp\.num\.bf16": ("p hh", "~(np.isnan(from_bfloat16({0})) | np.isnan(from_bfloat16({1})))"),
     # between the threads of a warp
     r"redux\.sync\.add\.s32": ("u ui", "C.sum_of_warp({0}, {g}, {i})"),
     r"bar\.warp\.sync": (" i", "C.whole_warps({g}, {i})"),
@@ -267,8 +268,9 @@ def _shuffle(i: Instruction) -> Row:
 
 def _atomic(i: Instruction) -> Row:
     base, offset = address(i.operands[1])
+    kind = f"u{int(i.type[1:]) // 8}"
     code = f"C.add_atomically({{0}}, {offset}, {{1}}, {{g}}, {{i}})"
-    return Row(code, [(i.operands[0], "u8")], [(base, "u8"), (i.operands[2], "u8")])
+    return Row(code, [(i.operands[0], kind)], [(base, "u8"), (i.operands[2], kind)])
 
 
 SPECIAL = {
@@ -288,7 +290,7 @@ SPECIAL = {
     r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k8\.f32\.tf32\.tf32": _wgmma,
     r"wgmma\.wait_group\.sync\.aligned": _wait_products,
     r"shfl\.sync\.(bfly|idx)\.b32": _shuffle,
-    r"atom\.global\.gpu\.(acq_rel|acquire|release|relaxed)\.add\.u64": _atomic,
+    r"atom\.global\.gpu\.(acq_rel|acquire|release|relaxed)\.add\.[su](32|64)": _atomic,
 }
 _rows = {}  # opcode as written: (types, expression), or the function that makes the row
 
