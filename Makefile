@@ -8,15 +8,15 @@ SECONDS ?= 3600
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-fuzz test-slow test-aot fuzz sanitize docs \
-  lint wheel compat clean
+.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-ptx test-ptx-all test-fuzz test-slow test-aot \
+  fuzz sanitize docs lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
 
-# Four parts, two at a time; Triton is told to interpret when it is imported
+# Five parts, two at a time; Triton is told to interpret when it is imported
 test: $(VENV)/.installed
-	$(MAKE) --no-print-directory -j 2 test-interpreter test-plain test-aot-defaults test-fuzz
+	$(MAKE) --no-print-directory -j 2 test-interpreter test-plain test-aot-defaults test-ptx test-fuzz
 
 test-interpreter:
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/kernels
@@ -27,6 +27,11 @@ test-plain:
 test-aot-defaults:
 	$(BIN)/python -m pytest -m aot tests/kernels/test_aot.py
 
+# the compiled kernels, executed on the CPU with the checks of a sanitizer
+test-ptx: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "ptx and not slow" --ptx=sm_90 tests/kernels
+	$(BIN)/python -m pytest -m "ptx and not slow" --ptx=sm_80 tests/kernels
+
 # the same cases every time, as far as 20 s lead
 test-fuzz:
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seconds 20
@@ -36,7 +41,11 @@ fuzz: $(VENV)/.installed
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seed $(SEED) --seconds $(SECONDS)
 
 # everything
-test-all: test test-slow test-aot
+test-all: test test-slow test-aot test-ptx-all
+
+# every test of the kernels as compiled for Hopper
+test-ptx-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "interpreter and not ptx and not slow" --ptx=sm_90 tests/kernels
 
 # every example, and the larger matrices in the interpreter
 test-slow: $(VENV)/.installed

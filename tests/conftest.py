@@ -101,4 +101,4 @@ def pytest_collection_modifyitems(items):
         if item.get_closest_marker("interpreter"):
             assert item.path.parent.name == "kernels", "make test looks for these only there"
         if item.get_closest_marker("interpreter") and not on_cpu:
-            item.add_marker(pytest.mark.skip(reason="needs a process started with TRITON_INTERPRET=1"))
+            item.add_marker(pytest.mark.skip(reason="needs TRITON_INTERPRET=1 or --ptx"))

@@ -13,6 +13,8 @@ import pytest
 pytest.importorskip("triton")
 
 from bench import aot
+from helpers.ptx import parse, translate
+
 from condlr_ext.kernels.triton.devices import INTERPRETED
 from condlr_ext.kernels.triton.linear import configs
 
@@ -48,6 +50,10 @@ def test_compiles_within_the_limits(variant, compiled):
     assert code.shared <= (101376 if variant.architecture == "sm_80" else aot.SHARED[variant.architecture])
     if variant.default:
         assert code.spilled == 0
+    if variant.architecture in ("sm_80", "sm_90"):
+        for function in parse.parse(code.assembly).values():
+            for instruction in function.instructions:
+                translate.row(instruction)  # raises where there is none: the executor would not run it
     if variant.kernel == "chain":  # in the interpreter, where nothing is concurrent, a missing barrier does not show
         reads_back = variant.constants["FIRST"] and variant.constants["CORE"] < variant.constants["RANK"]
         assert ("barrier" in code.ttir) == reads_back

@@ -75,6 +75,7 @@ def test_adamw_takes_the_same_steps():
     torch.testing.assert_close(*finals, rtol=0, atol=1e-7)
 
 
+@pytest.mark.ptx
 @interpreter
 def test_options_on_the_device_are_read_at_every_step():
     """lr and tau change between steps, with no table built anew; the same as numbers set in the groups."""
@@ -139,6 +140,7 @@ def test_groups_with_their_own_tensors():
     assert (before[0] - model[0].U).abs().max() < 1e-6
 
 
+@pytest.mark.ptx
 @interpreter
 def test_one_plan_for_all_steps(monkeypatch):
     """Tables are built for the first steps, never again while the parameters stay."""
@@ -151,6 +153,7 @@ def test_one_plan_for_all_steps(monkeypatch):
     assert len(built) == 1
 
 
+@pytest.mark.ptx
 @interpreter
 def test_skipped_is_counted_on_the_device():
     """A layer with NaN in its gradient stays, and one without a gradient is not asked; counts go to the right layers."""

@@ -57,6 +57,7 @@ def test_larger_cores(m, n, kind):
     assert info == OK and kappa(out) <= 1.1 * (1 + 5e-6) and (out - exact).norm() <= 1e-6 * exact.norm()
 
 
+@pytest.mark.ptx
 def test_by_blocks():
     A = with_orthogonal_columns(torch.linspace(2, 1, 70))
     out, info = spectral.clip_spectrum(A, 0.1, 2, INF)
@@ -64,6 +65,7 @@ def test_by_blocks():
     assert info == OK and kappa(out) <= 1.1 * (1 + 5e-6) and (out - exact).norm() <= 1e-6 * exact.norm()
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("band", range(3))
 @pytest.mark.parametrize("tau", [1e4, 1e6, 1e17, 1e200])
 def test_bound_is_hard_for_large_tau(tau, band):
@@ -74,6 +76,7 @@ def test_bound_is_hard_for_large_tau(tau, band):
     assert torch.isfinite(out).all() and (out - A).abs().max() < A.abs().max()
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("band", range(3))
 @pytest.mark.parametrize("exponent", [0, 20, -20])
 def test_cap(exponent, band):
@@ -99,6 +102,7 @@ def test_leaves_what_is_in_the_band():
     torch.testing.assert_close(spectral.clip_spectrum(one, 0.0, 0, 1.0)[0], torch.tensor([[-1.0]]))
 
 
+@pytest.mark.ptx
 def test_reads_tau_and_sigma_max_on_the_device():
     A = torch.randn(2, 6, 6)
     expected = spectral.clip_spectrum(A, 0.1, 0, 1.5)[0]
@@ -107,6 +111,7 @@ def test_reads_tau_and_sigma_max_on_the_device():
         assert torch.equal(spectral.clip_spectrum(A, tau, 0, sigma_max)[0], expected)
 
 
+@pytest.mark.ptx
 def test_matrices_of_a_batch_have_their_own_constraints():
     A = torch.randn(4, 6, 6)
     hyper = torch.zeros(3, 10, dtype=torch.float64)

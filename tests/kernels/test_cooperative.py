@@ -14,7 +14,7 @@ from condlr_ext.kernels.status import NOT_CONVERGED, OK
 from condlr_ext.kernels.triton import devices
 from condlr_ext.reference import HYPER
 
-pytestmark = ON_CPU
+pytestmark = [*ON_CPU, pytest.mark.skipif(not devices.INTERPRETED, reason="members are processes of the interpreter")]
 if run_on_cpu():
     from triton.runtime import interpreter
 

@@ -144,6 +144,7 @@ def strided(t, how):
     return t
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("how", ["rows apart", "transposed", "every other row", "every other column"])
 def test_strides(how):
     X, U, S, V, b, G = tensors(20, 9, 13, 5)
@@ -156,6 +157,7 @@ def test_strides(how):
     torch.testing.assert_close(got, tuple(gradients), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.ptx
 def test_expanded_gradient_and_leading_dimensions():
     _, U, S, V, b, _ = tensors(1, 6, 7, 3)
     X = torch.randn(2, 0, 3, 6, dtype=torch.float64)
@@ -169,6 +171,7 @@ def test_expanded_gradient_and_leading_dimensions():
     torch.testing.assert_close(got, reference.low_rank_linear_backward(G, X, P, U, S, V, ALL), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.ptx
 def test_many_splits_add_up_in_order(monkeypatch):
     """Rows in more splits than one, the last one shorter; twice the same bits."""
     X, U, S, V, _, G = tensors(301, 9, 13, 5, torch.float32)
@@ -195,6 +198,7 @@ CONVS = [  # kernel, stride, padding, dilation, pixels a side
 ]  # fmt: skip
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("d", [1, 2, 3])
 @pytest.mark.parametrize("kernel,stride,padding,dilation,side", CONVS)
 def test_conv_agrees_with_the_reference(d, kernel, stride, padding, dilation, side):
@@ -347,6 +351,7 @@ def test_tf32_operands_are_rounded(rows, n, m, r, tf32_products):
         assert tf32.distance(ours, expected) <= tf32.TOLERANCE
 
 
+@pytest.mark.ptx
 def test_rounding_to_tf32():
     """All exponents, halfway cases, both zeros; Inf and every NaN remain. Only the interpreter drops bits here."""
     mantissas = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x7FF000, 0x7FFFFF])

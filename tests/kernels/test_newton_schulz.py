@@ -138,6 +138,7 @@ def good_and_bad(k, tau):
     return good, bad, torch.tensor([2.0, -(hi * hi + lo * lo)], dtype=torch.float64) / (hi * hi - lo * lo)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("k", [1, 20, 64])
 @pytest.mark.parametrize("tau", [0.0, 0.1, 4.0])
 def test_check_tells_a_violated_bound_from_rounding(k, tau):
@@ -150,6 +151,7 @@ def test_check_tells_a_violated_bound_from_rounding(k, tau):
     assert active_mask.tolist() == [0] * len(good) + [1] * len(bad) + [0] * len(bad)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("k", [65, pytest.param(96, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tau", [0.0, 0.1, 4.0])
 def test_polynomials_tell_a_violated_bound_from_rounding(k, tau):
@@ -207,6 +209,7 @@ def test_a_violated_bound_is_repaired_by_blocks(monkeypatch):
     assert info.tolist() == [OK] and kappa(out[0]) <= 1.05 * (1 + 5e-6) and (out - exact).norm() <= 1e-7 * exact.norm()
 
 
+@pytest.mark.ptx
 def test_steps_take_every_interval_to_one():
     for least in (newton_schulz.POLAR, newton_schulz.SIGN):
         steps = torch.zeros(40, 2, dtype=torch.float64)
@@ -230,6 +233,7 @@ def test_product_adds_in_float64_where_asked():
     torch.testing.assert_close(out, exact, rtol=1e-13, atol=1e-11)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("m,n,k", [(1, 1, 1), (150, 3, 140), (5, 130, 17)])
 def test_product(m, n, k):
     X, Y, C, weight = torch.randn(2, m, k), torch.randn(2, n, k).mT, torch.randn(2, n, m).mT, torch.randn(2, k)

@@ -34,6 +34,7 @@ def check(A, Q, R):
     assert (R.tril(-1) == 0).all() and (R.diagonal(dim1=-2, dim2=-1) >= 0).all()
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "m,n", [(1, 1), (1, 4), (3, 3), (17, 5), (40, 16), (70, 35), (20, 45), pytest.param(33, 33, marks=pytest.mark.slow)]
@@ -71,6 +72,7 @@ def test_error_is_no_worse_than_lapacks(m, n, condition, dtype):
     assert residual(A, Q, R).max() <= 2 * residual(A, Q_theirs, R_theirs).max()
 
 
+@pytest.mark.ptx
 def test_cholesky_does_what_it_can(monkeypatch):
     """Up to 1e6 in float32 and 1e2 in float64 nothing is left to the slow way, beyond everything is."""
     seen = []
@@ -121,6 +123,7 @@ def test_equal_and_zero_columns(dtype):
     check(A, Q, R)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("m,n", [(20, 7), (7, 20)])
 def test_non_finite_matrices_are_flagged_alone(m, n, value):
@@ -144,6 +147,7 @@ def test_batches_and_empties(batch, m, n):
         check(A, Q, R)
 
 
+@pytest.mark.ptx
 def test_strides_and_the_rest_of_the_batch_do_not_matter():
     base = torch.randn(2, 9, 14)
     for A in (base.mT, base[:, ::2, 1::3], base.transpose(0, 1), base.expand(3, 2, 9, 14)[:, 1]):
@@ -160,6 +164,7 @@ def test_the_input_is_not_written():
     assert torch.equal(A, before)
 
 
+@pytest.mark.ptx
 def test_long_sums_are_split():
     """More rows than one program sums, and the same bits every time."""
     A = torch.randn(700, 5)

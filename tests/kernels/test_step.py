@@ -20,6 +20,7 @@ from helpers.matrices import (
 from helpers.op_arguments import hyper_table
 
 from condlr_ext import ops, reference
+from condlr_ext.kernels.triton.devices import INTERPRETED
 from condlr_ext.reference import BANDS, HYPER
 
 pytestmark = ON_CPU
@@ -117,6 +118,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_float64_is_the_reference(options):
     shapes = SHAPES[:4]
@@ -141,6 +143,7 @@ def test_options_differ_between_layers():
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("size", [1e2, 1e6, 1e10])
 def test_huge_steps_stay_orthonormal(size):
     """One pass of Cholesky-QR does up to 1e3 or so, Householder's reflections the rest."""
@@ -227,6 +230,7 @@ def test_a_core_above_rank_64_that_does_not_move_stays():
     assert info == 0 and torch.equal(core, before)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("role", range(4))
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_non_finite_gradient_leaves_that_layer_untouched(role, value):
@@ -242,6 +246,7 @@ def test_non_finite_gradient_leaves_that_layer_untouched(role, value):
         assert torch.equal(buffers[i], before_buffers[i]) == untouched
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("why", ["zero core", "zero trial", "overflow", "overflow in a buffer"])
 def test_layers_that_cannot_move_are_counted(why):
     params, grads, buffers = network(torch.float32, SHAPES[:3])
@@ -284,6 +289,7 @@ def test_a_singular_core_does_no_harm(smallest, tau):
     assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("present", [0b0000, 0b0001, 0b0010, 0b0100, 0b1000, 0b1011, 0b1101])
 def test_missing_gradients_leave_their_role_alone(present):
     params, grads, buffers = network(torch.float64, SHAPES[:2])
@@ -308,6 +314,7 @@ def test_no_momentum_needs_no_buffers():
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.ptx
 def test_a_plan_follows_its_tensors():
     """Gradients, then everything, somewhere else in memory; and equal input gives equal bits."""
     params, grads, buffers = network(torch.float32, SHAPES[:2])
@@ -323,6 +330,7 @@ def test_a_plan_follows_its_tensors():
         del grads, moved
 
 
+@pytest.mark.ptx
 def test_a_captured_run_has_a_table_of_its_own(monkeypatch):
     """Complete, whatever the plan's says, and the plan's stays for steps beside the graph."""
     params, grads, buffers = network(torch.float32, SHAPES[:1])
@@ -372,6 +380,7 @@ def test_hyperparameters_are_read_at_every_step():
         torch.testing.assert_close(p, q, rtol=0, atol=1e-14)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="counts launches of the interpreter")
 @pytest.mark.parametrize("above_64", [[], [(70, 66, 65), (80, 70, 66)]], ids=len)
 def test_eight_launches(above_64, monkeypatch):
     """Whatever the number of layers, and also where gradients have moved; ranks above 64 have their own two clips."""

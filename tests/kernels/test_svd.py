@@ -56,6 +56,7 @@ def test_svd(k, kind):
     assert_as_good_as_lapack(A, U, sigma, V)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("kind", SPECTRA)
 @pytest.mark.parametrize("m,n", [(5, 5), (17, 17), (12, 5), (5, 40)])
 def test_svd_float64(m, n, kind):
@@ -65,6 +66,7 @@ def test_svd_float64(m, n, kind):
     assert_as_good_as_lapack(A, U, sigma, V)
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("kind", ["random", "graded", "rank_deficient", "clustered"])
 @pytest.mark.parametrize("m,n", [(40, 7), (7, 40), (100, 1), (1, 5), (300, 20)])
 def test_svd_tall_and_wide(m, n, kind):
@@ -101,6 +103,7 @@ def test_svd_scaled_far_from_one(exponent):
     assert max(non_orthonormality(U), non_orthonormality(V)) <= 1e-6
 
 
+@pytest.mark.ptx
 def test_svd_of_unequal_lengths_and_zero_columns():
     A = torch.randn(20, 9)
     A[:, [0, 4, 8]] = 0
@@ -142,6 +145,7 @@ def test_polar(m, n, kind):
     assert (H - H.mT).norm() <= bound * A.norm() and torch.linalg.eigvalsh(H).min() >= -bound * A.norm()
 
 
+@pytest.mark.ptx
 def test_matrices_of_a_batch_do_not_affect_each_other():
     kinds = ["two_values", "graded", "zero", "random", "repeated", "random"]
     A = torch.stack([with_spectrum(SPECTRA[kind](6), 6, 6).float() for kind in kinds]).reshape(3, 2, 6, 6)
@@ -171,6 +175,7 @@ def test_non_finite_in_blocks():
     assert_as_good_as_lapack(A[1], U[1], sigma[1], V[1])
 
 
+@pytest.mark.ptx
 @pytest.mark.parametrize("n", [20, 66])
 def test_too_few_sweeps_are_reported(n, monkeypatch):
     monkeypatch.setattr(jacobi, "SWEEPS", 2)
