@@ -140,7 +140,6 @@ def test_groups_with_their_own_tensors():
     assert (before[0] - model[0].U).abs().max() < 1e-6
 
 
-@pytest.mark.ptx
 @interpreter
 def test_one_plan_for_all_steps(monkeypatch):
     """Tables are built for the first steps, never again while the parameters stay."""

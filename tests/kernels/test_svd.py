@@ -56,7 +56,6 @@ def test_svd(k, kind):
     assert_as_good_as_lapack(A, U, sigma, V)
 
 
-@pytest.mark.ptx
 @pytest.mark.parametrize("kind", SPECTRA)
 @pytest.mark.parametrize("m,n", [(5, 5), (17, 17), (12, 5), (5, 40)])
 def test_svd_float64(m, n, kind):

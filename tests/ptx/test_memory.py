@@ -213,3 +213,16 @@ def test_an_acquire_serves_its_warp_until_the_barrier():
     fresh = lambda: (ints(2), torch.zeros(1, dtype=torch.int64))  # noqa: E731
     assert not run(f"{body} @!%p1 ld.global.b32 %r2, [%rd9];", *fresh(), **two).reports
     assert kinds(run(f"{body} @%p1 ld.global.b32 %r2, [%rd9];", *fresh(), **two)) == {"racecheck"}
+
+
+def test_atomics_add_and_combine():
+    """What was there before comes back, of threads in their order; none is lost."""
+    total, bits, before = (
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(32, dtype=torch.int64),
+    )
+    body = f"""cvt.u64.u32 %rd8, %r0; atom.global.gpu.relaxed.add.u64 %rd9, [%rd0], %rd8; {element("%rd10", 2, 8)}
+    st.global.b64 [%rd10], %rd9; mov.b32 %r1, 1; shl.b32 %r1, %r1, %r0; atom.global.gpu.relaxed.or.b32 %r2, [%rd1], %r1;"""
+    assert not run(body, total, bits, before).reports
+    assert total == sum(range(32)) and bits == -1 and torch.equal(before, torch.arange(32).cumsum(0) - torch.arange(32))

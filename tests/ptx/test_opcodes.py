@@ -113,7 +113,7 @@ INTEGER = {  # opcode without type: function of Python's integers
 
 @pytest.mark.parametrize(
     "opcode",
-    ["add.s32", "add.s64", "sub.s32", "sub.s64", "mul.lo.s32", "mul.lo.s64", "mul.wide.s32", "mul.wide.u32", "mad.lo.s32",
+    ["add.s32", "add.s64", "sub.s32", "sub.s64", "mul.lo.s32", "mul.lo.s64", "mul.wide.s32", "mul.wide.u32", "mul.wide.u16", "mad.lo.s32",
      "mad.lo.s64", "mad.wide.s32", "mad.wide.u32", "div.s32", "div.u32", "div.s64", "rem.s64", "rem.u32", "min.s32",
      "min.u32", "min.s64", "min.u64", "max.s32", "max.u32", "max.s64", "max.u64", "neg.s32", "neg.s64", "not.b32",
      "not.b64", "and.b16", "and.b32", "or.b16", "or.b64", "xor.b32", "xor.b64", "popc.b32"],

@@ -355,15 +355,15 @@ class GlobalAccess:
                         "racecheck", instruction, f"writes different values to one address of {allocation.name}"
                     )
 
-    def add_atomically(self, block, address, offset, value, mask, instruction):
+    def atomic(self, block, address, offset, value, mask, instruction):
         """Return what was there before; a release publishes what the block has done, an acquire sees what others did."""
-        result = np.zeros_like(value)
+        result, function = np.zeros_like(value), np.add if "add" in instruction.modifiers else np.bitwise_or
         for allocation, at, lanes in self._select(block, address, offset, value.itemsize, mask, instruction):
             view = allocation.views[value.itemsize]
             for k, lane in enumerate(range(len(value)) if lanes is None else lanes):
                 index = at[k] // value.itemsize
                 result[lane] = view[index]
-                view[index] += value[lane]
+                view[index] = function(view[index], value[lane])
                 clock = self._clocks.setdefault((allocation, int(index)), np.zeros_like(block.seen))
                 if {"acq_rel", "acquire"} & set(instruction.modifiers):
                     block.acquired.append((block.warp[lane], clock.copy()))

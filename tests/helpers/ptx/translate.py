@@ -52,7 +52,7 @@ OPCODES = {
     r"sub\.s(32|64)": ("u uu", "{0} - {1}"),
     r"mul\.lo\.s(32|64)": ("u uu", "{0} * {1}"),
     r"mad\.lo\.s(32|64)": ("u uuu", "{0} * {1} + {2}"),
-    r"mul\.wide\.[su]32": ("w tt", "{0}.astype({w}) * {1}"),
+    r"mul\.wide\.[su](16|32)": ("w tt", "{0}.astype({w}) * {1}"),
     r"mad\.wide\.[su]32": ("w ttw", "{0}.astype({w}) * {1} + {2}"),
     r"div\.[su](32|64)": ("t tt", "divide({0}, {1})"),
     r"rem\.[su](32|64)": ("t tt", "remainder({0}, {1})"),
@@ -269,7 +269,7 @@ def _shuffle(i: Instruction) -> Row:
 def _atomic(i: Instruction) -> Row:
     base, offset = address(i.operands[1])
     kind = f"u{int(i.type[1:]) // 8}"
-    code = f"C.add_atomically({{0}}, {offset}, {{1}}, {{g}}, {{i}})"
+    code = f"C.atomic({{0}}, {offset}, {{1}}, {{g}}, {{i}})"
     return Row(code, [(i.operands[0], kind)], [(base, "u8"), (i.operands[2], kind)])
 
 
@@ -290,7 +290,7 @@ SPECIAL = {
     r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k8\.f32\.tf32\.tf32": _wgmma,
     r"wgmma\.wait_group\.sync\.aligned": _wait_products,
     r"shfl\.sync\.(bfly|idx)\.b32": _shuffle,
-    r"atom\.global\.gpu\.(acq_rel|acquire|release|relaxed)\.add\.[su](32|64)": _atomic,
+    r"atom\.global\.gpu\.(acq_rel|acquire|release|relaxed)\.(add\.[su]|or\.b)(32|64)": _atomic,
 }
 _rows = {}  # opcode as written: (types, expression), or the function that makes the row
 
