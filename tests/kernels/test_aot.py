@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench import aot
 from helpers.ptx import parse, translate
 
+from bench import aot
 from condlr_ext.kernels.triton.devices import INTERPRETED
 from condlr_ext.kernels.triton.linear import configs
 

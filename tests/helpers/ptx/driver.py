@@ -18,6 +18,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from condlr_ext.kernels.triton import devices
+from condlr_ext.kernels.triton.runtime import launching
 
 from .memory import Global, Report, SanitizerError
 from .parse import parse
@@ -108,10 +109,6 @@ class PTXBackend(CUDABackend):
         super().__init__(target)
         self.binary_ext = "ptx"
 
-    @staticmethod
-    def supports_target(target):
-        return target.backend == "ptx"
-
     def add_stages(self, stages, options, language):
         super().add_stages(stages, options, language)
         del stages["cubin"]
@@ -146,7 +143,7 @@ class Driver:
         self.sm, self.utils = sm, self
 
     def get_current_target(self):
-        return GPUTarget("ptx", self.sm, 32)
+        return GPUTarget("cuda", self.sm, 32)
 
     def get_current_device(self):
         return self.sm
@@ -172,13 +169,14 @@ def executing(sm: int, noise: int | None = None, schedule: int | None = None, fa
     before = _current
     _current = run = Run(sm, noise, schedule, faults)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(backends, ptx=Backend(PTXBackend, None)))
+        stack.enter_context(mock.patch.dict(backends, nvidia=Backend(PTXBackend, backends["nvidia"].driver)))
+        stack.enter_context(mock.patch.dict(launching._kept, clear=True))
         stack.enter_context(mock.patch.object(driver, "_active", Driver(sm)))
         seams = dict(
             serves=lambda tensor: tensor.device.type == "cpu",
             architecture=lambda device: f"sm_{sm}",
             multiprocessors=lambda device: MULTIPROCESSORS,
-            address=lambda tensor: run.memory.address(tensor),
+            address=lambda tensor: run.memory.address(tensor) if tensor.numel() else 0,
         )
         stack.enter_context(mock.patch.multiple(devices, **seams))
         try:

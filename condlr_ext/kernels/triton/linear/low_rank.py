@@ -133,8 +133,8 @@ def sums(
     a_ptrs = A_ptr + (begin + b)[:, None] * a_row + i[None, :]
     b_ptrs = B_ptr + (begin + b)[:, None] * b_row + cols[None, :]
     acc = tl.zeros([BLOCK_I, RANK], ACC)
-    # A sum of A's tiles beside their product gets a buffer too few in Triton's pipeline for Hopper, which then copies the
-    # next tile over one that the tensor core still reads. In 16 bits it is a product itself, with ones, and as exact.
+    # Tiles of A that are summed beside their product get a buffer too few in Triton's pipeline for Hopper, which copies
+    # the next tile over one that the tensor core still reads. In 16 bits the sum is an exact product too, with ones.
     HALF: tl.constexpr = G_ptr.dtype.element_ty.primitive_bitwidth == 16
     ones = tl.full([BLOCK_B, 16], 1.0, G_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_I, 16] if HALF else [BLOCK_I], ACC)
