@@ -63,6 +63,11 @@ def test_shuffles_and_sums():
     assert got == [k // 32 * 32 + k % 8 for k in range(64)]
     got, _ = values("redux.sync.add.s32 %r1, %r0, -1;")
     assert got == [sum(range(32))] * 32 + [sum(range(32, 64))] * 32
+    for kind, least, largest in (("s32", -40, 23), ("u32", 0, -1)):  # of -40 to 23, the bits of -1 being the largest
+        got, _ = values(f"add.s32 %r2, %r0, -40; redux.sync.min.{kind} %r1, %r2, -1;")
+        assert got[0] == -40 and got[32] == (least + 32 if kind == "s32" else least)
+        got, _ = values(f"add.s32 %r2, %r0, -40; redux.sync.max.{kind} %r1, %r2, -1;")
+        assert got[0] == -9 and got[32] == largest
 
 
 def test_registers_are_packed_and_split():

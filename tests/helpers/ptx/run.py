@@ -287,9 +287,10 @@ class Block:
             self.report("synccheck", instruction, "reads from a thread that is not there")
         return value[source]
 
-    def sum_of_warp(self, value, mask, instruction):
+    def reduce(self, function, value, mask, instruction):
+        """Return a function of the values of each warp to all of its threads."""
         self.whole_warps(mask, instruction)
-        return np.repeat(value.reshape(-1, 32).sum(1, dtype=value.dtype), 32)
+        return np.repeat(function.reduce(value.reshape(-1, 32), axis=1, dtype=value.dtype), 32)
 
     # wgmma: computed at once; its results are NaN until they are waited for
 

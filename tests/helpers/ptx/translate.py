@@ -110,7 +110,9 @@ OPCODES = {
     r"setp\.num\.f(16|32|64)": ("p tt", "~(np.isnan({0}) | np.isnan({1}))"),
     r"setp\.num\.bf16": ("p hh", "~(np.isnan(from_bfloat16({0})) | np.isnan(from_bfloat16({1})))"),
     # between the threads of a warp
-    r"redux\.sync\.add\.s32": ("u ui", "C.sum_of_warp({0}, {g}, {i})"),
+    r"redux\.sync\.add\.s32": ("t ti", "C.reduce(np.add, {0}, {g}, {i})"),
+    r"redux\.sync\.min\.[su]32": ("t ti", "C.reduce(np.minimum, {0}, {g}, {i})"),
+    r"redux\.sync\.max\.[su]32": ("t ti", "C.reduce(np.maximum, {0}, {g}, {i})"),
     r"bar\.warp\.sync": (" i", "C.whole_warps({g}, {i})"),
     # orders
     r"fence\.proxy\.async\.shared::cta": (" ", "C.shared.fence()"),
