@@ -226,3 +226,13 @@ def test_atomics_add_and_combine():
     st.global.b64 [%rd10], %rd9; mov.b32 %r1, 1; shl.b32 %r1, %r1, %r0; atom.global.gpu.relaxed.or.b32 %r2, [%rd1], %r1;"""
     assert not run(body, total, bits, before).reports
     assert total == sum(range(32)) and bits == -1 and torch.equal(before, torch.arange(32).cumsum(0) - torch.arange(32))
+
+
+@pytest.mark.parametrize(
+    "name,kind,expected", [("max", "s32", 15), ("min", "s32", -16), ("max", "u32", -1), ("min", "u32", 0)]
+)
+def test_atomics_of_extremes(name, kind, expected):
+    """Of the numbers -16 to 15 and 0, with signs and without."""
+    extreme = torch.zeros(1, dtype=torch.int32)
+    run(f"add.s32 %r1, %r0, -16; atom.global.gpu.relaxed.{name}.{kind} %r2, [%rd0], %r1;", extreme)
+    assert extreme == expected

@@ -355,11 +355,11 @@ class GlobalAccess:
                         "racecheck", instruction, f"writes different values to one address of {allocation.name}"
                     )
 
-    def atomic(self, block, address, offset, value, mask, instruction):
+    def atomic(self, block, function, address, offset, value, mask, instruction):
         """Return what was there before; a release publishes what the block has done, an acquire sees what others did."""
-        result, function = np.zeros_like(value), np.add if "add" in instruction.modifiers else np.bitwise_or
+        result = np.zeros_like(value)
         for allocation, at, lanes in self._select(block, address, offset, value.itemsize, mask, instruction):
-            view = allocation.views[value.itemsize]
+            view = allocation.views[value.itemsize].view(value.dtype)
             for k, lane in enumerate(range(len(value)) if lanes is None else lanes):
                 index = at[k] // value.itemsize
                 result[lane] = view[index]

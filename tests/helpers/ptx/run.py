@@ -239,8 +239,8 @@ class Block:
     def store_global(self, address, offset, values, mask, instruction):
         self.launch.memory.store(self, address, offset, values, mask, instruction)
 
-    def atomic(self, address, offset, value, mask, instruction):
-        return self.launch.memory.atomic(self, address, offset, value, mask, instruction)
+    def atomic(self, function, address, offset, value, mask, instruction):
+        return self.launch.memory.atomic(self, function, address, offset, value, mask, instruction)
 
     def load_shared(self, address, offset, width, count, mask, instruction):
         return self.shared.load(address, offset, width, count, mask, instruction)

@@ -269,9 +269,9 @@ def _shuffle(i: Instruction) -> Row:
 
 
 def _atomic(i: Instruction) -> Row:
-    base, offset = address(i.operands[1])
-    kind = f"u{int(i.type[1:]) // 8}"
-    code = f"C.atomic({{0}}, {offset}, {{1}}, {{g}}, {{i}})"
+    (base, offset), kind = address(i.operands[1]), _numpy_type(i.type)
+    function = {"add": "np.add", "or": "np.bitwise_or", "min": "np.minimum", "max": "np.maximum"}[i.modifiers[3]]
+    code = f"C.atomic({function}, {{0}}, {offset}, {{1}}, {{g}}, {{i}})"
     return Row(code, [(i.operands[0], kind)], [(base, "u8"), (i.operands[2], kind)])
 
 
@@ -292,7 +292,7 @@ SPECIAL = {
     r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k8\.f32\.tf32\.tf32": _wgmma,
     r"wgmma\.wait_group\.sync\.aligned": _wait_products,
     r"shfl\.sync\.(bfly|idx)\.b32": _shuffle,
-    r"atom\.global\.gpu\.(acq_rel|acquire|release|relaxed)\.(add\.[su]|or\.b)(32|64)": _atomic,
+    r"atom\.global\.gpu\.(acq_rel|acquire|release|relaxed)\.((add|min|max)\.[su]|or\.b)(32|64)": _atomic,
 }
 _rows = {}  # opcode as written: (types, expression), or the function that makes the row
 
