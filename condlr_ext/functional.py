@@ -201,7 +201,7 @@ def _kernels(op: ops.Op, is_served: Callable[..., bool] | None, args: tuple) -> 
     is_served says so of the compiled kernels; None where there are none.
     """
     input, U, *_ = args
-    if _needs_products():
+    if needs_products():
         return None
     if input.is_cpu and ops.current_backend() in ("auto", "cpu"):
         return "cpu" if is_served and is_served(input, U) else None
@@ -211,12 +211,12 @@ def _kernels(op: ops.Op, is_served: Callable[..., bool] | None, args: tuple) -> 
 
 def _by_kernels(function: type[torch.autograd.Function], op: ops.Op, backend: str, products: Callable, *args) -> Tensor:
     """Apply the function, unless only torch's own products will do, as in a later call of a layer."""
-    if _needs_products():
+    if needs_products():
         return products(*args)
     return function.apply(backend, *args) if torch.is_grad_enabled() else op.run(backend, *args)[0]
 
 
-def _needs_products() -> bool:
+def needs_products() -> bool:
     """Return whether only torch's own products will do: under transforms, FLOP counting, tracing and export."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing() or transformed() or _counted()
 

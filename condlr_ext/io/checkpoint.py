@@ -17,7 +17,7 @@ from ..errors import CheckpointError, NonFiniteError, RankError
 from ..factorize import factorize
 from ..nn import low_rank_layers
 from .optimizer_state import check_state
-from .tensor_files import plain, read_tensors, write_tensors
+from .tensor_files import is_finite, plain, read_tensors, write_tensors
 
 __all__ = ["Checkpoint", "load", "read", "save"]
 
@@ -585,6 +585,9 @@ def _check_tensors(model: nn.Module, state: dict[str, Any], source: str) -> None
             problems.append(f"{name} is {shapes[0]} in it and {shapes[1]} in the model")
         elif isinstance(here, Tensor) and _number_kind(there) != _number_kind(here):
             problems.append(f"{name} is {there.dtype} in it and {here.dtype} in the model")
+        elif isinstance(here, Tensor) and there.dtype != here.dtype and is_finite(there):
+            if not is_finite(there.to(here.dtype)):
+                problems.append(f"{name} is beyond the range of {here.dtype}, that of the model")
     if problems:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}")
 

@@ -12,10 +12,10 @@ from .._factors import orthonormal_factors
 from .._files import check_path, read_text, write_whole
 from .._modules import DENSE, check_module, unwrapped
 from ..adapters import set_adapters
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NonFiniteError
 from ..nn import LowRankAdapter
 from .saved_modules import PREFIX, set_parts, split_parts, trained_parts
-from .tensor_files import read_tensors, write_tensors
+from .tensor_files import is_finite, read_tensors, write_tensors
 
 __all__ = ["load_lora", "save_lora"]
 
@@ -136,11 +136,17 @@ def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
                 f"{folder}: layer {name!r} must have lora_A [r, n, ...] and lora_B [m, r, 1...],"
                 f" floating-point, got {A.dtype} {list(A.shape)} and {B.dtype} {list(B.shape)}"
             )
-        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        A, B = (t.float() if t.element_size() == 1 else t for t in (A, B))
+        if not (is_finite(A) and is_finite(B)):
             raise CheckpointError(f"{folder}: lora_A and lora_B of layer {name!r} must be finite, got NaN or Inf")
         r = len(A)
         core = torch.eye(r, dtype=B.dtype, device=B.device)
-        factors = orthonormal_factors(B.flatten(1), core, A.flatten(1).mT)
+        try:
+            factors = orthonormal_factors(B.flatten(1), core, A.flatten(1).mT)
+        except NonFiniteError as error:
+            raise CheckpointError(
+                f"{folder}: layer {name!r} has factors beyond the range of {B.dtype}: {error}"
+            ) from error
         changes[name] = (*factors, scaling(config, name, r, str(folder)))
     made = set_adapters(model, changes, str(folder))
     set_parts(others)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._modules import matcher, not_plain
 from ..errors import CheckpointError
 from ..nn import LowRankAdapter
-from .tensor_files import plain
+from .tensor_files import is_finite, plain
 
 PREFIX = "base_model.model."
 _NOT_WRAPPED = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # by PEFT
@@ -96,8 +96,9 @@ def split_parts(
                 f"{source}: {key} is {value.dtype} {list(value.shape)} in the file and {target.dtype}"
                 f" {list(target.shape)} in the model"
             )
-        if not torch.isfinite(value).all():
-            raise CheckpointError(f"{source}: {key} must be finite, got NaN or Inf")
+        value = value.to(target.dtype)
+        if not is_finite(value):
+            raise CheckpointError(f"{source}: {key} must be finite in {target.dtype}, got NaN or Inf")
         if not torch.equal(values.setdefault(id(target), value), value):
             raise ValueError(f"{source}: {key} is a tensor of the model that has another value under another name")
         pairs.append((target, value))

@@ -172,3 +172,10 @@ def _checksum(header: dict, tensors: Iterable[Tensor]) -> str:
 def _memory(t: Tensor) -> ctypes.Array:
     """Return the bytes of a contiguous tensor, which must live as long as they are used."""
     return (ctypes.c_char * t.nbytes).from_address(t.data_ptr())
+
+
+def is_finite(t: Tensor) -> bool:
+    """Return whether no element is NaN or Inf, in any dtype that a file may hold."""
+    if not (t.is_floating_point() or t.is_complex()) or t.is_meta:
+        return True
+    return bool(torch.isfinite(t.float() if t.element_size() == 1 else t).all())

@@ -1,6 +1,7 @@
 """LowRankLayer, the base of all low-rank layers: factors, initialization, weight, conversion."""
 
 import math
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from .. import functional, linalg, ops
 from .._modules import not_plain
 from ..errors import NonFiniteError, ShapeError
-from ..reference import ORTHONORMAL_INPUT, ORTHONORMAL_STEP, ROLES, orthonormality_error
+from ..reference import ORTHONORMAL_INPUT, ORTHONORMAL_STEP, orthonormality_error
 from .formed import formed
 from .rank import resolve_rank
 from .truncated import truncated_svd
 
 _KINDS = 1000  # of inputs that a layer remembers
+_LOCK = threading.Lock()  # of _LAYERS
 _LAYERS = weakref.WeakSet()  # all live layers; not their parameters, which torch replaces
 
 
@@ -26,7 +28,8 @@ def low_rank_layers(model: nn.Module) -> dict[str, "LowRankLayer"]:
 
 def live_layers() -> list["LowRankLayer"]:
     """Return all low-rank layers that there are, of whatever model."""
-    return list(_LAYERS)
+    with _LOCK:
+        return list(_LAYERS)
 
 
 def active_rank(U: Tensor, S: Tensor, V: Tensor) -> int:
@@ -61,7 +64,8 @@ class LowRankLayer(nn.Module):
 
     def __new__(cls, *args, **kwargs):
         layer = super().__new__(cls)  # copies and unpickled layers pass here too
-        _LAYERS.add(layer)
+        with _LOCK:
+            _LAYERS.add(layer)
         layer.__dict__["_products"] = {}  # functions that compute the layer, by kind of input
         return layer
 
@@ -72,20 +76,26 @@ class LowRankLayer(nn.Module):
         # what is cheap enough for every call: the checks are those of the first input of a kind
         if type(input) is not Tensor or not ops.is_plain(input):
             return self._checked(input)
-        kind = input.shape, input.dtype, input.requires_grad, torch.is_grad_enabled()
+        parameters = self._parameters
+        try:
+            U, S, V, bias = parameters["U"], parameters["S"], parameters["V"], parameters["bias"]
+        except KeyError:  # pruned or parametrized
+            return self._checked(input)
+        of_bias = None if bias is None else (bias.shape, bias.dtype)
+        kind = input.shape, input.dtype, input.device, input.requires_grad, torch.is_grad_enabled(), of_bias
         products = self._products.get(kind)
         if products is None:
             output = self._checked(input)
-            if kind not in self._products:
+            if kind not in self._products and not functional.needs_products():
                 if len(self._products) == _KINDS:
                     self._products.clear()
                 self._products[kind] = self._choose_products(input)
             return output
-        factors = self._parameters
         try:
-            return products(input, factors["U"], factors["S"], factors["V"], factors["bias"])
-        except (RuntimeError, TypeError, KeyError):  # KeyError: pruned or parametrized since
-            return self._checked(input)  # names what is wrong
+            return products(input, U, S, V, bias)
+        except (RuntimeError, TypeError):
+            self._arguments(input)  # raises if it can name what is wrong
+            raise
 
     def _checked(self, input: Tensor) -> Tensor:
         """Return the output after all checks."""
@@ -109,7 +119,6 @@ class LowRankLayer(nn.Module):
     @route.setter
     def route(self, route: str) -> None:
         self._route = functional.check_route(f"{type(self).__name__}.route", route)
-        self._products.clear()
 
     def plan(self, input: Tensor) -> ops.cost_model_cpu.Plan:
         """Return the costs that the cost model estimates for this input, and with them the route "auto" would take.
@@ -174,8 +183,7 @@ class LowRankLayer(nn.Module):
                 f"{type(self).__name__}.weight is formed from U, S and V and cannot be assigned; change these, or use"
                 " from_dense for the layer of a dense weight"
             )
-        if name in ROLES:
-            self._products.clear()
+        self._products.clear()  # whatever it is: a factor, the geometry, the mode
         super().__setattr__(name, value)
 
     def register_parameter(self, name, param) -> None:

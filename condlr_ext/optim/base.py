@@ -39,7 +39,9 @@ class ConstrainedOptimizer(Optimizer):
             model_or_groups = [module_group(model_or_groups)]
         self.capturable, self.check_finite = capturable, check_finite
         self._skipped: dict[torch.device, Tensor] = {}  # by device: a count for each layer
-        self._waiting: set[str] = set()  # frozen layers, put on the constraint set when they first get a gradient
+        self._waiting: set[LayerSlots] = (
+            set()
+        )  # frozen layers, put on the constraint set when they first get a gradient
         self._captured: list[tuple] = []  # keeps alive what captured CUDA graphs read by address
         self._layers: list[LayerSlots] = []
         self._ready = False  # layers are looked for once all groups are there
@@ -98,7 +100,8 @@ class ConstrainedOptimizer(Optimizer):
         """Return the group with names for its parameters, which torch wants in all groups or in none."""
         params = group["params"] if isinstance(group["params"], Tensor) else list(group["params"])
         group["params"] = params
-        if "param_names" in group or isinstance(params, list) and any(isinstance(p, tuple) for p in params):
+        named = isinstance(params, list) and any(isinstance(p, tuple) for p in params)
+        if named or "param_names" in group or "roles" in group:  # roles are those of names
             return group
         g, count = len(self.param_groups), 1 if isinstance(params, Tensor) else len(params)
         return group | {"param_names": [f"parameter {i} of group {g}" for i in range(count)]}
@@ -106,7 +109,9 @@ class ConstrainedOptimizer(Optimizer):
     def _take_groups(self, first: int) -> None:
         """Find the layers of the groups from the first on, put them on the constraint set, and create the state."""
         layers = link_layers(self.param_groups, first)
-        others = self._other_parameters([*self._layers, *layers])
+        every = [*self._layers, *layers]
+        others = self._other_parameters(every)
+        refuse_overlaps(self._name, {layer.name: [self._param_at(at) for at in layer.positions] for layer in every})
         self._start(layers)
         self._layers += layers
         self._create_states(first)
@@ -160,7 +165,6 @@ class ConstrainedOptimizer(Optimizer):
     @torch.no_grad()
     def _start(self, layers) -> None:
         """Put the layers on the constraint set; nothing is written before all of them have been checked."""
-        refuse_overlaps(self._name, {layer.name: [self._param_at(at) for at in layer.positions] for layer in layers})
         for layer in layers:
             params = [p for p in map(self._param_at, layer.positions) if p is not None]
             kinds = {(p.device, p.dtype) for p in params}
@@ -176,9 +180,9 @@ class ConstrainedOptimizer(Optimizer):
             if params[0].is_meta:
                 continue
             if not any(p.requires_grad for p in params[:3]):
-                self._waiting.add(layer.name)
+                self._waiting.add(layer)
                 continue
-            self._waiting.discard(layer.name)
+            self._waiting.discard(layer)
             masters = [self._master(p) for p in params]
             start_on_constraint_set(*active_factors(*masters[:3]), *self._constraint(layer))
             for p, master in zip(params, masters, strict=True):
@@ -274,7 +278,7 @@ class ConstrainedOptimizer(Optimizer):
             indices = [None if position is None else first[position[0]] + position[1] for position in layer.positions]
             if all(i is None or grads[i] is None for i in indices):
                 continue
-            if layer.name in self._waiting:
+            if layer in self._waiting:
                 self._start([layer])
             core = params[indices[1]]
             if core.device not in calls:

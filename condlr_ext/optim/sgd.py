@@ -131,10 +131,12 @@ class CondLRSGD(ConstrainedOptimizer):
 
     def _create_state(self, p: Tensor, group: dict) -> None:
         state = self.state[p]
-        if group["momentum"] and state.get("momentum_buffer") is None:
+        if not group["momentum"]:
+            return
+        if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(state.get("master", p))
-            if group["dampening"]:  # without it a buffer of zeros starts itself
-                state["started"] = False
+        if group["dampening"] and "started" not in state:  # without it a buffer of zeros starts itself
+            state["started"] = bool(state["momentum_buffer"].any())
 
     def _add_layer(self, call: StepCall, slots: list[Slot]) -> None:
         for slot in slots:

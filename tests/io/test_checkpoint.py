@@ -365,6 +365,8 @@ def test_damaged_and_foreign_files(saved, tmp_path):
     spoilt = tensors | {"2.S": torch.full((3, 3), torch.nan)}
     save_file(spoilt, path, text)
     fails(path, small_mlp(), match="S of layer '2' must be finite, got NaN or Inf", error=NonFiniteError)
+    save_file(tensors | {"2.bias": tensors["2.bias"].double() + 1e300}, path, text)
+    fails(path, small_mlp(), match="2.bias is beyond the range of torch.float32, that of the model")
 
 
 def test_the_package_imports_no_optional_package():

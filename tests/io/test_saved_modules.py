@@ -195,6 +195,8 @@ def test_bad_parts_change_nothing(tmp_path):
         norm__running_var=None,
     )
     fails("head.weight must be finite", CheckpointError, head__weight=torch.full((3, 8), torch.nan))
+    huge = torch.full((3, 8), 1e300, dtype=torch.float64)
+    fails("head.weight must be finite in torch.float32", CheckpointError, head__weight=huge)
     fails(
         r"head.weight is torch.float32 \[4, 8\] in the file and torch.float32 \[3, 8\]",
         ValueError,
@@ -208,6 +210,16 @@ def test_bad_parts_change_nothing(tmp_path):
     save_file(good, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="no tensor .* that values can be written to"):
         load_lora(skeleton, tmp_path)
+
+
+def test_parts_of_eight_bits_are_read(tmp_path):
+    save_lora(adapted(), tmp_path)
+    _, good = contents(tmp_path)
+    small = {key: t.to(torch.float8_e4m3fn) if "head" in key or "lora" in key else t for key, t in good.items()}
+    save_file(small, tmp_path / "adapter_model.safetensors")
+    model = Net()
+    load_lora(model, tmp_path)
+    assert torch.equal(model.head.weight, small[f"{PREFIX}head.weight"].float())
 
 
 def test_adapters_that_are_there_stay_trained():

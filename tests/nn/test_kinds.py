@@ -102,6 +102,49 @@ def test_parameters_that_became_computed(known, role, change):
     check(layer, x)
 
 
+CHANGES = {"stride": (1, 2), "padding": (2, 1), "dilation": (2, 1), "padding_mode": "circular"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_geometry_that_changes(name):
+    layer, x = randomize(LowRankConv2d(4, 8, 3, padding=1, rank=3)), torch.randn(2, 4, 9, 9)
+    layer(x)
+    setattr(layer, name, CHANGES[name])
+    check(layer, x)
+
+
+@pytest.mark.parametrize("mode", ["counter", "vmap"])
+def test_a_first_call_under_a_transform_is_not_remembered(mode):
+    layer, x = LowRankLinear(512, 512, rank=16), torch.randn(64, 512)
+    twin = copy.deepcopy(layer)
+    if mode == "counter":
+        with FlopCounterMode(display=False):
+            layer(x)
+    else:
+        torch.func.vmap(layer)(x.unsqueeze(0))
+    assert torch.equal(layer(x), twin(x))
+
+
+def test_errors_of_others_pass_through(known):
+    layer, x = known
+
+    def pack(t):
+        raise KeyError("once")
+
+    with pytest.raises(KeyError, match="once"), torch.autograd.graph.saved_tensors_hooks(pack, pack):
+        layer(x.clone().requires_grad_())
+
+
+def test_a_bias_of_another_shape_or_dtype(known):
+    layer, x = known
+    layer.bias.data = torch.ones(1)
+    with pytest.raises(ShapeError, match="bias must be"):
+        layer(x)
+    layer.bias.data = torch.zeros(layer.U.shape[0], dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="all tensors must have one dtype"):
+        layer(x)
+
+
 def test_wrong_inputs_are_still_named(known):
     layer, x = known
     with pytest.raises(ShapeError, match="input"):
@@ -110,6 +153,8 @@ def test_wrong_inputs_are_still_named(known):
         layer(x.double())
     with pytest.raises(TypeError, match="input must be a real floating-point tensor, got list"):
         layer(x.tolist())
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        layer(x.to("meta"))
 
 
 def test_copies_remember_nothing(known):

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -169,6 +171,35 @@ def test_factors_that_share_memory_are_named(make):
     model[1].S.data = model[0].S.data
     with pytest.raises(ValueError, match="S of layer '[01]' and S of layer '[01]' must not share memory"):
         build(model)
+
+
+def test_a_group_that_is_added_shares_no_memory_either():
+    a, b = (LowRankLinear(6, 5, rank=3) for _ in range(2))
+    b.U = nn.Parameter(a.U.data)
+    optimizer = CondLRSGD(a.parameters(), 0.1, tau=0.1)
+    with pytest.raises(ValueError, match="must not share memory"):
+        optimizer.add_param_group({"params": list(b.parameters())})
+    assert len(optimizer.param_groups) == 1 and b.U not in optimizer.state
+
+
+def test_layers_may_be_made_while_an_optimizer_is(request):
+    keep = [LowRankLinear(2, 2, rank=1, device="meta") for _ in range(2000)]
+    stop, interval = threading.Event(), sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-5)
+
+    def make():
+        while not stop.is_set():
+            keep[0] = LowRankLinear(2, 2, rank=1, device="meta")
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    try:
+        for _ in range(40):
+            CondLRSGD(LowRankLinear(4, 4, rank=2).parameters(), 0.1, tau=0.1)
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_copy_of_a_module_may_share_its_parameters():

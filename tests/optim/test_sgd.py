@@ -226,3 +226,16 @@ def nan_core():
 def test_bad_input(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_dampening_that_is_set_before_the_first_step_leaves_it_undamped(backend):
+    model = nn.Sequential(LowRankLinear(6, 5, rank=3), nn.Linear(5, 4))
+    optimizer = CondLRSGD(model, 0.1, 0.9, tau=1.0)
+    optimizer.param_groups[0]["dampening"] = 0.5
+    before = [layer.bias.detach().clone() for layer in model]
+    for count in (1.0, 1.0 + 0.9 + 0.5):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for layer, bias in zip(model, before, strict=True):
+            torch.testing.assert_close(layer.bias, bias - 0.1 * count)
