@@ -62,7 +62,7 @@ def failure_flag(device: torch.device) -> Tensor:
 
 @functools.cache
 def _failure_flag(pinned: bool) -> Tensor:
-    return torch.zeros(1, dtype=torch.int32, pin_memory=pinned)
+    return torch.zeros(1, device="cpu", dtype=torch.int32, pin_memory=pinned)
 
 
 def counters(groups: int, device: torch.device) -> Tensor:

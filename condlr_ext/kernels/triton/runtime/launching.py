@@ -118,7 +118,7 @@ def write_pointer_table(pointer_table: Tensor, values: Sequence[int]) -> None:
 
 def upload(out: Tensor, values: Sequence[int]) -> None:
     """Copy integers to the start of a vector; the host does not wait. A captured graph would read freed memory."""
-    held = torch.tensor(values, dtype=out.dtype, pin_memory=out.is_cuda)
+    held = torch.tensor(values, device="cpu", dtype=out.dtype, pin_memory=out.is_cuda)
     out[: len(values)].copy_(held, non_blocking=True)
 
 
