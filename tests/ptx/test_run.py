@@ -111,6 +111,15 @@ L:
     assert out.tolist() == [2 * k if k < below else -1 for k in range(64)]
 
 
+def test_parameters_by_their_addresses():
+    """Of the address of a tensor, which is a parameter, the lower half, extended: its offset in its storage."""
+    out, other = torch.zeros(64, dtype=torch.int32), torch.zeros(9)[3:]
+    body = """mov.b64 %rd9, test_param_0; mov.b64 %rd10, test_param_1; setp.lt.s32 %p1, %r0, 20; selp.b64 %rd11, %rd9, %rd10, %p1;
+    ld.param.s32 %rd12, [%rd11]; cvt.u32.u64 %r1, %rd12;"""
+    assert not run(f"{body} {STORE}", out, other, threads=64).reports
+    assert out.tolist() == [0] * 20 + [12] * 44
+
+
 # wgmma: one warp group, A of ones and B of twos, both in shared memory without swizzle
 
 DESCRIPTOR = "mov.b64 %rd{0}, {1};"

@@ -225,10 +225,10 @@ class Block:
 
     # instructions that need more than the registers of their thread; the arguments are those of `translate`
 
-    def parameter_at(self, parameters, at):
-        """Return the parameters at these addresses, eight bytes each."""
+    def parameter_at(self, parameters, at, kind):
+        """Return the parameters at these addresses, eight bytes each, as this type."""
         values = list(parameters.values())
-        result = np.zeros(self.threads, "u8")
+        result = np.zeros(self.threads, kind)
         for place in np.unique(at):
             result[at == place] = values[int(place) // 8][at == place]
         return result

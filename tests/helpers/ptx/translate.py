@@ -180,7 +180,7 @@ def _load_parameter(i: Instruction) -> Row:
     """ld.param.b64 %rd1, [chain_param_0], or from the address of a parameter."""
     (base, offset), kind = address(i.operands[1]), _numpy_type(i.type)
     if base.startswith("%"):
-        code, operands = f"C.parameter_at(P, {{0}} + np.uint64({offset})).view({kind})", [(base, "u8")]
+        code, operands = f"C.parameter_at(P, {{0}} + np.uint64({offset}), u{kind[1:]}).view({kind})", [(base, "u8")]
     else:
         code, operands = f"P['{base}'].view({kind})", []
     return Row(code, [(i.operands[0], kind)], operands)
