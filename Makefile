@@ -8,18 +8,18 @@ SECONDS ?= 3600
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-ptx test-ptx-all test-fuzz test-slow test-aot \
-  fuzz sanitize docs lint wheel compat clean
+.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-ptx-all test-fuzz test-slow test-aot fuzz \
+  sanitize docs lint wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
 
-# Five parts, two at a time; Triton is told to interpret when it is imported
+# Six parts, two at a time, the longest first; Triton is told to interpret when it is imported
 test: $(VENV)/.installed
-	$(MAKE) --no-print-directory -j 2 test-interpreter test-plain test-aot-defaults test-ptx test-fuzz
+	$(MAKE) --no-print-directory -j 2 test-plain test-interpreter test-aot-defaults test-sm_90 test-sm_80 test-fuzz
 
 test-interpreter:
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow" tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not ptx and not slow" tests/kernels
 
 test-plain:
 	$(BIN)/python -m pytest -m "not interpreter and not aot and not aot_all and not slow"
@@ -27,10 +27,9 @@ test-plain:
 test-aot-defaults:
 	$(BIN)/python -m pytest -m aot tests/kernels/test_aot.py
 
-# the compiled kernels, executed on the CPU with the checks of a sanitizer
-test-ptx: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "ptx and not slow" --ptx=sm_90 tests/kernels
-	$(BIN)/python -m pytest -m "ptx and not slow" --ptx=sm_80 tests/kernels
+# the compiled kernels of an architecture, executed on the CPU with the checks of a sanitizer
+test-sm_%:
+	$(BIN)/python -m pytest -m "ptx and not slow" --ptx=sm_$* tests/kernels
 
 # the same cases every time, as far as 20 s lead
 test-fuzz:
@@ -50,7 +49,7 @@ test-ptx-all: $(VENV)/.installed
 # every example, and the larger matrices in the interpreter
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow and not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and slow" tests/kernels
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and (ptx or slow)" tests/kernels
 
 # every configuration of the Triton kernels for every architecture
 test-aot: $(VENV)/.installed
