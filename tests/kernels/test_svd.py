@@ -120,6 +120,7 @@ def test_svd_of_orthogonal_columns_in_any_order():
     assert_as_good_as_lapack(A, U, sigma, V)
 
 
+@pytest.mark.ptx
 def test_small_singular_values_are_accurate_where_columns_are_graded():
     """LAPACK knows sigma to eps sigma_1; rotations know it relative to itself if A = B D with B well-conditioned."""
     scales = torch.logspace(0, -12, 9)

@@ -154,9 +154,12 @@ def _rotations(G, count, rounds, passes, tolerance):
         some = (square >= _null(G.dtype)) & (other >= _null(G.dtype))
         length = tl.sqrt(tl.where(some, square, 1.0)) * tl.sqrt(tl.where(some, other, 1.0))
         turn = some & (tl.abs(product) > tolerance * length)
-        # tan 2a = twice / gap, a at most 45 degrees; h = tan a / 2
-        spread = tl.abs(gap) + tl.sqrt(gap * gap + twice * twice)
-        tangent = tl.where(turn, tl.where(gap < 0, -twice, twice) / tl.where(turn, spread, 1.0), 0.0)
+        # tan 2a = twice / gap, a at most 45 degrees; h = tan a / 2. As shares of their sum: between short columns the
+        # squares of twice and gap would underflow.
+        share = tl.where(turn, tl.abs(twice) / tl.where(turn, tl.abs(gap) + tl.abs(twice), 1.0), 0.0)
+        rest = 1 - share
+        tangent = share / (rest + tl.sqrt(rest * rest + share * share))
+        tangent = tl.where((gap < 0) ^ (twice < 0), -tangent, tangent)
         h = tangent / (1 + tl.sqrt(1 + tangent * tangent))
         swap = (gap > 0) & (tl.maximum(i, partner) < count)
         h = tl.where(lower ^ swap, h, -h)
