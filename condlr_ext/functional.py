@@ -1,6 +1,5 @@
 """Functional forms of the low-rank layers: argument checks, autocast, choice of route, then autograd."""
 
-import math
 import numbers
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +24,9 @@ def low_rank_linear(
 ) -> Tensor:
     """Apply the linear layer with weight W = U S Vᵀ: Y = X V Sᵀ Uᵀ + b.
 
-    For B rows the factorized route costs 2 B r (m + n) + min(B, m) 2 r² flops and saves X, P = X V and the factors for
-    backward; the merged route costs 2 B m n + 2 m n r and saves X and the factors.
+    For B rows the factorized route costs 2 B r (m + n) + min(B, m) 2 r² flops and saves X and P = X V for backward,
+    beside the factors, and where torch's products serve it P Sᵀ or U S; the merged route costs 2 B m n + 2 m n r and
+    saves X and W.
 
     Args:
         input: X [*, n], of the same dtype and device as the factors.
@@ -62,8 +62,7 @@ def linear_products(route: str, *args) -> Callable[..., Tensor]:
         route = ops.cost_model_cpu.choose(ops.cost_model_cpu.linear, *args)
     if route == "merged":
         return reference.merged_linear
-    folded = math.prod(reference.sizes(input)[:-1]) > U.shape[0]
-    products = reference.folded_linear if folded else reference.thin_linear
+    products = reference.folded_linear if reference.folds(input, U) else reference.thin_linear
     if kernels is None:
         return products
     return partial(_by_kernels, autograd.LowRankLinearFunction, ops.layers.low_rank_linear, kernels, products)

@@ -55,20 +55,25 @@ def product(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- layers
 
 
+def folds(input: Tensor, U: Tensor) -> bool:
+    """Return whether U S is formed once for X [*, n]: that costs less than a product with S for more than m rows."""
+    return math.prod(sizes(input)[:-1]) > U.shape[0]
+
+
 def thin_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return Y = X V Sᵀ Uᵀ + b [*, m] for X [*, n] by three thin products."""
     return F.linear(F.linear(input @ V, S), U, bias)
 
 
 def folded_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return Y of thin_linear with U S folded: cheaper for more than m rows."""
+    """Return Y of thin_linear with U S folded (see folds)."""
     return F.linear(input @ V, U @ S, bias)
 
 
 def low_rank_linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None = None):
     """Return Y of thin_linear and P = X V [*, r]."""
     P = input @ V
-    if math.prod(sizes(input)[:-1]) > U.shape[0]:
+    if folds(input, U):
         return F.linear(P, U @ S, bias), P
     return F.linear(F.linear(P, S), U, bias), P
 

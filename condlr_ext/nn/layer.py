@@ -112,7 +112,7 @@ class LowRankLayer(nn.Module):
     @property
     def route(self) -> str:
         """Products that the layer runs: "factorized", "merged" or "auto" (default: the cheaper by the cost model of
-        ops.cost_model_cpu, at every call). Can be set at any time; not part of the state_dict.
+        ops.cost_model_cpu, for each kind of input). Can be set at any time; not part of the state_dict.
         """
         return self._route
 

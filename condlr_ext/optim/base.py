@@ -39,9 +39,7 @@ class ConstrainedOptimizer(Optimizer):
             model_or_groups = [module_group(model_or_groups)]
         self.capturable, self.check_finite = capturable, check_finite
         self._skipped: dict[torch.device, Tensor] = {}  # by device: a count for each layer
-        self._waiting: set[LayerSlots] = (
-            set()
-        )  # frozen layers, put on the constraint set when they first get a gradient
+        self._waiting: set[LayerSlots] = set()  # frozen; put on the constraint set at their first gradient
         self._captured: list[tuple] = []  # keeps alive what captured CUDA graphs read by address
         self._layers: list[LayerSlots] = []
         self._ready = False  # layers are looked for once all groups are there
@@ -113,8 +111,8 @@ class ConstrainedOptimizer(Optimizer):
         others = self._other_parameters(every)
         refuse_overlaps(self._name, {layer.name: [self._param_at(at) for at in layer.positions] for layer in every})
         self._start(layers)
-        self._layers += layers
         self._create_states(first)
+        self._layers = every
         self._plan(others)
 
     def _other_parameters(self, layers: list[LayerSlots]) -> list[list[int]]:
@@ -158,6 +156,10 @@ class ConstrainedOptimizer(Optimizer):
                 raise ValueError(f"{self._name}: {name} must be finite and >= 0, got {value}")
         tau, sigma_max = (float(v) if isinstance(v, Tensor) else v for v in (group["tau"], group["sigma_max"]))
         linalg.check_constraint(self._name, tau, group["band"], sigma_max)
+
+    def _name_of(self, g: int, i: int) -> str:
+        names = self.param_groups[g].get("param_names")
+        return names[i] if names else f"parameter {i} of group {g}"
 
     def _param_at(self, position: tuple[int, int] | None) -> Tensor | None:
         return None if position is None else self.param_groups[position[0]]["params"][position[1]]
@@ -353,22 +355,22 @@ class ConstrainedOptimizer(Optimizer):
             self._step_dense(group, params, grads)
 
     def _check_sparse(self) -> None:
-        for group, others in zip(self.param_groups, self._others, strict=True):
+        for g, (group, others) in enumerate(zip(self.param_groups, self._others, strict=True)):
             for i, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.is_sparse and not (self._takes_sparse and i in others):
                     where = " for low-rank layers" if self._takes_sparse else ""
                     raise RuntimeError(
-                        f"{self._name}.step: takes no sparse gradients{where}, got one for {_name_of(group, i)}"
+                        f"{self._name}.step: takes no sparse gradients{where}, got one for {self._name_of(g, i)}"
                     )
 
     def _check_gradients(self) -> None:
-        for group in self.param_groups:
+        for g, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
                 if not torch.isfinite(values).all():
-                    name = _name_of(group, i)
+                    name = self._name_of(g, i)
                     raise NonFiniteError(
                         f"{self._name}.step: the gradient of {name} must be finite, got NaN or Inf; nothing was changed"
                     )
@@ -430,7 +432,7 @@ class ConstrainedOptimizer(Optimizer):
                 value = state.get(key, {}).get(name)
                 if isinstance(value, Tensor) and value.shape != p.shape:
                     raise ValueError(
-                        f"{self._name}.load_state_dict: {name} of {_name_of(self.param_groups[g], i)} must be"
+                        f"{self._name}.load_state_dict: {name} of {self._name_of(g, i)} must be"
                         f" {list(p.shape)} as the parameter is, got {list(value.shape)}; the ranks differ?"
                     )
 
@@ -461,10 +463,6 @@ def start_on_constraint_set(U: Tensor, S: Tensor, V: Tensor, tau: float, band: s
     # a core inside, as one that is resumed, keeps its bits
     if not reference.meets_bound(linalg.svd(S.double()).sigma, tau, sigma_max):
         S.copy_(linalg.clip_spectrum(S, tau, band, sigma_max))
-
-
-def _name_of(group: dict, i: int) -> str:
-    return group["param_names"][i] if "param_names" in group else f"#{i}"
 
 
 def _capturing() -> bool:

@@ -153,7 +153,7 @@ def _existing_layers(position_of: dict[int, Position], names: dict[Position, str
             continue  # what is left of a layer that another replaced
         role = next(role for role in "UVS" if role in slots)
         g, i = slots[role]
-        name = names.get((g, i), f"{type(layer).__name__} at {i} of group {g}")
+        name = names.get((g, i), f"{type(layer).__name__} at parameter {i} of group {g}")
         name = name.removesuffix(role).removesuffix(".") if name.rpartition(".")[2] == role else name
         refuse_computed(name, layer)
         layers.append((name, slots))

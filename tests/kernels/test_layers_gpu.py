@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import tf32
 from helpers.cuda import on_another_stream
+from helpers.layer_kernels import ALL, PRECISIONS, ours, plain, precision
 
 import condlr_ext
 from condlr_ext import functional, ops, reference
@@ -23,22 +24,12 @@ SIZES = [  # rows, n, m, r
     (129, 512, 256, 50), (1000, 1024, 512, 64), (257, 640, 320, 128), (512, 768, 1024, 200), (96, 1024, 512, 256),
     (20000, 96, 64, 19), (0, 6, 5, 2),
 ]  # fmt: skip
-PRECISIONS = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-ALL = [True] * 5
 
 
 @pytest.fixture(params=PRECISIONS)
 def dtype(request):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
-    yield PRECISIONS[request.param]
-    torch.set_float32_matmul_precision(before)
+    with precision(request.param) as dtype:
+        yield dtype
 
 
 def tensors(rows, n, m, r, dtype, device="cuda"):
@@ -47,19 +38,6 @@ def tensors(rows, n, m, r, dtype, device="cuda"):
     for shape, scale in (((rows, n), 1), ((m, r), m), ((r, r), r), ((n, r), n), ((m,), 1), ((rows, m), max(rows, 1))):
         low.append((torch.randn(shape, dtype=torch.float64) / scale**0.5).to(device, dtype))
     return low
-
-
-def run(forward, backward, X, U, S, V, b, G):
-    Y, P = forward(X, U, S, V, b)
-    return Y, P, *backward(G, X, P, U, S, V, ALL)
-
-
-def ours(*args):
-    return run(layers.low_rank_linear, layers.low_rank_linear_backward, *args)
-
-
-def plain(*args):
-    return run(reference.low_rank_linear, reference.low_rank_linear_backward, *args)
 
 
 def check(got, theirs, true, moduli, dtype):

@@ -12,6 +12,7 @@ from helpers.training import assert_constraint, batches, make_model, train
 from torch import nn
 
 from condlr_ext import LowRankLinear
+from condlr_ext.errors import NonFiniteError
 from condlr_ext.optim import CondLRAdamW, CondLRSGD, Projector, param_groups
 
 
@@ -138,7 +139,9 @@ def with_shared_core():
 
 def test_factors_that_are_missing_or_shared_are_named():
     layer = LowRankLinear(5, 5, rank=2)
-    with pytest.raises(ValueError, match="layer 'LowRankLinear at 0 of group 0' has V in .* but not S, U; pass all"):
+    with pytest.raises(
+        ValueError, match="layer 'LowRankLinear at parameter 0 of group 0' has V in .* but not S, U; pass all"
+    ):
         CondLRSGD([layer.V], 0.1, tau=0.1)
     model = with_shared_core()
     for params in (model, model.parameters(), model.named_parameters()):
@@ -200,6 +203,15 @@ def test_layers_may_be_made_while_an_optimizer_is(request):
     finally:
         stop.set()
         thread.join()
+
+
+def test_parameters_without_names_are_named_by_their_place():
+    layer = LowRankLinear(5, 4, rank=2)
+    optimizer = CondLRSGD([{"params": [layer.bias]}, {"params": [layer.U, layer.S, layer.V]}], 0.1, tau=0.1)
+    optimizer.check_finite = True
+    layer.S.grad = torch.full((2, 2), torch.inf)
+    with pytest.raises(NonFiniteError, match="the gradient of parameter 1 of group 1 must be finite, got NaN or Inf"):
+        optimizer.step()
 
 
 def test_a_copy_of_a_module_may_share_its_parameters():

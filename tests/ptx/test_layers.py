@@ -3,45 +3,23 @@
 import pytest
 import torch
 from helpers import tf32
+from helpers.layer_kernels import PRECISIONS, ours, plain, precision
 from helpers.ptx.driver import executing
 
-from condlr_ext import reference
-from condlr_ext.kernels.triton.linear import launch as layers
-
-TYPES = {
-    "float64": torch.float64, "float32": torch.float32, "tf32": torch.float32, "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}  # fmt: skip
 # rows, n, m, r: nothing a tile divides; everything aligned, and loops longer than their stages; P read back from memory
 SHAPES = {"odd": (33, 70, 50, 17), "long": (330, 400, 208, 16), "parts": (20, 96, 80, 136)}
-ALL = [True] * 5
 
 
-@pytest.fixture(params=TYPES)
+@pytest.fixture(params=PRECISIONS)
 def low(request):
     """Return a function of a shape: X, U, S, V, b and the gradient of Y."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    with precision(request.param) as dtype:
 
-    def tensors(rows, n, m, r):
-        shapes = (rows, n), (m, r), (r, r), (n, r), (m,), (rows, m)
-        return [torch.randn(s, dtype=torch.float64).to(TYPES[request.param]) for s in shapes]
+        def tensors(rows, n, m, r):
+            shapes = (rows, n), (m, r), (r, r), (n, r), (m,), (rows, m)
+            return [torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes]
 
-    yield tensors
-    torch.set_float32_matmul_precision(before)
-
-
-def run(forward, backward, X, U, S, V, b, G):
-    Y, P = forward(X, U, S, V, b)
-    return Y, P, *backward(G, X, P, U, S, V, ALL)
-
-
-def ours(*low):
-    return run(layers.low_rank_linear, layers.low_rank_linear_backward, *low)
-
-
-def plain(*low):
-    return run(reference.low_rank_linear, reference.low_rank_linear_backward, *low)
+        yield tensors
 
 
 @pytest.mark.parametrize("shape", SHAPES)
