@@ -23,7 +23,7 @@ def _on_amd() -> bool:
         return False
 
 
-_ON_AMD = _on_amd()  # where torch's products by MKL were measured to be slower than the compiled kernels at every size
+_ON_AMD = _on_amd()
 
 
 def _cpu_unsupported(input: Tensor, *_) -> list[str]:
@@ -63,11 +63,20 @@ _KERNELS = _LIBRARIES if COMPILED.ops_reason else f"compiled kernels in float32 
 _COMPILED_DTYPES = (torch.float32, torch.float64)
 # of the compiled kernels; measured: with fewer rows, a product reads its matrix once and the calls decide
 LEAST_ROWS = 16
-LARGEST = 8e6  # multiply-adds of the forward times threads, where torch's products are fast
+IN_CACHE = 2**18  # elements of U and V; with more, threads need as many rows each
+MEASURED_THREADS = (
+    2  # up to here torch's products by MKL are slower than the compiled kernels on AMD, whatever the size
+)
+LARGEST = 8e6  # elsewhere: multiply-adds of the forward times threads
 _LAYER = "Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias"
 _GRADS = "(Tensor dX, Tensor dU, Tensor dS, Tensor dV, Tensor db)"
 _FACTORS = "Tensor U, Tensor S, Tensor V, bool[5] mask"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
+
+
+@torch.compiler.assume_constant_result  # a trace cannot ask
+def _threads() -> int:
+    return torch.get_num_threads()
 
 
 def is_served(input: Tensor, U: Tensor) -> bool:
@@ -78,10 +87,10 @@ def is_served(input: Tensor, U: Tensor) -> bool:
     if COMPILED.ops_reason or input.dtype not in _COMPILED_DTYPES:
         return False
     *lead, width = reference.sizes(input)
-    rows = math.prod(lead)
-    if rows < LEAST_ROWS:
+    rows, factors, threads = math.prod(lead), U.shape[1] * (U.shape[0] + width), _threads()
+    if rows < LEAST_ROWS * (threads if factors > IN_CACHE else 1):
         return False
-    return _ON_AMD or rows * U.shape[1] * (U.shape[0] + width) * torch.get_num_threads() <= LARGEST
+    return (_ON_AMD and threads <= MEASURED_THREADS) or rows * factors * threads <= LARGEST
 
 
 def _op(schema, implementation, cpu_is=_LIBRARIES, **triton) -> Op:

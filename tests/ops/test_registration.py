@@ -98,21 +98,29 @@ def test_which_implementation_serves(where, tmp_path):
 
 @pytest.mark.skipif(os.environ.get("CONDLR_EXT_BUILD") == "none", reason="built without compiled parts")
 def test_linear_layers_are_compiled_where_that_is_faster(monkeypatch):
-    for rows, dtype, amd, compiled in (
-        (16, torch.float32, True, True),
-        (16, torch.bfloat16, True, False),
-        (2, torch.float64, True, False),
-        (40000, torch.float64, True, True),
-        (40000, torch.float32, False, False),
+    small, wide = (60, 50, 5), (600, 500, 250)  # m, n, rank
+    for size, rows, dtype, amd, threads, compiled in (
+        (small, 16, torch.float32, True, 1, True),
+        (small, 16, torch.bfloat16, True, 1, False),
+        (small, 2, torch.float64, True, 1, False),
+        (small, 40000, torch.float64, True, 2, True),
+        (small, 40000, torch.float64, True, 3, False),
+        (small, 40000, torch.float32, False, 1, False),
+        (wide, 16, torch.float32, True, 1, True),
+        (wide, 16, torch.float32, True, 2, False),
+        (wide, 32, torch.float32, True, 2, True),
     ):
         monkeypatch.setattr(ops.layers, "_ON_AMD", amd)
-        U, S, V, b = (t.to(dtype).requires_grad_() for t in layer_tensors(m=60, n=50, r=5))
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        m, n, r = size
+        U, S, V, b = (t.to(dtype).requires_grad_() for t in layer_tensors(m=m, n=n, r=r))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             functional.low_rank_linear(
-                torch.randn(rows, 50, dtype=dtype), U, S, V, b, route="factorized"
+                torch.randn(rows, n, dtype=dtype), U, S, V, b, route="factorized"
             ).sum().backward()
         names = {e.name for e in profile.events() if e.name.startswith("condlr_ext::")}
-        assert names == ({"condlr_ext::low_rank_linear", "condlr_ext::low_rank_linear_backward"} if compiled else set())
+        expected = {"condlr_ext::low_rank_linear", "condlr_ext::low_rank_linear_backward"} if compiled else set()
+        assert names == expected, (size, rows, dtype, amd, threads)
 
 
 _EVERY_ISA = """
