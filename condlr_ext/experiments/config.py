@@ -38,7 +38,10 @@ class TrainConfig(Settings):
         description=f'"digits", a .npz file with x [N, ...] in [0, 1] and integer y [N], or {", ".join(FOLDERS)}',
     )
     folder: Path | None = pydantic.Field(
-        None, strict=False, description="folder with the files of such a data set; nothing is downloaded"
+        None,
+        strict=False,
+        description="folder with the files of such a data set, if not below /usr/share/datasets, data or ~/data; "
+        "nothing is downloaded",
     )
     network: str = pydantic.Field("mlp", description=", ".join(NETWORKS))
     runs: tuple[Method, ...] = pydantic.Field(

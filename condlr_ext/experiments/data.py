@@ -1,6 +1,6 @@
 """Data sets, each with samples in [0, 1] and a training, a validation and a test part; augmentation.
 
-Nothing is downloaded: image data sets are read from a folder that the user has.
+Nothing is downloaded: image data sets are read from where packages and torchvision put them, or from a given folder.
 """
 
 import math
@@ -73,7 +73,8 @@ def load(name: str, seed: int, *, folder: Path | str | None = None, validation: 
             y [N] (both split 70/30 by class), or one of FOLDERS, whose own test part is kept: "mnist",
             "fashion-mnist", "kmnist" ([1, 28, 28]), "cifar10", "cifar100", "svhn" ([3, 32, 32]).
         seed: Seed of the splits.
-        folder: Folder with the files of a data set of FOLDERS, as published.
+        folder: Folder with the files of a data set of FOLDERS, as published; without one they are looked for below
+            ROOTS.
         validation: Share in [0, 1) of the training part that becomes the validation part, by class.
 
     Raises:
@@ -83,11 +84,9 @@ def load(name: str, seed: int, *, folder: Path | str | None = None, validation: 
     if not 0 <= validation < 1:
         raise ValueError(f"data: validation must be in [0, 1), got {validation}")
     if name in FOLDERS:
-        if folder is None:
-            raise ValueError(f"data: {name} needs the folder of its files:\n{_tree(name)}")
-        split = FOLDERS[name](name, Path(folder))
+        split = FOLDERS[name](name, None if folder is None else Path(folder))
         if len(split.y_train.unique()) < 2:
-            raise ValueError(f"data: the training part of {name} in {folder} must have at least 2 classes, got 1")
+            raise ValueError(f"data: the training part of {name} must have at least 2 classes, got 1")
     elif name == "digits" or name.endswith(".npz"):
         if name == "digits":
             bunch = require("sklearn.datasets").load_digits()
@@ -118,6 +117,7 @@ def _divide(x: np.ndarray, y: np.ndarray, share: float, seed: int) -> list[Tenso
 
 # -------------------------------------------------------------------------------------- published image data sets
 
+ROOTS = (Path("/usr/share/datasets"), Path("data"), Path("~/data"))  # of Debian's packages; where torchvision downloads
 _NORM = {  # mean and standard deviation of the channels, as the published training runs take them
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -137,7 +137,7 @@ _CIFAR = {
 }
 
 
-def _mnist(name: str, folder: Path) -> Split:
+def _mnist(name: str, folder: Path | None) -> Split:
     for place in _folders(name, folder):
         parts = []
         for part in ("train", "t10k"):
@@ -153,7 +153,7 @@ def _plain_or_gz(path: Path) -> Path | None:
     return next((p for p in (path, path.with_name(path.name + ".gz")) if p.is_file()), None)
 
 
-def _cifar(name: str, folder: Path) -> Split:
+def _cifar(name: str, folder: Path | None) -> Split:
     classes, *layouts = _CIFAR[name]
     for (_, *parts), read in zip(layouts, (formats.cifar_binary, formats.cifar_python), strict=True):
         for place in _folders(name, folder):
@@ -164,7 +164,7 @@ def _cifar(name: str, folder: Path) -> Split:
     raise _nothing(name, folder)
 
 
-def _svhn(name: str, folder: Path) -> Split:
+def _svhn(name: str, folder: Path | None) -> Split:
     for place in _folders(name, folder):
         if all((place / f"{part}_32x32.mat").is_file() for part in ("train", "test")):
             (x, y), (x_test, y_test) = (formats.svhn(place / f"{part}_32x32.mat") for part in ("train", "test"))
@@ -183,11 +183,14 @@ def _whole(name: str, x, y, x_test, y_test, classes: int, augment: bool = False)
 FOLDERS = dict.fromkeys(_IDX, _mnist) | dict.fromkeys(_CIFAR, _cifar) | {"svhn": _svhn}
 
 
-def _folders(name: str, folder: Path) -> list[Path]:
-    """Return the folders to look in: the folder itself, and where torchvision and the archives put the files."""
-    if name in _IDX:
-        return [folder, folder / "raw", folder / _IDX[name] / "raw"]
-    return [folder, *(folder / place for place, *_ in _CIFAR.get(name, (0,))[1:])]
+def _folders(name: str, folder: Path | None) -> list[Path]:
+    """Return the folders to look in: the given one and where torchvision and the archives put the files in it, or those
+    places below ROOTS that are this data set's alone."""
+    inside = [f"{_IDX[name]}/raw"] if name in _IDX else [place for place, *_ in _CIFAR.get(name, (0,))[1:]]
+    if folder is not None:
+        return [folder / place for place in ("", *(["raw"] if name in _IDX else []), *inside)]
+    own = ["", name] if name == "svhn" else [name, *inside, *(f"{name}/{place}" for place in inside)]
+    return [root.expanduser() / place for root in ROOTS for place in own]
 
 
 def _tree(name: str) -> str:
@@ -199,7 +202,16 @@ def _tree(name: str) -> str:
     return " or ".join(f"FOLDER/ or FOLDER/{place}/: {', '.join(a + b)}" for place, a, b in _CIFAR[name][1:])
 
 
-def _nothing(name: str, folder: Path) -> ValueError:
+def _nothing(name: str, folder: Path | None) -> ValueError:
+    if folder is None:
+        download = f"torchvision.datasets.{_IDX.get(name, name.upper())}('data', download=True)"
+        if name == "svhn":
+            download = "torchvision.datasets.SVHN('data', split, download=True) for both splits"
+        install = "`apt-get install dataset-fashion-mnist` on Debian and Ubuntu, or " if name == "fashion-mnist" else ""
+        return ValueError(
+            f"data: {name} is not here, neither below {', '.join(map(str, ROOTS))} nor in a given folder; to get it:"
+            f" {install}{download}, or give the folder that has its files, {_tree(name)}"
+        )
     there = sorted(p.name for p in folder.iterdir())[:10] if folder.is_dir() else None
     found = "there is no such folder" if there is None else f"it holds {', '.join(there) or 'nothing'}"
     return ValueError(f"data: the files of {name} are not in {folder} ({found}); it takes {_tree(name)}")

@@ -112,7 +112,10 @@ def test_threads_are_chosen_for_the_command_and_given_back(monkeypatch, capsys):
         ),
         (["train", "--epochs", "0"], "epochs must be >= 1, got 0"),
         (["train", "--run", "condlr:tau=-1"], "tau must be >= 0"),
-        (["train", "--data", "mnist"], "mnist needs the folder of its files"),
+        (
+            ["train", "--data", "mnist", "--folder", "absent"],
+            "the files of mnist are not in absent (there is no such folder)",
+        ),
         (["train", "--data", "absent.npz"], "there is no file absent.npz"),
         (["train", "--data", __file__ + ".npz"], "there is no file"),
         (["train", "--eps", "-1"], "eps[0] must be >= 0, got -1.0"),
