@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 SECONDS ?= 3600
-SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
 .PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-ptx-all test-fuzz test-slow test-aot fuzz \
-  sanitize docs lint wheel compat clean
+  sanitize docs lint types wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
@@ -70,6 +70,11 @@ $(VENV)/.docs: $(VENV)/.installed pyproject.toml
 lint: $(VENV)/.installed
 	$(BIN)/pip install -q ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+# public names are wholly typed
+types: $(VENV)/.installed
+	$(BIN)/pip install -q basedpyright
+	PYTHONPATH=tests $(BIN)/python tests/packaging/check_types.py
 
 # editable: Python started here imports ./condlr_ext, so the compiled files have to be there too
 $(VENV)/.installed: $(SOURCES)

@@ -1,7 +1,6 @@
 """Builds the compiled part with CMake and ninja; everything else about the package is in pyproject.toml.
 
-Environment: CONDLR_EXT_BUILD=auto|none (auto builds when a C++ compiler and torch >= 2.10 are found, none
-makes a pure Python package), CONDLR_EXT_CXX_FLAGS (extra compiler flags), CXX, MAX_JOBS.
+Environment: CONDLR_EXT_BUILD and CXX as in build_backend.py, CONDLR_EXT_CXX_FLAGS (extra compiler flags), MAX_JOBS.
 """
 
 import importlib.util
@@ -15,6 +14,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
+import build_backend
+
 ROOT = Path(__file__).resolve().parent
 
 
@@ -23,7 +24,7 @@ def torch_reason() -> str | None:
     try:
         version = importlib.import_module("torch").__version__
     except ImportError as error:
-        return f"torch >= 2.10 must be installed first and pip called with --no-build-isolation ({error})"
+        return f"torch >= 2.10 must be installed for a build without isolation ({error})"
     if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < (2, 10):
         return f"torch >= 2.10 is needed, got {version}"
     return None
@@ -31,13 +32,7 @@ def torch_reason() -> str | None:
 
 def extensions() -> list[Extension]:
     """Return the modules to compile; print the reason if there are none."""
-    choice = os.environ.get("CONDLR_EXT_BUILD", "auto")
-    if choice not in ("auto", "none"):
-        raise SystemExit(f"setup.py: CONDLR_EXT_BUILD must be auto or none, got {choice!r}")
-    reason = "CONDLR_EXT_BUILD=none" if choice == "none" else torch_reason()
-    compilers = (os.environ.get("CXX", "c++"), "c++", "g++", "clang++")
-    if reason is None and not any(map(shutil.which, compilers)):
-        reason = "no C++ compiler found (tried CXX, c++, g++, clang++)"
+    reason = build_backend.no_build_reason() or torch_reason()
     if reason is None:
         host = [Extension("condlr_ext._host", [])] if importlib.util.find_spec("pybind11") else []
         if not host:

@@ -6,13 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from ._modules import check_module, chooser, is_peft_layer, refuse_wrapped, replace_modules, undone_on_error
+from ._types import Layers
 from .nn import LowRankAdapter, low_rank_layers
 
 __all__ = ["add_adapters", "adapters", "merge_adapters"]
 
 
 def add_adapters(
-    model: nn.Module, rank, *, include=None, exclude=None, scale: float = 1.0
+    model: nn.Module,
+    rank: float,
+    *,
+    include: Layers | None = None,
+    exclude: Layers | None = None,
+    scale: float = 1.0,
 ) -> dict[str, LowRankAdapter]:
     """Freeze a model and wrap its linear and convolutional layers in LowRankAdapters, in place.
 

@@ -1,5 +1,14 @@
 """Exceptions of the package; each text names the function, the argument, the requirement and the value."""
 
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "ConvergenceError",
+    "NonFiniteError",
+    "RankError",
+    "ShapeError",
+]
+
 
 class RankError(ValueError):
     """A rank outside 1..min(m, n)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import autograd, ops, reference
+from ._types import Ints
 from .errors import BackendError, RankError, ShapeError
 
 __all__ = ["low_rank_conv1d", "low_rank_conv2d", "low_rank_conv3d", "low_rank_linear"]
@@ -80,15 +81,37 @@ def linear_arguments(input, U, S, V, bias) -> tuple:
 
 
 def low_rank_conv1d(
-    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size, route="auto"
-) -> Tensor:  # fmt: skip
+    input: Tensor,
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    kernel_size: Ints,
+    route: str = "auto",
+) -> Tensor:
     """Convolve over [B, C_in, L] or [C_in, L]; see low_rank_conv2d."""
     return _conv(1, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route)
 
 
 def low_rank_conv2d(
-    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size, route="auto"
-) -> Tensor:  # fmt: skip
+    input: Tensor,
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    kernel_size: Ints,
+    route: str = "auto",
+) -> Tensor:
     """Convolve with the weight that is W = U S Vᵀ when flattened to [C_out, C_in / groups * prod(kernel_size)].
 
     The factorized route convolves with the r filters in V, then pointwise with U S; the merged route convolves with W.
@@ -119,8 +142,19 @@ def low_rank_conv2d(
 
 
 def low_rank_conv3d(
-    input, U, S, V, bias=None, stride=1, padding=0, dilation=1, groups=1, *, kernel_size, route="auto"
-) -> Tensor:  # fmt: skip
+    input: Tensor,
+    U: Tensor,
+    S: Tensor,
+    V: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    kernel_size: Ints,
+    route: str = "auto",
+) -> Tensor:
     """Convolve over [B, C_in, D, H, W] or [C_in, D, H, W]; see low_rank_conv2d."""
     return _conv(3, input, U, S, V, bias, stride, padding, dilation, groups, kernel_size, route)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .._checks import check_batch, check_choice, check_count, check_eps
 from .._modules import frozen
+from .._types import Budgets
 from .balls import BALLS, Ball
 from .losses import LOSSES, targeted_dlr
 from .search import Search, repeat_for_budgets, sample_start, select_samples, unperturbed
@@ -21,7 +22,7 @@ def apgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps,
+    eps: Budgets,
     *,
     norm: str = "linf",
     loss: str = "ce",

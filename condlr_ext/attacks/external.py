@@ -4,6 +4,7 @@ import importlib
 import inspect
 import math
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .._checks import check_batch, check_choice, check_count, check_eps, check_logits
 from .._modules import frozen
+from .._types import Budgets
 from ..errors import NonFiniteError, ShapeError
 from .balls import BALLS
 from .search import unperturbed
@@ -19,7 +21,9 @@ CLASSES_NEEDED = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 10, "fab": 2, "fab-t": 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
-def from_torchattacks(model: nn.Module, x: Tensor, y: Tensor, eps, attack: str, *, seed: int = 0, **options) -> Tensor:
+def from_torchattacks(
+    model: nn.Module, x: Tensor, y: Tensor, eps: Budgets, attack: str, *, seed: int = 0, **options: Any
+) -> Tensor:
     """Run an attack of torchattacks, given the name of its class, such as "PGD", "PGDL2", "APGD" or "Square".
 
     Args:
@@ -57,7 +61,9 @@ def from_torchattacks(model: nn.Module, x: Tensor, y: Tensor, eps, attack: str, 
     return _run_per_budget("from_torchattacks", model, x, y, eps, seed, run)
 
 
-def from_foolbox(model: nn.Module, x: Tensor, y: Tensor, eps, attack: str, *, seed: int = 0, **options) -> Tensor:
+def from_foolbox(
+    model: nn.Module, x: Tensor, y: Tensor, eps: Budgets, attack: str, *, seed: int = 0, **options: Any
+) -> Tensor:
     """Run an attack of foolbox.attacks, given the name of its class, such as "LinfPGD" or "L2CarliniWagnerAttack".
 
     Args:
@@ -90,7 +96,7 @@ def autoattack(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps,
+    eps: Budgets,
     *,
     norm: str = "linf",
     attacks: list[str] | None = None,

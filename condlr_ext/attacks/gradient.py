@@ -5,13 +5,14 @@ from torch import Tensor, nn
 
 from .._checks import check_batch, check_choice, check_count, check_eps, check_logits, check_step_size
 from .._modules import frozen
+from .._types import Budgets
 from ..errors import NonFiniteError
 from .balls import BALLS
 from .losses import LOSSES, check_classes
 from .search import Search, input_gradient, repeat_for_budgets, sample_start, unperturbed
 
 
-def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps, *, norm: str = "linf", loss: str = "ce") -> Tensor:
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: Budgets, *, norm: str = "linf", loss: str = "ce") -> Tensor:
     """Attack by the fast gradient (sign) method: clip(x + eps direction(grad_x loss), 0, 1).
 
     Args:
@@ -60,7 +61,7 @@ def pgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps,
+    eps: Budgets,
     *,
     norm: str = "linf",
     steps: int = 30,

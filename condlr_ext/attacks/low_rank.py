@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import linalg, reference
 from .._checks import check_batch, check_choice, check_count, check_eps, check_step_size
 from .._modules import frozen
+from .._types import Budgets
 from ..errors import RankError, ShapeError
 from .balls import BALLS, unit_l2, unsqueeze_like
 from .gradient import clean_gradient
@@ -23,7 +24,7 @@ def low_rank_pgd(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps,
+    eps: Budgets,
     rank: int,
     *,
     norm: str = "l2",

@@ -1,8 +1,11 @@
 """DLRT: rank-adaptive dynamical low-rank training of Schotthöfer, Zangrando, Kusch, Ceruti and Tudisco."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .._types import Closure
 from .layerwise import closure_loss, without_autocast
 from .rank_adaptive import RankAdaptiveSGD
 
@@ -43,7 +46,7 @@ class DLRT(RankAdaptiveSGD):
 
     @torch.no_grad()
     @without_autocast
-    def step(self, closure):
+    def step(self, closure: Closure) -> Any:
         """Take one step; after an error, also one of the closure, nothing has changed.
 
         Args:

@@ -3,17 +3,22 @@
 import functools
 import math
 import numbers
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ops
+from .._types import Closure, ModelOrGroups, Options
 from ..errors import NonFiniteError
 from ..optim.groups import link_layers, module_group
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
-def without_autocast(method):
+
+def without_autocast(method: _Method) -> _Method:
     """Turn autocast off in an optimizer's method: bases would not be orthonormal in half precision."""
 
     @functools.wraps(method)
@@ -24,7 +29,7 @@ def without_autocast(method):
     return run
 
 
-def closure_loss(closure):
+def closure_loss(closure: Closure | None) -> Any:
     """Return the loss of an optimizer's closure, called with gradients on; None without a closure."""
     if closure is None:
         return None
@@ -52,7 +57,7 @@ class LayerSGD(Optimizer):
         options: Defaults of the groups, lr, momentum and weight_decay among them.
     """
 
-    def __init__(self, model, options: dict):
+    def __init__(self, model: ModelOrGroups, options: Options):
         self._slots = None
         super().__init__([module_group(model)] if isinstance(model, nn.Module) else model, options)
         self._slots = link_layers(self.param_groups)
@@ -63,15 +68,15 @@ class LayerSGD(Optimizer):
             for role, X in zip("USV", factors, strict=True):
                 check_factor(type(self).__name__, f"{role} of layer {name!r}", X)
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: Options) -> None:
         if self._slots is not None:
             raise ValueError(f"{type(self).__name__}.add_param_group: all groups must be there at construction")
         super().add_param_group(param_group)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> Options:
         return super().__getstate__() | {"_slots": self._slots}
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: Options) -> None:
         super().__setstate__(state)
         self._link()
 
@@ -87,7 +92,7 @@ class LayerSGD(Optimizer):
         ]
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Closure | None = None) -> Any:
         """Take one step.
 
         Args:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import linalg, reference
+from .._types import Options
 from ..nn import LowRankLayer, low_rank_layers
 from .layerwise import check_factor, check_gradients, check_options, heavy_ball
 
@@ -60,12 +61,12 @@ class RankAdaptiveSGD(Optimizer):
         check_options(where, options)
         super().__init__(list(model.named_parameters()), options)
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: Options) -> None:
         if self.param_groups:
             raise ValueError(f"{type(self).__name__}.add_param_group: the one group is made at construction")
         super().add_param_group(param_group)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> Options:
         return super().__getstate__() | {"_layers": self._layers}
 
     @property

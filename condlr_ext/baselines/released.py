@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._types import ModelOrGroups
 from .layerwise import LayerSGD
 
 
@@ -47,7 +48,9 @@ class ReleasedCondLR(LayerSGD):
         orthonormal constraints, NeurIPS 2023; written anew from it, without copying a line.
     """
 
-    def __init__(self, model, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, *, tau: float):
+    def __init__(
+        self, model: ModelOrGroups, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, *, tau: float
+    ):
         super().__init__(model, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, tau=tau))
         if not self._layers:
             raise ValueError("ReleasedCondLR: model must have low-rank layers (see condlr_ext.factorize), got none")

@@ -2,11 +2,13 @@
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import reference
+from .._types import Closure
 from .layerwise import closure_loss, without_autocast
 from .rank_adaptive import RankAdaptiveSGD
 
@@ -70,7 +72,7 @@ class RobustDLRT(RankAdaptiveSGD):
         self._options.update(beta=beta, core_steps=core_steps, core_steps_left=0)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Closure | None = None) -> Any:
         """Take one step.
 
         Args:

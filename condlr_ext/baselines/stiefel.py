@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import linalg
+from .._types import ModelOrGroups, Options, Patterns
 from ..reference import ORTHONORMAL_INPUT, orthonormality_error
 from .layerwise import LayerSGD, check_factor
 
@@ -22,7 +23,19 @@ class StiefelSGD(LayerSGD):
     matrices.
     """
 
-    def __init__(self, model, lr: float, momentum=0.0, weight_decay=0.0, *, tau: float = math.inf, weights=()):
+    tau: float
+    weights: list[str]
+
+    def __init__(
+        self,
+        model: ModelOrGroups,
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        tau: float = math.inf,
+        weights: Patterns = (),
+    ):
         where = type(self).__name__
         linalg.check_constraint(where, tau, "rms", None)
         self.tau, self.weights = float(tau), [weights] if isinstance(weights, str) else list(weights)
@@ -53,7 +66,7 @@ class StiefelSGD(LayerSGD):
             f" parameter of the optimizer, got {name!r}"
         )
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> Options:
         return super().__getstate__() | {"tau": self.tau, "weights": self.weights}
 
     def _direction(self, p: Tensor, direction: Tensor) -> Tensor:

@@ -10,20 +10,22 @@ from torch import Tensor, nn
 
 from .. import reference
 from .._modules import check_module
+from .._types import Layers
 from ..factorize import FactorizeReport, factorize
 from ..factorize.budget import stored_parameters
 from ..linalg import svd
+from ..nn.rank import RankOrRanks
 from .rank_adaptive import kept_rank
 
 
 def svd_prune(
     model: nn.Module,
     *,
-    rank: int | float | dict | None = None,
+    rank: RankOrRanks | None = None,
     tolerance: float | None = None,
     budget: float | None = None,
-    include=None,
-    exclude=None,
+    include: Layers | None = None,
+    exclude: Layers | None = None,
 ) -> FactorizeReport:
     """Prune the singular values of a dense network's weights, in place: its layers become low-rank layers.
 

@@ -6,10 +6,11 @@ from torch.nn.utils import parametrize
 
 from .. import reference
 from .._modules import check_module, matcher, not_plain, parameter_count, refuse_wrapped, replace_modules
+from .._types import Inputs, Layers
 from ..errors import NonFiniteError
 from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention, low_rank_layers
 from ..nn.attention import factorize_projection, to_dense_projections
-from ..nn.rank import resolve_rank
+from ..nn.rank import RankOrRanks, resolve_rank
 from .budget import allocate_ranks, parameter_cost
 from .costs import Clock, LayerCall, dense_flops, flops_cost, low_rank_flops, predict, record_calls
 from .example import run_in_eval
@@ -34,11 +35,11 @@ def factorize(
     model: nn.Module,
     *,
     budget: float | None = None,
-    rank=None,
+    rank: RankOrRanks | None = None,
     measure: str = "parameters",
-    example_input=None,
-    include=None,
-    exclude=None,
+    example_input: Inputs | None = None,
+    include: Layers | None = None,
+    exclude: Layers | None = None,
     init: str = "svd",
     dry_run: bool = False,
 ) -> FactorizeReport:
@@ -148,7 +149,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     return _plain(model, {layer: layer.to_dense() for layer in layers})
 
 
-def fold(model: nn.Module, *, example_input=None, dense=()) -> nn.Module:
+def fold(model: nn.Module, *, example_input: Inputs | None = None, dense: Layers = ()) -> nn.Module:
     """Replace every low-rank layer by plain torch modules for inference, in place: the same function to rounding.
 
     A layer becomes an nn.Sequential of two layers with weights Vᵀ and U S, or its dense module where that has no more

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .._files import check_path
 from .._modules import check_module, refuse_wrapped, undone_on_error, unwrapped, unwrapped_optimizer
+from .._types import Options, Path
 from .._version import __version__
 from ..errors import CheckpointError, NonFiniteError, RankError
 from ..factorize import factorize
@@ -20,6 +21,8 @@ from .optimizer_state import check_state
 from .tensor_files import is_finite, plain, read_tensors, write_tensors
 
 __all__ = ["Checkpoint", "load", "read", "save"]
+
+Slack: TypeAlias = float | dict[str, float] | None  # one for all layers, or by layer
 
 _FORMAT = "1"
 _METADATA = ("rank", "tau", "shared", "state", "condlr_ext", "condlr_ext_format")
@@ -47,7 +50,7 @@ class Checkpoint:
     model: dict[str, Any] = field(repr=False)
     rank: dict[str, int]
     tau: dict[str, float] = field(default_factory=dict)
-    optimizer: dict | None = field(default=None, repr=False)
+    optimizer: Options | None = field(default=None, repr=False)
     optimizer_class: str | None = None
     optimizer_names: list[list[str | None]] | None = None
     extra: Any = None
@@ -56,7 +59,7 @@ class Checkpoint:
 
 
 def save(
-    model: nn.Module, path, optimizer: Optimizer | None = None, *, tau: float | dict | None = None, extra=None
+    model: nn.Module, path: Path, optimizer: Optimizer | None = None, *, tau: Slack = None, extra: Any = None
 ) -> None:
     """Write a model, and optionally its optimizer's state, to a safetensors file.
 
@@ -121,7 +124,7 @@ def save(
         raise OSError(f"save: cannot write {path}: {error}") from None
 
 
-def load(model: nn.Module, path, optimizer: Optimizer | None = None, *, tau: float | dict | None = None) -> Checkpoint:
+def load(model: nn.Module, path: Path, optimizer: Optimizer | None = None, *, tau: Slack = None) -> Checkpoint:
     """Load a file written by save into a model, and optionally into its optimizer; training continues bit for bit.
 
     A safetensors file without metadata of save, as save_pretrained and other tools write, is taken for a state_dict,
@@ -154,7 +157,7 @@ def load(model: nn.Module, path, optimizer: Optimizer | None = None, *, tau: flo
     return checkpoint
 
 
-def read(path) -> Checkpoint:
+def read(path: Path) -> Checkpoint:
     """Read a file written by save, or one of just a state_dict, to the CPU.
 
     Args:

@@ -22,10 +22,12 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from .. import _types
 from .._factors import orthonormal_factors
 from .._files import check_path
 from .._modules import check_module, undone_on_error
@@ -38,8 +40,10 @@ from .tensor_files import read_tensors
 
 __all__ = ["condlr", "geolora", "oialr", "polar", "robust_dlrt"]
 
+Source: TypeAlias = _types.Path | dict[str, Any]  # a file, or its tensors
 
-def condlr(source, model: nn.Module) -> dict[str, int]:
+
+def condlr(source: Source, model: nn.Module) -> dict[str, int]:
     """Import a network of the CondLR release: W = U S_hat Vᵀ, for convolutions flattened to [C_out, C_in * kernel].
 
     The release flattens a model into the list of its leaves: keys lr_model.0.U, lr_model.1.U ... stand for the leaves
@@ -70,7 +74,7 @@ def condlr(source, model: nn.Module) -> dict[str, int]:
     return _import(state, where, model, _prefixes(state, ".S_hat"), factors)
 
 
-def robust_dlrt(source, model: nn.Module) -> dict[str, int]:
+def robust_dlrt(source: Source, model: nn.Module) -> dict[str, int]:
     """Import a network of the RobustDLRT release: linear layers x U S Vᵀ and Tucker convolutions.
 
     The `r` of each layer, one number or four, must be in the state_dict: columns beyond it are not part of the
@@ -110,7 +114,7 @@ def robust_dlrt(source, model: nn.Module) -> dict[str, int]:
     return _import(state, where, model, _prefixes(state, ".S"), factors)
 
 
-def oialr(source, model: nn.Module) -> dict[str, int]:
+def oialr(source: Source, model: nn.Module) -> dict[str, int]:
     """Import a network of OIALR: W = u s vh, or its transpose where the weight has more columns than rows.
 
     Input projections of nn.MultiheadAttention (in_proj_u, in_proj_s, in_proj_vh) are loaded as dense weights.
@@ -146,7 +150,7 @@ def oialr(source, model: nn.Module) -> dict[str, int]:
     return _import(state, where, model, _prefixes(state, ".s"), factors)
 
 
-def geolora(source, model: nn.Module, *, rank: int | dict[str, int], alpha: float) -> dict[str, int]:
+def geolora(source: Source, model: nn.Module, *, rank: int | dict[str, int], alpha: float) -> dict[str, int]:
     """Import a network with GeoLoRA adapters: x W0ᵀ + alpha / r (x U S Vᵀ).
 
     The layers get LowRankAdapters; the frozen weights come from the checkpoint too (original_linear).
@@ -194,7 +198,7 @@ def geolora(source, model: nn.Module, *, rank: int | dict[str, int], alpha: floa
     return {name: adapter.rank for name, adapter in adapters.items()}
 
 
-def polar(source, model: nn.Module, *, alpha: float | None = None) -> dict[str, LowRankAdapter]:
+def polar(source: Source, model: nn.Module, *, alpha: float | None = None) -> dict[str, LowRankAdapter]:
     """Import PoLAR's adapters, delta W = alpha / r B S A, as LowRankAdapters of a base model.
 
     Args:

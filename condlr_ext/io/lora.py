@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import _types
 from .._factors import orthonormal_factors
 from .._files import check_path, read_text, write_whole
 from .._modules import DENSE, check_module, unwrapped
@@ -41,7 +42,9 @@ _HARMLESS = {
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-def save_lora(model: nn.Module, folder, *, base_model: str | None = None, exclude=None) -> None:
+def save_lora(
+    model: nn.Module, folder: _types.Path, *, base_model: str | None = None, exclude: _types.Patterns | None = None
+) -> None:
     """Write the adapters of a model, and what else is trained, as a plain LoRA in PEFT's format.
 
     B = U S and A = Vᵀ per layer and lora_alpha = scale * rank, so (lora_alpha / r) B A is delta W up to the rounding of
@@ -101,7 +104,7 @@ def save_lora(model: nn.Module, folder, *, base_model: str | None = None, exclud
         raise OSError(f"save_lora: cannot write {folder}: {error}") from None
 
 
-def load_lora(model: nn.Module, folder) -> dict[str, LowRankAdapter]:
+def load_lora(model: nn.Module, folder: _types.Path) -> dict[str, LowRankAdapter]:
     """Load the LoRA of a PEFT folder into adapters of a model, with the same function.
 
     B A becomes U S Vᵀ by two QR decompositions. The core is not clipped here: an optimizer with tau < inf does that at

@@ -11,6 +11,7 @@ from .._modules import DENSE, not_plain
 from ..errors import NonFiniteError
 from .conv import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from .formed import formed
+from .layer import LowRankLayer
 from .linear import LowRankLinear
 from .transposed import LowRankTransposedLinear
 
@@ -48,7 +49,11 @@ class LowRankAdapter(nn.Module):
         on kappa(S): Savostianova et al. (NeurIPS 2023).
     """
 
-    def __init__(self, layer: nn.Module, rank, *, scale: float = 1.0):
+    layer: nn.Module
+    delta: LowRankLayer
+    scale: float
+
+    def __init__(self, layer: nn.Module, rank: float, *, scale: float = 1.0):
         super().__init__()
         if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not (math.isfinite(scale) and scale != 0):
             raise ValueError(f"LowRankAdapter: scale must be a finite number other than 0, got {scale!r}")
@@ -164,7 +169,7 @@ class LowRankAdapter(nn.Module):
         return f"scale={self.scale:g}" + (", merged" if self.merged else "")
 
 
-def _delta(layer: nn.Module, rank) -> nn.Module:
+def _delta(layer: nn.Module, rank: float) -> LowRankLayer:
     """Return a low-rank layer of this rank with the geometry of a dense one, without bias."""
     if not LowRankAdapter.serves(layer):
         raise TypeError(

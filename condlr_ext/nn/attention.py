@@ -1,6 +1,7 @@
 """nn.MultiheadAttention with low-rank projections; its input projections are parameters, not modules."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,19 +36,19 @@ class LowRankMultiheadAttention(nn.MultiheadAttention):
     `factorize` makes it from a dense one, in place, and `to_dense` undoes it; it has no constructor.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         raise TypeError("LowRankMultiheadAttention: build an nn.MultiheadAttention and factorize it")
 
-    in_proj_weight = property(lambda self: self._weight("in_proj_weight"))
-    q_proj_weight = property(lambda self: self._weight("q_proj_weight"))
-    k_proj_weight = property(lambda self: self._weight("k_proj_weight"))
-    v_proj_weight = property(lambda self: self._weight("v_proj_weight"))
+    in_proj_weight: Tensor | None = property(lambda self: self._weight("in_proj_weight"))
+    q_proj_weight: Tensor | None = property(lambda self: self._weight("q_proj_weight"))
+    k_proj_weight: Tensor | None = property(lambda self: self._weight("k_proj_weight"))
+    v_proj_weight: Tensor | None = property(lambda self: self._weight("v_proj_weight"))
 
     def _weight(self, name: str) -> Tensor | None:
         layer = self._modules.get(_PROJECTIONS[name])
         return self._parameters[name] if layer is None else layer.weight
 
-    def __setattr__(self, name, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         layer = _PROJECTIONS.get(name)
         if layer in self.__dict__.get("_modules", ()):
             raise AttributeError(

@@ -8,8 +8,10 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 
 from .. import functional, ops
+from .._types import Ints
 from .layer import LowRankLayer
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -41,6 +43,16 @@ class _LowRankConv(LowRankLayer):
         ValueError: An argument that torch's convolution refuses.
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    channels_last: bool
+    weight_shape: tuple[int, ...]
     _cost_model = staticmethod(ops.cost_model_cpu.conv)
     _geometry = (
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
@@ -48,19 +60,19 @@ class _LowRankConv(LowRankLayer):
 
     def __init__(
         self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups=1,
-        bias=True,
-        padding_mode="zeros",
-        device=None,
-        dtype=None,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Ints,
+        stride: Ints = 1,
+        padding: Ints | str = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
-        rank,
+        rank: float,
     ):
         super().__init__()
         name = type(self).__name__

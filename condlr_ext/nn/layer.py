@@ -4,6 +4,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from .._modules import not_plain
 from ..errors import NonFiniteError, ShapeError
 from ..reference import ORTHONORMAL_INPUT, ORTHONORMAL_STEP, orthonormality_error
 from .formed import formed
-from .rank import resolve_rank
+from .rank import Rank, resolve_rank
 from .truncated import truncated_svd
 
 _KINDS = 1000  # of inputs that a layer remembers
@@ -58,18 +59,23 @@ class LowRankLayer(nn.Module):
         weight_shape: Shape of the weight in torch's twin of the layer; as a matrix it is [m, n].
     """
 
+    U: nn.Parameter
+    S: nn.Parameter
+    V: nn.Parameter
+    bias: nn.Parameter | None
+    rank: int
     weight_shape: tuple[int, ...]
     _geometry: tuple[str, ...]  # attributes of the dense twin that a folded layer keeps
     _route = "auto"
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> "LowRankLayer":
         layer = super().__new__(cls)  # copies and unpickled layers pass here too
         with _LOCK:
             _LAYERS.add(layer)
         layer.__dict__["_products"] = {}  # functions that compute the layer, by kind of input
         return layer
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_products"}
 
     def forward(self, input: Tensor) -> Tensor:
@@ -177,7 +183,7 @@ class LowRankLayer(nn.Module):
     def _from_matrix(self, W: Tensor) -> Tensor:
         return W.reshape(self.weight_shape)
 
-    def __setattr__(self, name, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
             raise AttributeError(
                 f"{type(self).__name__}.weight is formed from U, S and V and cannot be assigned; change these, or use"
@@ -186,7 +192,7 @@ class LowRankLayer(nn.Module):
         self._products.clear()  # whatever it is: a factor, the geometry, the mode
         super().__setattr__(name, value)
 
-    def register_parameter(self, name, param) -> None:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight_orig":  # as torch.nn.utils.prune calls it
             raise ValueError(
                 f"{type(self).__name__}.weight is formed from U, S and V and cannot be pruned or parametrized; make the"
@@ -227,7 +233,7 @@ class LowRankLayer(nn.Module):
         return linalg.cond(core).item()
 
     @classmethod
-    def from_dense(cls, module: nn.Module, rank, *, row_space: Tensor | None = None) -> "LowRankLayer":
+    def from_dense(cls, module: nn.Module, rank: Rank, *, row_space: Tensor | None = None) -> "LowRankLayer":
         """Return the layer whose weight is the best rank-r approximation of a dense module's (truncated SVD).
 
         Where min(m, n) >= 1024 and the rank is at most an eighth of it, the SVD is randomized: the error is at most
@@ -276,7 +282,7 @@ class LowRankLayer(nn.Module):
         return layer.copy_flags_from(module)
 
     @classmethod
-    def empty_from_dense(cls, module: nn.Module, rank) -> "LowRankLayer":
+    def empty_from_dense(cls, module: nn.Module, rank: Rank) -> "LowRankLayer":
         """Return the layer for a dense module with its parameters on the meta device; raises as from_dense."""
         cls._check(module)
         W = cls.as_matrix(module.weight)

@@ -3,7 +3,9 @@
 import numbers
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from .. import functional, ops
 from .layer import LowRankLayer
@@ -32,10 +34,22 @@ class LowRankLinear(LowRankLayer):
         Savostianova et al., NeurIPS 2023, section 3.
     """
 
+    in_features: int
+    out_features: int
+    weight_shape: tuple[int, ...]
     _dense, _cost_model = nn.Linear, staticmethod(ops.cost_model_cpu.linear)
     _geometry = "in_features", "out_features"
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, rank):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: float,
+    ):
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if not isinstance(value, numbers.Integral) or value < 1:

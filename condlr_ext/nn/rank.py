@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class Energy:
     Examples:
         >>> report = condlr_ext.factorize(model, rank=condlr_ext.Energy(0.9))
     """
+
+    share: float
 
     def __init__(self, share: float):
         if isinstance(share, bool) or not isinstance(share, numbers.Real):
@@ -48,7 +51,11 @@ class Energy:
         return int((held < enough).sum()) + 1
 
 
-def resolve_rank(rank, m: int, n: int, where: str, weight: Tensor | None = None) -> int:
+Rank: TypeAlias = float | Energy
+RankOrRanks: TypeAlias = Rank | dict[str, int] | dict[str, Rank]
+
+
+def resolve_rank(rank: Rank, m: int, n: int, where: str, weight: Tensor | None = None) -> int:
     """Return the rank that an int, a fraction f in (0, 1] or an Energy stands for; f means ceil(f min(m, n)).
 
     Args:

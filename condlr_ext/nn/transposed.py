@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from .linear import LowRankLinear
 
@@ -17,9 +18,21 @@ class LowRankTransposedLinear(LowRankLinear):
         weight: Wᵀ [nx, nf], as in Conv1D.
     """
 
+    nf: int
+    nx: int
+    weight_shape: tuple[int, ...]
     _geometry = "nf", "nx"
 
-    def __init__(self, dense: type[nn.Module], nf: int, nx: int, device=None, dtype=None, *, rank):
+    def __init__(
+        self,
+        dense: type[nn.Module],
+        nf: int,
+        nx: int,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: float,
+    ):
         super().__init__(nx, nf, True, device, dtype, rank=rank)
         self.weight_shape = (nx, nf)
         self.nf, self.nx = nf, nx

@@ -72,7 +72,7 @@ class backend:
         _choice.name = self._name
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         _choice.name = _choice.previous.pop()
 
 

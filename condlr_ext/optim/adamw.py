@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .._types import ModelOrGroups, Options
 from .base import ConstrainedOptimizer, fusible
 from .step_args import Slot, StepCall
 
@@ -159,7 +160,7 @@ class CondLRAdamW(ConstrainedOptimizer):
 
     def __init__(
         self,
-        model_or_groups,
+        model_or_groups: ModelOrGroups,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -242,7 +243,7 @@ class CondLRAdamW(ConstrainedOptimizer):
             **{k: group[k] for k in ("lr", "weight_decay", "eps", "amsgrad", "maximize")},
         )
 
-    def load_state_dict(self, state_dict) -> None:
+    def load_state_dict(self, state_dict: Options) -> None:
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
             if "step" in state:  # torch keeps it on the CPU, old checkpoints as a number

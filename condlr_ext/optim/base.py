@@ -2,12 +2,14 @@
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import linalg, ops, reference
+from .._types import Closure, ModelOrGroups, Options
 from ..errors import NonFiniteError
 from ..nn.layer import active_rank
 from ..reference import LOW_PRECISION, ORTHONORMAL_INPUT, ROLES
@@ -23,6 +25,8 @@ class ConstrainedOptimizer(Optimizer):
     each call with its state (`_add_layer`) and steps the parameters outside of low-rank layers (`_step_dense`).
     """
 
+    capturable: bool
+    check_finite: bool
     _options: tuple[str, ...]  # group options that are columns of the step op's table
     _finite_options: tuple[str, ...]  # those that must be finite numbers >= 0
     _may_be_negative: tuple[str, ...] = ()  # except these
@@ -32,7 +36,7 @@ class ConstrainedOptimizer(Optimizer):
     _call = StepCall
     _takes_sparse = True  # outside of low-rank layers
 
-    def __init__(self, model_or_groups, defaults: dict, capturable: bool, check_finite: bool):
+    def __init__(self, model_or_groups: ModelOrGroups, defaults: Options, capturable: bool, check_finite: bool):
         if capturable and check_finite:
             raise ValueError(f"{self._name}: check_finite=True waits for the device, which capturable=True must not")
         if isinstance(model_or_groups, nn.Module):
@@ -75,7 +79,7 @@ class ConstrainedOptimizer(Optimizer):
 
     # ------------------------------------------------------------------------------------------ groups
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: Options) -> None:
         """Add a group, as torch does; it must hold all of U, S, V of every layer that it has one of.
 
         Parameters without names get some if those of the other groups have names.
@@ -226,7 +230,7 @@ class ConstrainedOptimizer(Optimizer):
     # -------------------------------------------------------------------------------------------- step
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Closure | None = None) -> Any:
         """Take one step; return the closure's loss if one is given.
 
         Raises:
@@ -377,18 +381,18 @@ class ConstrainedOptimizer(Optimizer):
 
     # --------------------------------------------------------------------------------------------- state
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> Options:
         own = ("capturable", "check_finite", "_skipped", "_waiting", "_layers", "_ready")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: Options) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_captured", [])  # loading a state_dict comes here too
         for group in self.param_groups:
             self._check_options(group)
         self._plan(self._other_parameters(self._layers))
 
-    def load_state_dict(self, state_dict) -> None:
+    def load_state_dict(self, state_dict: Options) -> None:
         """Load a state, as torch does; it may be that of torch's own optimizer.
 
         Options that the state does not have keep their values. float16 and bfloat16 layers take the values of the

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .._modules import check_module, unwrapped
+from .._types import Options
 from ..nn.layer import LowRankLayer, live_layers, low_rank_layers
 from ..reference import ROLES
 
 Position = tuple[int, int]  # group, index in group
 
 
-def param_groups(model: nn.Module, *, factors=None, cores=None, other=None) -> list[dict]:
+def param_groups(
+    model: nn.Module, *, factors: Options | None = None, cores: Options | None = None, other: Options | None = None
+) -> list[Options]:
     """Return parameter groups of a model by role, each with its own options.
 
     Options that are left out are the optimizer's.

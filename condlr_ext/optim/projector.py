@@ -45,6 +45,12 @@ class Projector:
     Source: projection after a step of an arbitrary optimizer, as StelLA (Li et al., NeurIPS 2025) retracts after one.
     """
 
+    model: nn.Module
+    tau: float
+    band: str
+    sigma_max: float | None
+    tangent: bool
+
     def __init__(
         self,
         model: nn.Module,

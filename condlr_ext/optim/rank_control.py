@@ -4,7 +4,9 @@ import contextlib
 import functools
 import math
 import numbers
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,6 +157,14 @@ class RankController:
         DLRT (NeurIPS 2022, arXiv 2205.13571) and RobustDLRT (2025, arXiv 2505.08022).
     """
 
+    model: nn.Module
+    optimizer: ConstrainedOptimizer
+    min_rank: int
+    moves: int
+    tolerance: float
+    theta: float
+    budget: float | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -201,7 +211,7 @@ class RankController:
             if self._limits[name] > layer.rank:
                 _resize(layer, self._limits[name], optimizer)
 
-    def update(self, loss, batches) -> RankReport:
+    def update(self, loss: Callable[[Any], Tensor], batches: Iterable[Any]) -> RankReport:
         """Change the ranks; call it between steps, for example after every epoch.
 
         The model runs in evaluation mode, and eagerly if it is compiled. No `.grad`, buffer or random state of torch

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from .._types import ModelOrGroups
 from ..reference import LOW_PRECISION
 from .base import ConstrainedOptimizer, fusible
 from .step_args import Slot, StepCall
@@ -74,7 +75,7 @@ class CondLRSGD(ConstrainedOptimizer):
 
     def __init__(
         self,
-        model_or_groups,
+        model_or_groups: ModelOrGroups,
         lr: float | Tensor,
         momentum: float = 0,
         dampening: float = 0,

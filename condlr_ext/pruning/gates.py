@@ -6,8 +6,10 @@ import numbers
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.types import Device
 
 from .._modules import DENSE, select_layers
+from .._types import Patterns
 
 LOWER, UPPER = -0.1, 1.1  # the concrete variable is stretched to this interval, then clipped to [0, 1]
 TEMPERATURE = 2 / 3
@@ -33,7 +35,9 @@ class HardConcreteGate(nn.Module):
         as in the public TSCNC code.
     """
 
-    def __init__(self, channels: int, closed: float = 0.3, device=None, dtype=None):
+    log_alpha: nn.Parameter
+
+    def __init__(self, channels: int, closed: float = 0.3, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
         if not isinstance(closed, numbers.Real) or not 0 < closed < 1:
             raise ValueError(f"HardConcreteGate: closed must be a number in (0, 1), got {closed!r}")
@@ -70,7 +74,7 @@ class _Bounded(torch.autograd.Function):
         return torch.where(leaving, 0, grad)
 
 
-def add_gates(model: nn.Module, *, exclude=(), closed: float = 0.3) -> list[str]:
+def add_gates(model: nn.Module, *, exclude: Patterns = (), closed: float = 0.3) -> list[str]:
     """Put a HardConcreteGate on the weight of every nn.Linear and nn.Conv1d/2d/3d of the model, in place.
 
     make_permanent removes the gates and leaves the weights as eval mode has them.

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .._modules import DENSE, check_module, frozen, select_layers
+from .._types import Patterns
 from .gates import HardConcreteGate, check_weight, original_weight
 
 
@@ -54,6 +55,10 @@ class TopKMask(nn.Module):
     Source: HYDRA's initial scores (Sehwag et al., arXiv 2002.10509, section 4).
     """
 
+    k: int
+    trained: bool
+    scores: nn.Parameter
+
     def __init__(self, weight: Tensor, keep: float):
         super().__init__()
         self.k = math.ceil(keep * weight.numel() - 1e-9)
@@ -67,7 +72,7 @@ class TopKMask(nn.Module):
         return weight * top_k_mask(self.scores.abs(), self.k)
 
 
-def add_masks(model: nn.Module, keep: float, *, exclude=()) -> list[str]:
+def add_masks(model: nn.Module, keep: float, *, exclude: Patterns = ()) -> list[str]:
     """Put a TopKMask on the weight of every nn.Linear and nn.Conv1d/2d/3d, in place, and freeze these weights.
 
     Trained from now on are the scores `<layer>.parametrizations.weight.<i>.scores` and all that is not masked: make
@@ -149,7 +154,7 @@ def make_permanent(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def kept_shares(model: nn.Module, *, exclude=()) -> dict[str, float]:
+def kept_shares(model: nn.Module, *, exclude: Patterns = ()) -> dict[str, float]:
     """Return the share of non-zero weights of every nn.Linear and nn.Conv1d/2d/3d, as eval mode has them.
 
     Args:

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import linalg, reference
+from .._types import Ints
 from ..errors import NonFiniteError, ShapeError
 from ..functional import as_ints
 
 
 @torch.no_grad()
-def conv_singular_values(weight: Tensor, size, *, stride=1, dilation=1, groups: int = 1) -> Tensor:
+def conv_singular_values(
+    weight: Tensor, size: Ints, *, stride: Ints = 1, dilation: Ints = 1, groups: int = 1
+) -> Tensor:
     """Return all singular values of a circularly padded convolution as a linear map from images to images.
 
     For stride 1 the map is block-circulant: on an N x N image its singular values are those of N² matrices

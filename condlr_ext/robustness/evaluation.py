@@ -1,7 +1,8 @@
 """Accuracy under attack, worst case per sample, with a guard against masked gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from .. import _table
 from .._checks import check_batch, check_choice, check_count, check_eps, check_logits
 from .._modules import frozen
+from .._types import Budgets
 from ..attacks.auto_pgd import apgd
 from ..attacks.balls import BALLS
 from ..attacks.gradient import clean_gradient, fgsm, pgd
@@ -29,7 +31,7 @@ _RESERVED = (
 _SEED_STRIDE = 1_000_003  # between the seeds of two attacks
 
 
-class Evaluation(dict):
+class Evaluation(dict[str, Any]):
     """The numbers of one evaluation, ready for json.dumps; str() shows them as a table with the guard's verdict."""
 
     def __str__(self) -> str:
@@ -52,8 +54,8 @@ def evaluate(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps,
-    attacks=None,
+    eps: Budgets,
+    attacks: Sequence[str] | None = None,
     *,
     norm: str = "linf",
     steps: int = 30,
@@ -62,7 +64,7 @@ def evaluate(
     batch_size: int | None = None,
     guard: bool = True,
     surrogate: nn.Module | None = None,
-    others: Mapping[str, Callable] | None = None,
+    others: Mapping[str, Callable[..., Tensor]] | None = None,
 ) -> Evaluation:
     """Measure clean accuracy and accuracy under attack at each budget: the share of samples with argmax = label.
 

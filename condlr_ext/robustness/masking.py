@@ -4,7 +4,8 @@ Sources: Athalye, Carlini, Wagner (arXiv 1802.00420), section 3.1; Carlini et al
 and Hein (arXiv 2003.01690), section 4.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def gradient_statistics(logits: Tensor, grad: Tensor, unsaturated: Tensor) -> di
     }
 
 
-def flags(result: Mapping) -> list[str]:
+def flags(result: Mapping[str, Any]) -> list[str]:
     """Return the signs of gradient masking in the result of robustness.evaluate, one sentence each.
 
     A flag means that the accuracies it names cannot be trusted, not that the network is weak; no flag is no proof.
@@ -91,7 +92,7 @@ def flags(result: Mapping) -> list[str]:
     return found
 
 
-def plateau(eps, accuracy, clean: float) -> bool:
+def plateau(eps: Sequence[float], accuracy: Sequence[float], clean: float) -> bool:
     """Return whether an accuracy curve first falls by ten points and then less than a quarter as fast up to its end.
 
     Args:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import build_backend
 import condlr_ext
 from condlr_ext import info, ops
 
@@ -96,3 +97,20 @@ def test_unknown_build_switch_is_refused():
         [sys.executable, str(setup), "--name"], cwd=setup.parent, env=env, capture_output=True, text=True
     )
     assert done.returncode and "CONDLR_EXT_BUILD must be auto or none, got 'maybe'" in done.stderr
+
+
+@pytest.mark.parametrize("hook", ["get_requires_for_build_wheel", "get_requires_for_build_editable"])
+def test_torch_is_needed_to_build_only_where_something_is_compiled(hook, monkeypatch, tmp_path):
+    monkeypatch.setattr(build_backend.build_meta, hook, lambda config_settings: [])
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in ("CONDLR_EXT_BUILD", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert getattr(build_backend, hook)() == [] and "no C++ compiler" in build_backend.no_build_reason()
+    (tmp_path / "clang++").touch(mode=0o755)
+    assert getattr(build_backend, hook)() == build_backend.TOOLS
+    monkeypatch.setenv("CONDLR_EXT_BUILD", "none")
+    assert getattr(build_backend, hook)() == []
+    monkeypatch.delenv("CONDLR_EXT_BUILD")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert getattr(build_backend, hook)() == [] and "darwin" in build_backend.no_build_reason()
