@@ -2,14 +2,15 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 SEED ?= 0
 SECONDS ?= 3600
 SOURCES := setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
 
-.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-ptx-all test-fuzz test-slow test-aot fuzz \
-  sanitize docs lint types wheel compat clean
+.PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-ptx-all test-fuzz test-slow test-aot \
+  test-clients fuzz sanitize docs lint types wheel compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
@@ -55,6 +56,15 @@ test-slow: $(VENV)/.installed
 test-aot: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "aot or aot_all" tests/kernels/test_aot.py
 
+# before a release: with packages of others, in an environment of their own; nothing else is downloaded
+test-clients: $(CLIENTS)/.installed
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest tests/clients
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt $(VENV)/.installed
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q --disable-pip-version-check "$(TORCH)" -r $<
+	touch $@
+
 # the compiled part under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; needs clang and its OpenMP
 sanitize: $(VENV)/.installed
 	$(BIN)/python tests/csrc/sanitize.py
@@ -98,4 +108,4 @@ compat: $(VENV)/.installed
 	TORCH="torch" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info condlr_ext/*.so
+	rm -rf $(VENV) $(CLIENTS) build dist site *.egg-info condlr_ext/*.so

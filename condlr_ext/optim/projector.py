@@ -80,8 +80,8 @@ class Projector:
 
         Raises:
             TypeError: It is no torch optimizer, or calls no step hooks.
-            ValueError: It keeps the constraint itself, puts other weights in place by train() and eval(), is attached
-                already, or has no parameter of a low-rank layer.
+            ValueError: It keeps the constraint itself, puts other weights in place by train() and eval(), steps
+                outside of step() as SAM does, is attached already, or has no parameter of a low-rank layer.
             NonFiniteError: NaN or Inf in a layer, with its name.
         """
         optimizer = unwrapped_optimizer(optimizer)
@@ -99,6 +99,11 @@ class Projector:
             raise ValueError(
                 f"Projector.attach: optimizer must write to the weights in step() alone, got {name}, whose eval() puts"
                 " averages in their place, for which no bound holds"
+            )
+        if callable(getattr(optimizer, "second_step", None)):
+            raise ValueError(
+                f"Projector.attach: optimizer must write to the weights in step() alone, got {name}, whose"
+                " second_step() runs no hooks; attach to its base_optimizer"
             )
         if optimizer in self._attached:
             raise ValueError(f"Projector.attach: this {name} is attached already")

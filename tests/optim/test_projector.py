@@ -214,6 +214,11 @@ class ScheduleFree(torch.optim.SGD):
         pass
 
 
+class SAM(torch.optim.SGD):
+    def second_step(self):
+        pass
+
+
 def test_remove_and_what_cannot_be_attached():
     model, other = make_model(), make_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.2)
@@ -234,6 +239,10 @@ def test_remove_and_what_cannot_be_attached():
         projector.attach(torch.optim.Adam(other.parameters()))
     with pytest.raises(ValueError, match=r"alone, got ScheduleFree, whose eval\(\) puts averages in their place"):
         Projector(model, 0.1).attach(ScheduleFree(model.parameters()))
+    with pytest.raises(
+        ValueError, match=r"alone, got SAM, whose second_step\(\) runs no hooks; attach to its base_opt"
+    ):
+        Projector(model, 0.1).attach(SAM(model.parameters(), 0.1))
     with pytest.raises(ValueError, match="CondLRSGD keeps the constraint itself"):
         projector.attach(CondLRSGD(model, 0.1, tau=0.1))
     with pytest.raises(ValueError, match="model must have low-rank layers, got none"):
