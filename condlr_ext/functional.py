@@ -335,17 +335,24 @@ def _check_and_cast(name: str, input: Tensor, U: Tensor, S: Tensor, V: Tensor, b
         raise RankError(f"{name}: rank must be in 1..min(m, n) = {min(m, n)}, got {r} ({_shapes(tensors)})")
     if bias is not None and bias.shape != (m,):
         raise ShapeError(f"{name}: bias must be [{m}] to fit U, got {list(bias.shape)}")
+    tensors = cast_alike(name, tensors)
+    return *(tensors[k] for k in ("input", "U", "S", "V")), tensors.get("bias")
+
+
+def cast_alike(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, cast where autocast is on; raise unless they have one device and one dtype then."""
     devices = {str(t.device) for t in tensors.values()}
     if len(devices) > 1:
         raise ValueError(f"{name}: all tensors must be on one device, got {', '.join(sorted(devices))}")
-    if ops.autocast_enabled(input.device.type):
-        dtype = torch.get_autocast_dtype(input.device.type)
+    device_type = next(iter(tensors.values())).device.type
+    if ops.autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         tensors = {k: t if t.dtype == torch.float64 else t.to(dtype) for k, t in tensors.items()}
     dtypes = {str(t.dtype) for t in tensors.values()}
     if len(dtypes) > 1:
         detail = ", ".join(f"{k} {t.dtype}" for k, t in tensors.items())
         raise TypeError(f"{name}: all tensors must have one dtype, got {detail}")
-    return *(tensors[k] for k in ("input", "U", "S", "V")), tensors.get("bias")
+    return tensors
 
 
 def _shapes(tensors) -> str:

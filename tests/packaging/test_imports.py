@@ -17,7 +17,7 @@ LAYERS = [
     {"autograd"},
     {"functional", "linalg"},
     {"_factors", "nn"},
-    {"adapters", "factorize"},
+    {"adapters", "factorize", "parallel"},
     {"optim"},
     {"baselines"},
     {"io"},
