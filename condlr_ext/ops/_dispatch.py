@@ -16,6 +16,7 @@ BACKENDS = ("auto", "reference", "cpu", "triton")
 COMPILED = _load.load()
 LIB = torch.library.Library("condlr_ext", "FRAGMENT")
 OPS: dict[str, "Op"] = {}
+NO_CHOICE = "only one serves it"
 
 
 class _Choice(threading.local):
@@ -93,6 +94,7 @@ class Op:
             all kernels.
         prefer_reference: Returns the reason why "auto" takes the reference although the implementation for the
             device can serve the arguments; empty if it does not.
+        rests_on: Returns what the choice for a kind of device, "cpu" or "cuda", rests on.
         vmap: Makes the torch.func.vmap rule (info, in_dims, *args) -> (outputs, out_dims) of an overload.
     """
 
@@ -107,10 +109,12 @@ class Op:
         triton: str | None = None,
         triton_unsupported: Callable[..., list[str]] = lambda *args: [],
         prefer_reference: Callable[..., str] = lambda *args: "",
+        rests_on: Callable[[str], str] = lambda device: NO_CHOICE,
         vmap: Callable | None = None,
     ):
         self.name = schema.split("(")[0]
         self._cpu_unsupported, self.cpu_is, self._prefer_reference = cpu_unsupported, cpu_is, prefer_reference
+        self.rests_on = rests_on
         self.has_triton, self._triton_unsupported = triton is not None, triton_unsupported
         self._implementations = {"reference": _as_op(reference)}
         if triton is not None:

@@ -118,11 +118,24 @@ def _nearest(device: str, direction: str, kind: str, precision: str, size: tuple
     return Costs(*(math.inf if t is None else t for t in times), source)
 
 
+def source(device: str) -> str:
+    """Return what the costs on this device rest on."""
+    for entry in _measured()["tables"]:
+        if entry["device"] == device:
+            return f"times measured on {device}, {entry['date']}"
+    return "estimated from the data sheet"
+
+
+@functools.cache
+def _measured() -> dict:
+    return json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))
+
+
 @functools.cache
 def _table(device: str) -> dict[tuple, list]:
     """Return {(direction, kind, precision): [(rows, n, m, r, triton, products, merged, dense), ...]}."""
     table = {}
-    for entry in json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))["tables"]:
+    for entry in _measured()["tables"]:
         if entry["device"] == device:
             for *key, rows, n, m, r, triton, products, merged, dense in entry["rows"]:
                 table.setdefault(tuple(key), []).append((rows, n, m, r, triton, products, merged, dense))

@@ -58,16 +58,16 @@ def _or_empty(backward):
 _linear_backward = _or_empty(reference.low_rank_linear_backward)
 _conv_backward = _or_empty(reference.low_rank_conv_backward)
 
-_LIBRARIES = "torch's products, oneDNN or MKL"
-_KERNELS = _LIBRARIES if COMPILED.ops_reason else f"compiled kernels in float32 and float64, else {_LIBRARIES}"
+_LIBRARIES = "torch's products"
+_KERNELS = _LIBRARIES if COMPILED.ops_reason else "compiled, or torch's"
 _COMPILED_DTYPES = (torch.float32, torch.float64)
 # of the compiled kernels; measured: with fewer rows, a product reads its matrix once and the calls decide
 LEAST_ROWS = 16
 IN_CACHE = 2**18  # elements of U and V; with more, threads need as many rows each
-MEASURED_THREADS = (
-    2  # up to here torch's products by MKL are slower than the compiled kernels on AMD, whatever the size
-)
+MEASURED_THREADS = 2  # up to here, on AMD, torch's products by MKL are slower than the kernels, whatever the size
 LARGEST = 8e6  # elsewhere: multiply-adds of the forward times threads
+_ROUTES = "routes estimated"  # by cost_model_cpu
+_RULE = "kernels measured on AMD EPYC, 2026-12-01"
 _LAYER = "Tensor input, Tensor U, Tensor S, Tensor V, Tensor? bias"
 _GRADS = "(Tensor dX, Tensor dU, Tensor dS, Tensor dV, Tensor db)"
 _FACTORS = "Tensor U, Tensor S, Tensor V, bool[5] mask"
@@ -94,8 +94,19 @@ def is_served(input: Tensor, U: Tensor) -> bool:
 
 
 def _op(schema, implementation, cpu_is=_LIBRARIES, **triton) -> Op:
+    def rests_on(device: str) -> str:
+        if device == "cpu":
+            return _ROUTES if cpu_is == _LIBRARIES else f"{_ROUTES}, {_RULE}"
+        return cost_model_gpu.source(torch.cuda.get_device_name())
+
     return Op(
-        schema, reference=implementation, fake=implementation, cpu_unsupported=_cpu_unsupported, cpu_is=cpu_is, **triton
+        schema,
+        reference=implementation,
+        fake=implementation,
+        cpu_unsupported=_cpu_unsupported,
+        cpu_is=cpu_is,
+        rests_on=rests_on,
+        **triton,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..kernels.status import ALL_ZERO, NOT_CONVERGED, NOT_FINITE, OK  # noqa: F401  callers read them from here
-from ._dispatch import Op, unsupported_by_compiled
+from ._dispatch import NO_CHOICE, Op, unsupported_by_compiled
 
 
 def _check(A: Tensor, tau: float = 0.0, band: int = 0, sigma_max: float = 1.0) -> None:
@@ -79,6 +79,7 @@ def _cpu_unsupported(A: Tensor, *_) -> list[str]:
 
 
 # on one thread and on two, which our kernels use for batches only
+_RULE = "sizes measured on AMD EPYC, 2026-11-21"
 _LAPACK = "LAPACK was measured to be faster at this size"
 
 
@@ -110,6 +111,10 @@ def _triton_unsupported(A: Tensor, *_) -> list[str]:
     return reasons
 
 
+def _rests_on(device: str) -> str:
+    return _RULE if device == "cpu" else NO_CHOICE
+
+
 def _batch_first(op):
     """Return the vmap rule of a batched op: the mapped dimension becomes a leading one."""
 
@@ -126,6 +131,7 @@ svd = Op(
     fake=_svd_fake,
     cpu_unsupported=_cpu_unsupported,
     prefer_reference=_svd_prefer_reference,
+    rests_on=_rests_on,
     triton="spectral.launch.svd",
     triton_unsupported=_triton_unsupported,
     vmap=_batch_first,
@@ -136,6 +142,7 @@ qr = Op(
     fake=_qr_fake,
     cpu_unsupported=_cpu_unsupported,
     prefer_reference=_qr_prefer_reference,
+    rests_on=_rests_on,
     triton="qr.launch.qr",
     triton_unsupported=_triton_unsupported,
     vmap=_batch_first,
@@ -146,6 +153,7 @@ polar = Op(
     fake=_same_shape_fake,
     cpu_unsupported=_cpu_unsupported,
     prefer_reference=_svd_prefer_reference,
+    rests_on=_rests_on,
     triton="spectral.launch.polar",
     triton_unsupported=_triton_unsupported,
     vmap=_batch_first,

@@ -24,7 +24,8 @@ LAYERS = [
     {"attacks", "pruning"},
     {"regularizers", "robustness"},
     {"condlr_ext"},  # the package's own __init__
-    {"experiments", "info"},
+    {"_installation", "experiments"},
+    {"info"},
     {"cli"},
     {"__main__"},
 ]
