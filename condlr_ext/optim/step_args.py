@@ -267,7 +267,8 @@ class StepCall:
         if looks and self._marks:
             skipped.copy_(skipped_steps(skipped))  # so that it gets only the marks of this step
         if self._backend is None:
-            self._backend = ops.step.step.choose(*args)
+            named = ops.step.step.choose(*args)
+            self._backend = ops.step.step.automatic(*args) if named == "auto" else named
             if self.capturable and (reasons := ops.step.step.unsupported_reasons("triton", *args)):
                 raise BackendError(f"{self.owner}: capturable=True needs the Triton step: {'; '.join(reasons)}")
         ops.step.step.run(self._backend, *args)
