@@ -267,7 +267,7 @@ def transformed() -> bool:
     Raises:
         BackendError: The backend "triton" was chosen by name.
     """
-    active = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    active = ops.transforms_active()
     if active and ops.current_backend() == "triton":
         raise BackendError(
             "condlr_ext: backend 'triton' cannot serve a layer under torch.func or forward-mode AD, which take the"

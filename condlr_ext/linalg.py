@@ -135,8 +135,11 @@ def polar(A: Tensor) -> PolarResult:
     """
     (Q,) = _apply("polar", ops.linalg.polar, autograd.PolarFunction, A)
     with ops.no_autocast(A.device.type):
-        scale = reference.magnitude(A)  # sums on the way could be beyond the range, or have few digits left below it
-        H = _symmetric(Q.mT @ (A / scale)) * scale
+        if _is_moderate(A):
+            H = _symmetric(Q.mT @ A)
+        else:
+            scale = reference.magnitude(A)
+            H = _symmetric(Q.mT @ (A / scale)) * scale
     _check_range("polar", "H", H)
     return PolarResult(Q, H)
 
@@ -223,6 +226,18 @@ def _check_matrix(name: str, A: Tensor) -> None:
         raise ShapeError(f"linalg.{name}: A must have at least two dimensions [*, m, n], got shape {list(A.shape)}")
 
 
+def _is_moderate(A: Tensor) -> bool:
+    """Return whether products with each matrix keep far from both ends of the range of its dtype, if that can be seen.
+
+    Beyond, sums on the way could overflow, or have few digits left.
+    """
+    if not ops.can_check(A) or A.numel() == 0:
+        return False
+    least, most = (t.item() for t in A.detach().abs().amax((-2, -1)).aminmax())
+    range_ = torch.finfo(A.dtype)
+    return range_.tiny**0.5 < least and most < range_.max**0.5
+
+
 def _symmetric(X: Tensor) -> Tensor:
     return (X + X.mT) / 2
 
@@ -232,7 +247,7 @@ def _overflowed(result: Tensor) -> bool:
     if not ops.can_check(result):
         return False
     result = result.detach()
-    return not result.sum().isfinite() and not result.isfinite().all()  # most often the sum is enough, in one pass
+    return not math.isfinite(result.sum().item()) and not result.isfinite().all()  # the sum is enough most often
 
 
 def _check_range(name: str, what: str, result: Tensor) -> None:
@@ -246,13 +261,18 @@ def _check_range(name: str, what: str, result: Tensor) -> None:
 def _apply(name: str, op, function, A: Tensor, *args):
     _check_matrix(name, A)
     A32 = A.float() if A.dtype in (torch.float16, torch.bfloat16) else A
-    *outputs, info = function.apply(op.choose(A32, *args), A32, *args)
+    *outputs, info = (function.apply if _differentiates(A32) else op.run)(op.choose(A32, *args), A32, *args)
     _raise_if_failed(name, info)
-    return tuple(o.to(A.dtype) for o in outputs)
+    return outputs if A32 is A else [o.to(A.dtype) for o in outputs]
+
+
+def _differentiates(A: Tensor) -> bool:
+    """Return whether a function of A needs its rules of differentiation, or is traced."""
+    return torch.compiler.is_compiling() or (A.requires_grad and torch.is_grad_enabled()) or ops.transforms_active()
 
 
 def _raise_if_failed(name: str, info: Tensor) -> None:
-    if not ops.can_check(info) or not info.any():
+    if not ops.can_check(info) or not (info.any() if info.dim() else info.item()):
         return
     for code, error, text in (
         (ops.linalg.NOT_FINITE, NonFiniteError, "A must be finite, got NaN or Inf"),

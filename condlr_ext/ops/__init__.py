@@ -13,6 +13,7 @@ from ._dispatch import (
     current_backend,
     is_plain,
     no_autocast,
+    transforms_active,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "linalg",
     "no_autocast",
     "step",
+    "transforms_active",
 ]

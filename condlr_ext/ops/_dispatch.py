@@ -147,7 +147,7 @@ class Op:
 
     def explain(self, *args) -> tuple[str, str]:
         """Return the backend that "auto" takes for these arguments, and the reason."""
-        candidate = "cpu" if next(_tensors(args)).device.type == "cpu" else "triton"
+        candidate = "cpu" if _first(args).is_cpu else "triton"
         why = "; ".join(self.unsupported_reasons(candidate, *args)) or self._prefer_reference(*args)
         return ("reference", why) if why else (candidate, "it serves these arguments, and nothing faster is known")
 
@@ -165,7 +165,7 @@ class Op:
         """
         name = current_backend()
         if name == "auto":
-            return "auto" if self.has_triton and next(_tensors(args)).is_cuda else self.automatic(*args)
+            return "auto" if self.has_triton and _first(args).is_cuda else self.automatic(*args)
         reasons = self.unsupported_reasons(name, *args)
         if reasons:
             raise BackendError(f"condlr_ext: backend {name!r} cannot serve {self.name}: {'; '.join(reasons)}")
@@ -177,6 +177,10 @@ class Op:
 
     def __call__(self, *args):
         return self.run(self.choose(*args), *args)
+
+
+def _first(args) -> torch.Tensor:
+    return args[0] if isinstance(args[0], torch.Tensor) else next(_tensors(args))
 
 
 def _tensors(args) -> Iterable[torch.Tensor]:
@@ -254,6 +258,11 @@ def unsupported_by_compiled(tensors, dtypes=(torch.float32, torch.float64)) -> l
             reasons.append(f"a tensor is {t.dtype}, the kernel serves {', '.join(map(str, dtypes))}")
             break
     return reasons
+
+
+def transforms_active() -> bool:
+    """Return whether torch.func or forward-mode AD is active."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def can_check(t: torch.Tensor) -> bool:
