@@ -17,7 +17,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("csrc", "condlr_ext", "tests", "setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = (
+    "csrc",
+    "condlr_ext",
+    "tests",
+    "setup.py",
+    "build_backend.py",
+    "CMakeLists.txt",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 ONCE = "not slow and not interpreter and not aot and not aot_all"
 REPORTED = 66  # the exit status of a process with a report
 
