@@ -1,6 +1,7 @@
 """FormedWeight: a computed weight that refuses to be written to, since the write would be lost."""
 
 import copy
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ class _LikeAnyTensor(type(Tensor)):
 class FormedWeight(Tensor, metaclass=_LikeAnyTensor):
     """A weight that is formed from factors at each access. Methods that write into it or a view of it raise.
 
-    In all else it is a plain tensor: results of functions are plain, and torch's fast paths take it. As data of an
+    After a function that wrote, torch.relu_(weight), a warning comes when it is freed, except in inference mode. In all
+    else it is a plain tensor: results of functions are plain, and torch's fast paths take it. As data of an
     nn.Parameter it becomes plain, too, for then it is stored. NumPy gets it read-only.
     """
 
@@ -63,6 +65,10 @@ class FormedWeight(Tensor, metaclass=_LikeAnyTensor):
     @_is_param.setter
     def _is_param(self, value: bool) -> None:  # nn.Parameter(weight) sets this on the tensor that it returns
         self.__class__ = nn.Parameter
+
+    def __del__(self):
+        if type(self) is FormedWeight and not self.is_inference() and self._version:
+            warnings.warn(_lost("what a function wrote into it"), stacklevel=2)
 
     def __deepcopy__(self, memo) -> Tensor:
         return copy.deepcopy(self.as_subclass(Tensor), memo)
@@ -123,11 +129,15 @@ def _watched(result, weights: list[Tensor]):
     return result
 
 
-def _refusal(write: str) -> AttributeError:
-    return AttributeError(
-        f"the weight of a low-rank layer is formed from its factors at each access: {write} would be lost; change the"
+def _lost(write: str, verb: str = "is") -> str:
+    return (
+        f"the weight of a low-rank layer is formed from its factors at each access: {write} {verb} lost; change the"
         " factors, or make the layer dense first (condlr_ext.to_dense)"
     )
+
+
+def _refusal(write: str) -> AttributeError:
+    return AttributeError(_lost(write, "would be"))
 
 
 def _refuse(name: str):

@@ -155,6 +155,18 @@ def test_only_training_and_recording_watch_functions():
         assert torch.equal(layer.train().weight @ A, layer.weight)
 
 
+@pytest.mark.parametrize("write", [torch.relu_, lambda W: nn.functional.relu(W.T[1], inplace=True)])
+def test_a_function_that_writes_where_none_is_watched_warns(write, recwarn):
+    layer = LowRankLinear(6, 6, rank=2).eval()
+    with torch.no_grad():
+        layer(layer.weight)
+        stored = nn.Parameter(layer.weight)
+        stored.add_(1)
+        assert not recwarn.list
+        with pytest.warns(UserWarning, match="what a function wrote into it is lost"):
+            write(layer.weight)
+
+
 def test_every_inplace_method_of_torch_is_refused():
     W = LowRankLinear(4, 4, rank=2).weight
     for name in dir(torch.Tensor):
