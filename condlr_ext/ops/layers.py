@@ -74,9 +74,12 @@ _FACTORS = "Tensor U, Tensor S, Tensor V, bool[5] mask"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 
-@torch.compiler.assume_constant_result  # a trace cannot ask
 def _threads() -> int:
     return torch.get_num_threads()
+
+
+# a trace cannot ask; torch.compiler.assume_constant_result sets the same, but imports all of dynamo
+_threads._dynamo_marked_constant = True
 
 
 def is_served(input: Tensor, U: Tensor) -> bool:
