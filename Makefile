@@ -47,7 +47,7 @@ test-all: test test-slow test-aot test-ptx-all
 test-ptx-all: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "interpreter and not ptx and not slow" --ptx=sm_90 tests/kernels
 
-# every example, and the larger matrices in the interpreter
+# every example, and in the interpreter the larger matrices and the benchmark
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "slow and not interpreter"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and (ptx or slow)" tests/kernels

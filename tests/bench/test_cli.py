@@ -145,6 +145,7 @@ def test_a_file_is_not_overwritten_by_default(tmp_path):
     assert cli.unused(tmp_path / "bench.jsonl") == tmp_path / "bench-3.jsonl"
 
 
+@pytest.mark.slow
 def test_the_tuned_allocator_elsewhere(tmp_path):
     """Run in another process; its arguments survive the restart."""
     file = tmp_path / "tuned.jsonl"
@@ -158,6 +159,7 @@ def test_the_tuned_allocator_elsewhere(tmp_path):
     assert found.run["machine"]["allocator"] == "tuned" and {r["row"] for r in found.times} == {"4 x 8x8"}
 
 
+@pytest.mark.slow
 def test_revisions(tmp_path, monkeypatch, capsys):
     """The working tree against the last commit, both by the present benchmark."""
     if revisions.git("rev-parse", "--show-toplevel", check=False) != str(revisions.ROOT):

@@ -58,6 +58,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_every_operation(tmp_path):
     """Every provider runs it; steps of whole networks, minutes in the interpreter, are left out."""
     arguments = "--size smoke --device cuda --dtypes fp32 --seconds 300 --compile none --no-prepare --json run.jsonl"
@@ -111,10 +112,12 @@ def found(tmp_path_factory):
     return json.loads(run(PARTS, tmp_path_factory.mktemp("parts")))
 
 
+@pytest.mark.slow
 def test_ceilings_in_every_arithmetic(found):
     assert all(found["ceilings"][name] > 0 for name in machine.DTYPES)
 
 
+@pytest.mark.slow
 def test_layers(found):
     records = found["layers"]
     rows = [[r for r in records if r["row"] == row] for row in dict.fromkeys(r["row"] for r in records)]
@@ -131,6 +134,7 @@ def test_layers(found):
         assert not [r for r in row if r["mode"] == "backward, graph"]
 
 
+@pytest.mark.slow
 def test_configurations(found):
     records = [r for r in found["configurations"] if r["mode"] == "call"]
     assert {r["row"] for r in records} == {f"{kernel} 33 x 17 -> 20, r 3" for kernel in ("chain", "sums")}
@@ -142,6 +146,7 @@ def test_configurations(found):
     assert set(default["errors"]) == {"Y"} and set(sums["errors"]) == {"dU", "dS", "dV", "db"} and sums["seconds"]
 
 
+@pytest.mark.slow
 def test_the_step(found):
     times = {r["provider"]: r for r in found["step"] if r["kind"] == "time" and r["mode"] == "call"}
     assert set(times) == {"ours", "ours: triton"}

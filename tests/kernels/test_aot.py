@@ -18,14 +18,23 @@ from bench import aot
 from condlr_ext.kernels.triton.devices import INTERPRETED
 from condlr_ext.kernels.triton.linear import configs
 
+VARIANTS = [] if INTERPRETED else [v for name in configs.ARCHITECTURES for v in aot.variants(name)]
+
+
+def path(variant) -> tuple:
+    """Return what configurations have in common that differ only in the rank: they have the same code."""
+    others = {name: value for name, value in variant.constants.items() if name != "R"}
+    return variant.architecture, variant.kernel, variant.kind, variant.dtype, str(others)
+
+
+LARGEST = {path(v): v for v in sorted(VARIANTS, key=lambda v: v.constants.get("R", 0)) if v.default}
+
 
 def in_make_test(variant) -> bool:
-    """Defaults, and of those of the layers one rank, forward and backward: the other ranks add no path."""
-    layers = variant.module == "linear.low_rank"
-    return variant.default and (not layers or (variant.constants["RANK"] == 64 and "pointwise" not in variant.kind))
-
-
-VARIANTS = [] if INTERPRETED else [v for name in configs.ARCHITECTURES for v in aot.variants(name)]
+    """Defaults, of those of the layers one rank, forward and backward, of the others the largest rank of each path."""
+    if variant.module == "linear.low_rank":
+        return variant.default and variant.constants["RANK"] == 64 and "pointwise" not in variant.kind
+    return LARGEST.get(path(variant)) is variant
 
 
 @pytest.fixture(scope="module")
