@@ -88,7 +88,7 @@ class _LowRankParallel(ParallelStyle):
         if self.use_local_output and self.output_layouts == (self._output,):
             return output
         shape = *output.shape[:-1], layer.out_features
-        stride = torch.empty(shape, device="meta").stride()
+        stride = torch.empty(shape, dtype=output.dtype, device="meta").stride()
         whole = DTensor.from_local(output, mesh, (self._output,), run_check=False, shape=shape, stride=stride)
         whole = whole.redistribute(mesh, self.output_layouts)
         return whole.to_local() if self.use_local_output else whole
