@@ -176,9 +176,7 @@ Layer make_layer(const std::vector<Tensor>& params, const std::vector<Tensor>& g
           V.size(1) == S.size(1) && U.size(0) >= S.size(0) && V.size(0) >= S.size(0) && is_float(U),
       "step: layer ", index, ": U, S, V must be [m, r], [r, r], [n, r], r <= m, n, float32 or float64; got ",
       describe(U), ", ", describe(S), ", ", describe(V));
-  STD_TORCH_CHECK(bias.numel() == 0 || bias.numel() == U.size(0), "step: layer ", index,
-                  ": bias must have one element for each of the ", U.size(0), " rows of U, got ",
-                  describe(bias));
+  STD_TORCH_CHECK(bias.dim() == 1, "step: layer ", index, ": bias must be a vector, got ", describe(bias));
   check_constraint("step: layer " + std::to_string(index), hyper[kS].tau, hyper[kS].band,
                    hyper[kS].sigma_max);
 

@@ -45,11 +45,12 @@ def factorize(
 ) -> FactorizeReport:
     """Replace dense layers inside a model by low-rank ones, in place; forward code is untouched.
 
-    Serves nn.Linear, nn.Conv1d/2d/3d, the projections of nn.MultiheadAttention (`in_proj`, or `q_proj`, `k_proj` and
-    `v_proj`; and `out_proj`) and HF's Conv1D. Layers that share a weight share its factors, biases stay the same
-    parameters, hooks move along. The report names every other matrix parameter of the model and why it stays:
-    subclasses, parametrized layers, weights that are also used elsewhere (by an embedding, say), modules that are not
-    supported (nn.LSTM, say), PEFT's layers, sharded and quantized tensors. An error leaves the model unchanged.
+    Serves nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, nn.Bilinear, the projections of nn.MultiheadAttention
+    (`in_proj`, or `q_proj`, `k_proj` and `v_proj`; and `out_proj`), HF's Conv1D and, where include or rank names it,
+    nn.Embedding. Layers that share a weight share its factors, biases stay the same parameters, hooks move along. The
+    report names every other matrix parameter of the model and why it stays: subclasses, parametrized layers, weights
+    that are also used elsewhere (by an embedding that is left out, say), modules that are not supported (nn.LSTM, say),
+    PEFT's layers, sharded and quantized tensors. An error leaves the model unchanged.
 
     Args:
         model: Changed in place.
@@ -256,9 +257,10 @@ def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
         pair = isinstance(twin, nn.Sequential)
         parts = twin if pair else [twin]
         for i, part in enumerate(parts):
-            kind = i if pair else type(layer).as_matrix
+            kind = layer._pair_order[i] if pair else type(layer).as_matrix
             part.weight = weights.setdefault((_factors(layer), kind, part.weight.shape), part.weight)
-        parts[-1].bias = layer.bias
+        if layer.bias is not None:
+            parts[-1].bias = layer.bias
         _move_hooks(layer, twin)
     for module in list(model.modules()):
         if isinstance(module, LowRankMultiheadAttention):
@@ -319,6 +321,9 @@ def _cost_model(model, targets, calls, measure, skipped) -> dict:
         if not uses:
             skipped[t.name] = "it is not called on example_input"
             continue
+        if measure == "time" and not t.cls._takes_features:
+            skipped[t.name] = f"the time of a {type(t.module).__name__} is not measured"
+            continue
         cost = clock.cost(t, calls) if measure == "time" else flops_cost(t, calls)
         if cost.at(1) < cost.dense:
             costs[t.name] = cost
@@ -364,13 +369,15 @@ def _build(target: Target, rank: int, init: str, moment: Tensor | None) -> list[
             layer = cls.from_dense(module, rank=rank, row_space=row_space)
         except NonFiniteError as error:
             raise NonFiniteError(f"factorize: layer {target.name}: {error}") from None
-    layer.bias = module.bias
+    if layer.bias is not None:
+        layer.bias = module.bias
     layers = [(target, layer)]
     for t in target.twins:
         twin = t.cls.empty_from_dense(t.module, rank).copy_flags_from(t.module)
         for name in "USV":
             setattr(twin, name, getattr(layer, name))
-        twin.bias = t.module.bias
+        if twin.bias is not None:
+            twin.bias = t.module.bias
         layers.append((t, twin))
     return layers
 

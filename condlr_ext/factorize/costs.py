@@ -44,7 +44,7 @@ def record_calls(model: nn.Module, targets: list[Target], example_input) -> dict
         last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
         if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
             last = torch.contiguous_format
-        rows = output.numel() // target.shape[0]
+        rows = target.cls.rows(target.module, x, output)
         calls[target.name].append(LayerCall(tuple(x.shape), x.requires_grad, rows, memory_format=last))
 
     def on_attention(projections: dict[str, Target], attention: nn.MultiheadAttention, inputs) -> None:
@@ -79,17 +79,13 @@ def _attention_calls(attention: nn.MultiheadAttention, q: Tensor, k: Tensor, v: 
 def dense_flops(target: Target, calls: list[LayerCall]) -> int:
     """Return the dense layer's FLOPs of one forward."""
     m, n = target.shape
-    return sum(2 * c.rows * n * round(c.part * m) for c in calls)
+    return sum(target.cls.flops(target.module, c.rows, round(c.part * m), n) for c in calls)
 
 
 def low_rank_flops(target: Target, calls: list[LayerCall], rank: int) -> int:
     """Return the factorized layer's FLOPs of one forward."""
-    (m, n), total = target.shape, 0
-    groups = getattr(target.module, "groups", 1)
-    for c in calls:
-        used = round(c.part * m)
-        total += 2 * c.rows * rank * (groups * n + used) + 2 * min(c.rows, used) * rank * rank
-    return total
+    m, n = target.shape
+    return sum(target.cls.flops(target.module, c.rows, round(c.part * m), n, rank) for c in calls)
 
 
 def flops_cost(target: Target, calls: dict[str, list[LayerCall]]) -> Cost:

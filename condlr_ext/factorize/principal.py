@@ -42,9 +42,13 @@ def second_moments(model: nn.Module, targets: list[Target], example_input) -> di
 
     def on_layer(target: Target, x: Tensor, output: Tensor) -> None:
         conv = target.module
+        if not target.cls._takes_features:
+            return
         if not hasattr(conv, "kernel_size"):
             return add(target, x)
         spatial = len(conv.kernel_size)
+        if conv.transposed:
+            return add(target, channels(conv, x))
         entries = math.prod(output.shape[-spatial:]) * conv.groups * target.shape[1]  # of one sample's patches
         x = x.detach() if x.dim() == spatial + 2 else x.detach()[None]
         for part in x.split(max(1, ENTRIES // entries)):
@@ -64,6 +68,15 @@ def second_moments(model: nn.Module, targets: list[Target], example_input) -> di
         if not torch.isfinite(moment).all():
             raise NonFiniteError(f"factorize: layer {name}: its inputs on example_input must be finite, got NaN or Inf")
     return {name: moment for name, moment in moments.items() if moment.trace() > 0}
+
+
+def channels(conv: nn.Module, x: Tensor) -> Tensor:
+    """Return the channels of each pixel, with zeros for those of other groups, [*, C_in]: what V of a transposed
+    convolution multiplies.
+    """
+    z = x.detach().movedim(-len(conv.kernel_size) - 1, -1).unsqueeze(-2)
+    group = torch.arange(z.shape[-1], device=z.device) // (z.shape[-1] // conv.groups)
+    return z * (group == torch.arange(conv.groups, device=z.device)[:, None])
 
 
 def patches(conv: nn.Module, x: Tensor) -> Tensor:

@@ -10,9 +10,14 @@ from torch.nn.utils import parametrize
 from .._modules import chooser, is_peft_layer, not_plain
 from ..nn import (
     LowRankAdapter,
+    LowRankBilinear,
     LowRankConv1d,
     LowRankConv2d,
     LowRankConv3d,
+    LowRankConvTranspose1d,
+    LowRankConvTranspose2d,
+    LowRankConvTranspose3d,
+    LowRankEmbedding,
     LowRankLayer,
     LowRankLinear,
     LowRankMultiheadAttention,
@@ -25,9 +30,15 @@ _LOW_RANK = {
     nn.Conv1d: LowRankConv1d,
     nn.Conv2d: LowRankConv2d,
     nn.Conv3d: LowRankConv3d,
+    nn.ConvTranspose1d: LowRankConvTranspose1d,
+    nn.ConvTranspose2d: LowRankConvTranspose2d,
+    nn.ConvTranspose3d: LowRankConvTranspose3d,
+    nn.Bilinear: LowRankBilinear,
+    nn.Embedding: LowRankEmbedding,
     NonDynamicallyQuantizableLinear: LowRankOutProjection,
 }
 LEFT_OUT = "left out by include or exclude"
+_BY_NAME = "an embedding is factorized where include or rank names it"
 _LAZY = "its size is not known before its first forward"
 COMPILED = "it is compiled on its own (torch.compile), which would keep what it is now: compile it afterwards"
 _ATTENTION = nn.MultiheadAttention, LowRankMultiheadAttention
@@ -99,7 +110,7 @@ def select(model: nn.Module, include, exclude, names=None) -> tuple[list[Target]
         ValueError: A pattern matches no module, one of `names` is no target, or a chosen layer is low-rank already.
         TypeError: include or exclude is no pattern.
     """
-    candidates, skipped, low_rank = _candidates(model, include, exclude)
+    candidates, skipped, low_rank = _candidates(model, include, exclude, names or ())
     if names is not None:
         unknown = sorted(set(names) - set(candidates))
         if unknown:
@@ -115,7 +126,7 @@ def select(model: nn.Module, include, exclude, names=None) -> tuple[list[Target]
     return _tie(model, candidates, skipped), skipped
 
 
-def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, str], list[str]]:
+def _candidates(model, include, exclude, names) -> tuple[dict[str, Target], dict[str, str], list[str]]:
     """Return the targets, the reasons to skip the rest, and the chosen layers that are low-rank already."""
     found = []  # (name, module, target or None, reason to skip it or None)
     attentions = {}  # id of an out_proj: name and module of its attention
@@ -135,8 +146,8 @@ def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, s
             attentions[id(module.out_proj)] = name, module
         else:
             found += _candidate(name, module, attentions.get(id(module), ("", None))[1])
-    names = [name for name, _ in model.named_modules()] + [name for name, *_ in found]
-    chosen = chooser("factorize", include, exclude, names)
+    known = [name for name, _ in model.named_modules()] + [name for name, *_ in found]
+    chosen = chooser("factorize", include, exclude, known)
     targets, skipped, low_rank = {}, {}, []
     for name, module, target, reason in found:
         attention = target.attention if target else None
@@ -147,10 +158,12 @@ def _candidates(model, include, exclude) -> tuple[dict[str, Target], dict[str, s
             skipped[name] = reason
             if isinstance(module, LowRankLayer) and id(module) not in inside:
                 low_rank.append(name)
+        elif isinstance(module, nn.Embedding) and include is None and name not in names:
+            skipped[name] = _BY_NAME
         else:
             targets[name] = target
-    known = {id(part) for _, module, *_ in found for part in module.modules()}
-    return targets, skipped | _unsupported(model, known), low_rank
+    listed = {id(part) for _, module, *_ in found for part in module.modules()}
+    return targets, skipped | _unsupported(model, listed), low_rank
 
 
 def _unsupported(model: nn.Module, known: set[int]) -> dict[str, str]:
@@ -214,6 +227,8 @@ def _reason_to_skip(module: nn.Module, weight: Tensor | None) -> str | None:
         return f"its weight is {weight.dtype}"
     if weight.numel() == 0:
         return "its weight is empty"
+    if isinstance(module, nn.Embedding) and (reason := LowRankEmbedding.unsupported(module)):
+        return reason
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if any(getattr(module, hooks) for hooks in _STATE_HOOKS):

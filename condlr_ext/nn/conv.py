@@ -100,8 +100,11 @@ class _LowRankConv(LowRankLayer):
             self.padding = self._tuple("padding", padding, 0)
         self.padding_mode = padding_mode
         self.channels_last = False
-        self.weight_shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self.weight_shape = self._shape_of_weight()
         self._make_factors(rank, bias, device, dtype)
+
+    def _shape_of_weight(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
 
     def _tuple(self, what: str, value, least: int) -> tuple[int, ...]:
         return tuple(functional.as_ints(type(self).__name__, what, value, self._d, least))
@@ -159,6 +162,14 @@ class _LowRankConv(LowRankLayer):
             self.in_channels, maps, self.kernel_size, *geometry, bias=False, padding_mode=self.padding_mode, **like
         )
         return first, self._dense(maps, self.out_channels, 1, groups=self.groups, bias=self.bias is not None, **like)
+
+    def _pair_weights(self, US: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        return V.mT.repeat(self.groups, 1), US  # the groups share the filters
+
+    @staticmethod
+    def flops(module: nn.Module, rows: int, m: int, n: int, rank: int | None = None) -> int:
+        flops = LowRankLayer.flops(module, rows, m, n, rank)
+        return flops if rank is None else flops + 2 * rows * rank * (module.groups - 1) * n  # filters for each group
 
     def _checked(self, input: Tensor) -> Tensor:
         low_rank_conv = getattr(functional, self._functional)  # looked up at each call: torch.fx patches it

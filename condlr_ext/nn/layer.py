@@ -66,6 +66,8 @@ class LowRankLayer(nn.Module):
     rank: int
     weight_shape: tuple[int, ...]
     _geometry: tuple[str, ...]  # attributes of the dense twin that a folded layer keeps
+    _pair_order = "V", "US"  # of the weights of a folded layer
+    _takes_features = True  # one input, of floating-point vectors
     _route = "auto"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "LowRankLayer":
@@ -143,7 +145,7 @@ class LowRankLayer(nn.Module):
         for name, shape in {"U": (m, self.rank), "S": (self.rank, self.rank), "V": (n, self.rank)}.items():
             setattr(self, name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         if bias:
-            self.bias = nn.Parameter(torch.empty(m, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(self._bias_size, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -152,6 +154,15 @@ class LowRankLayer(nn.Module):
     def matrix_shape(self) -> tuple[int, int]:
         """[m, n] of the weight as a matrix."""
         return self.weight_shape[0], math.prod(self.weight_shape[1:])
+
+    @property
+    def _bias_size(self) -> int:
+        return self.matrix_shape[0]
+
+    @property
+    def _variance(self) -> float:
+        """Variance of an entry of torch's default weight; kaiming_uniform(a=√5) in most layers."""
+        return 1 / (3 * self.matrix_shape[1])
 
     @staticmethod
     def as_matrix(weight: Tensor) -> Tensor:
@@ -170,10 +181,12 @@ class LowRankLayer(nn.Module):
         dtype = torch.promote_types(self.U.dtype, torch.float32)
         for X in (self.U, self.V):
             X.copy_(linalg.orthonormalize(torch.randn(X.shape, device=X.device, dtype=dtype)))
-        # E‖W‖² of kaiming_uniform(a=√5), variance 1 / (3 n) per entry, spread over r directions
-        self.S.copy_(math.sqrt(m / (3 * self.rank)) * torch.eye(self.rank, device=self.S.device, dtype=dtype))
+        # E‖W‖² of the default, spread over r directions
+        scale = math.sqrt(m * n * self._variance / self.rank)
+        self.S.copy_(scale * torch.eye(self.rank, device=self.S.device, dtype=dtype))
         if self.bias is not None:
-            nn.init.uniform_(self.bias, -1 / math.sqrt(n), 1 / math.sqrt(n))
+            bound = math.sqrt(3 * self._variance)
+            nn.init.uniform_(self.bias, -bound, bound)
 
     @property
     def weight(self) -> Tensor:
@@ -327,8 +340,8 @@ class LowRankLayer(nn.Module):
         with torch.no_grad(), ops.no_autocast(U.device.type):
             wide = torch.promote_types(U.dtype, torch.float32)
             US = (U[:, :r].to(wide) @ S[:r, :r].to(wide)).to(U.dtype)
-            filters = V[:, :r].mT.repeat(len(first.weight) // r, 1)  # the groups share the filters
-            for module, matrix, factors in ((first, filters, (V,)), (second, US, (U, S))):
+            pair = (first, (V,)), (second, (U, S))
+            for (module, factors), matrix in zip(pair, self._pair_weights(US, V[:, :r]), strict=True):
                 weight = matrix.reshape(module.weight.shape).contiguous()
                 module.weight = nn.Parameter(weight, requires_grad=any(p.requires_grad for p in factors))
         if self.bias is not None:
@@ -337,6 +350,22 @@ class LowRankLayer(nn.Module):
         for name in self._geometry:  # models read these
             setattr(pair, name, getattr(self, name))
         return pair
+
+    def _pair_weights(self, US: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of the folded pair, but for their shape."""
+        return V.mT, US
+
+    @staticmethod
+    def rows(module: nn.Module, input: Tensor, output: Tensor) -> int:
+        """Return the number of vectors that the dense twin's weight multiplies in a call."""
+        return output.numel() // module.weight.shape[0]
+
+    @staticmethod
+    def flops(module: nn.Module, rows: int, m: int, n: int, rank: int | None = None) -> int:
+        """Return the FLOPs of that many rows through the dense twin, or factorized at this rank."""
+        if rank is None:
+            return 2 * rows * m * n
+        return 2 * rows * rank * (n + m) + 2 * min(rows, m) * rank * rank
 
     def _empty_dense(self) -> nn.Module:
         return self._dense(*self._dense_arguments(self), device="meta", dtype=self.U.dtype)

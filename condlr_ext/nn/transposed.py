@@ -58,6 +58,10 @@ class LowRankTransposedLinear(LowRankLinear):
     def as_matrix(weight: Tensor) -> Tensor:
         return weight.mT
 
+    @staticmethod
+    def rows(module: nn.Module, input: Tensor, output: Tensor) -> int:
+        return output.numel() // module.nf
+
     def _from_matrix(self, W: Tensor) -> Tensor:
         return W.mT
 

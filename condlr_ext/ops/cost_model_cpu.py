@@ -98,6 +98,30 @@ def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -
     return _cost_model(n)(m, n, r, numbers, rows, groups * r, *products, COPY, CALLS, 1, *gradients)
 
 
+def conv_transpose(input: Tensor, U: Tensor, S: Tensor, V: Tensor, groups: int) -> Plan:
+    """Return the costs of a low-rank transposed convolution, in flops on every device."""
+    (m, r), n, numbers = U.shape, V.shape[0], math.prod(reference.sizes(input))
+    products = r * n, groups * r * m, m * n
+    gradients = _gradients(input, U, S, V)
+    return _cost_model(n)(m, n, r, numbers, numbers // n, groups * r, *products, COPY, CALLS, 1, *gradients)
+
+
+def embedding(input: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Plan:
+    """Return the costs of a low-rank lookup of as many rows as the input has entries, in flops on every device."""
+    (m, r), n, rows = U.shape, V.shape[0], math.prod(reference.sizes(input))
+    passes, copied = 1 + 2 * _gradients(input, U, S, V)[0], MOVE * rows * n
+    products = 2 * r * (r + n) * passes
+    return Plan(rows * products + copied, m * products + copied, copied)
+
+
+def bilinear(input1: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Plan:
+    """Return the costs of a low-rank bilinear layer without those of the outer products, in flops on every device."""
+    (m, r), n, shape = U.shape, V.shape[0], reference.sizes(input1)
+    rows = math.prod(shape[:-1])
+    gradients = _gradients(input1, U, S, V)
+    return _cost_model(n)(m, n, r, rows * shape[-1], rows, r, n * r, r * m, m * n, 0, CALLS, 1, *gradients)
+
+
 def _on_gpu(costs, fused: bool, input, U, S, V) -> Plan:
     """Return the plan from the costs of each direction that will run; fused: Triton kernels serve the layer."""
     directions = [costs("forward")] + ([costs("backward")] if any(_gradients(input, U, S, V)) else [])

@@ -417,7 +417,7 @@ class _View:
         self.report = self.describe(0, 0, 0.0)
 
     def weight(self, W: Tensor) -> None:
-        self.dense.weight.copy_(W.reshape(self.dense.weight.shape))
+        self.dense.weight.copy_(self.layer._from_matrix(W))
 
     def parameters(self, rank: int) -> int:
         return stored_parameters(rank, self.m, self.n)
@@ -591,7 +591,7 @@ def _with_dense_weight(cls: type) -> type:
         (cls,),
         {
             "weight": property(lambda self: self._dense_twin.weight),
-            "forward": lambda self, input: self._dense_twin(input),
+            "forward": lambda self, *args, **kwargs: self._dense_twin(*args, **kwargs),
             "apply_rows": lambda self, input, rows, bias: F.linear(input, self._dense_twin.weight[rows], bias),
         },
     )
@@ -625,7 +625,7 @@ def _gradient(loss, batch, views: list[_View]) -> list[Tensor]:
             raise ValueError(f"{_UPDATE}: the loss does not depend on layer {v.name!r}")
         if not torch.isfinite(G).all():
             raise NonFiniteError(f"{_UPDATE}: the gradient of layer {v.name!r} must be finite, got NaN or Inf")
-    return [G.flatten(1) for G in grads]
+    return [v.layer.as_matrix(G) for v, G in zip(views, grads, strict=True)]
 
 
 @torch.no_grad()

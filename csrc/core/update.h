@@ -18,7 +18,7 @@ constexpr int64_t kHyperColumns = sizeof(Hyper) / sizeof(double);
 // not finite, or a core is all zero or does not converge; or because its U or V is not orthonormal.
 enum StepOutcome : int { kReady = 0, kSkip = 1, kNotOrthonormal = 2 };
 
-// Arrays of float or double, row-major. U, V: param [rows, rank]; S: [rank, rank]; bias: [rows].
+// Arrays of float or double, row-major. U, V: param [rows, rank]; S: [rank, rank]; bias: [rows], of any length.
 struct Update {
   Role role;
   int64_t rows, rank;

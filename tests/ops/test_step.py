@@ -307,12 +307,12 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
         ((params, grads, buffers, hyper_table(2, tau=-1.0)), "tau must be >= 0"),
         (
             (
-                [*params[:7], torch.zeros(4)],
-                [*grads[:7], torch.zeros(4)],
-                [*buffers[:7], torch.zeros(4)],
+                [*params[:7], torch.zeros(40, 1)],
+                [*grads[:7], torch.zeros(40, 1)],
+                [*buffers[:7], torch.zeros(40, 1)],
                 hyper_table(2),
             ),
-            "layer 1: bias must have one element for each of the 40 rows of U",
+            r"layer 1: bias must be a vector",
         ),
     ):
         with pytest.raises(RuntimeError, match=text):

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers.models import DigitsCNN, digits_encoder
+from helpers.models import Conv1D, DigitsCNN, digits_encoder
 from helpers.planted import BATCHES, Planted, assert_constraint, digits_like, fit, low_rank, mlp, state_tensors
 from torch import nn
 from torch.nn import functional as F
@@ -297,3 +297,19 @@ def test_frozen_layers_are_left_alone():
     report = controller.update(lambda b: F.cross_entropy(model(x[b]), y[b]), [slice(None)])
     assert set(report.ranks) == {"2"}
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model[0].state_dict().values(), strict=True))
+
+
+def test_a_weight_that_is_stored_transposed_changes_as_any_other():
+    linear, conv1d = nn.Sequential(nn.Linear(9, 14)), nn.Sequential(Conv1D(14, 9))
+    with torch.no_grad():
+        linear[0].bias.zero_()
+        conv1d[0].weight.copy_(linear[0].weight.mT)
+    x, y = torch.randn(40, 9), torch.randn(40, 14)
+    reports = []
+    for model in (linear, conv1d):
+        condlr_ext.factorize(model, rank=6)
+        controller = RankController(model, CondLRSGD(model, 0.1, tau=1.0), budget=0.6)
+        reports.append(controller.update(lambda batch, model=model: F.mse_loss(model(batch[0]), batch[1]), [(x, y)]))
+    ours, theirs = reports
+    assert theirs.ranks == ours.ranks == {"0": 2}
+    assert theirs.layers[0].expected == pytest.approx(ours.layers[0].expected, rel=1e-3)
