@@ -79,7 +79,7 @@ def is_peft_layer(module: nn.Module) -> bool:
 
 
 def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..., bool]:
-    """Return a predicate (name, module, parent=None) -> bool: does the layer match any of the patterns?
+    """Return a predicate (name, module, parents=()) -> bool: does the layer match any of the patterns?
 
     Args:
         function: The caller, named in error texts.
@@ -103,9 +103,9 @@ def matcher(function: str, what: str, patterns, names: list[str]) -> Callable[..
         elif not callable(p):
             raise TypeError(f"{function}: {what} entries must be names, types or predicates, got {p!r}")
 
-    def matches(name: str, module: nn.Module, parent: tuple[str, nn.Module] | None = None) -> bool:
-        """Return whether the layer matches or, by name or type, the attention `parent` that holds it."""
-        identities = [(name, module)] + ([parent] if parent else [])
+    def matches(name: str, module: nn.Module, parents: Iterable[tuple[str, nn.Module]] = ()) -> bool:
+        """Return whether the layer matches or, by name or type, one of the `parents` that hold it as a parameter."""
+        identities = [(name, module), *parents]
         for p in patterns:
             if isinstance(p, str):
                 hit = any(fnmatchcase(n, p) for n, _ in identities)

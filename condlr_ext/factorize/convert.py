@@ -10,6 +10,7 @@ from .._types import Inputs, Layers
 from ..errors import NonFiniteError
 from ..nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention, low_rank_layers
 from ..nn.attention import factorize_projection, to_dense_projections
+from ..nn.formed_parameters import factorize_parameters, is_formed, to_dense_parameters
 from ..nn.rank import RankOrRanks, resolve_rank
 from .budget import allocate_ranks, parameter_cost
 from .costs import Clock, LayerCall, dense_flops, flops_cost, low_rank_flops, predict, record_calls
@@ -46,11 +47,14 @@ def factorize(
     """Replace dense layers inside a model by low-rank ones, in place; forward code is untouched.
 
     Serves nn.Linear, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, nn.Bilinear, the projections of nn.MultiheadAttention
-    (`in_proj`, or `q_proj`, `k_proj` and `v_proj`; and `out_proj`), HF's Conv1D and, where include or rank names it,
-    nn.Embedding. Layers that share a weight share its factors, biases stay the same parameters, hooks move along. The
-    report names every other matrix parameter of the model and why it stays: subclasses, parametrized layers, weights
-    that are also used elsewhere (by an embedding that is left out, say), modules that are not supported (nn.LSTM, say),
-    PEFT's layers, sharded and quantized tensors. An error leaves the model unchanged.
+    (`in_proj`, or `q_proj`, `k_proj` and `v_proj`; and `out_proj`), HF's Conv1D, and the weights of nn.LSTM, GRU, RNN
+    and their cells (formed in each forward; the low-rank layer of `weight_hh_l0` is called `weight_hh_l0_factors`).
+    Where include or rank names them, also nn.Embedding, and parameters [E, m, n] of modules that are not torch's, such
+    as stacked experts, with a low-rank layer per matrix. Layers that share a weight share its factors, biases stay the
+    same parameters, hooks move along. The report names every other matrix parameter of the model and why it stays:
+    subclasses, parametrized layers, weights that are also used elsewhere (by an embedding that is left out, say),
+    modules that are not supported (nn.EmbeddingBag, say), PEFT's layers, sharded and quantized tensors. An error leaves
+    the model unchanged.
 
     Args:
         model: Changed in place.
@@ -68,7 +72,8 @@ def factorize(
             gain.
         include: The layers to factorize: a name (whole, or an fnmatch pattern), a type, a predicate
             (name, module) -> bool, or a list of these. Default: all. Name and type of an nn.MultiheadAttention stand
-            for all its projections; a predicate is called with a linear layer for each.
+            for all its projections, those of an RNN and the name of a parameter for the matrices in it; a predicate is
+            called with a linear layer for each.
         exclude: The layers to leave dense, given likewise; wins over include.
         init: "svd": truncated SVD of the current weight. "random": random orthonormal factors and S = s I with the
             Frobenius norm of the current weight, so that activations keep the dense model's variance (for a zero
@@ -181,6 +186,8 @@ def fold(model: nn.Module, *, example_input: Inputs | None = None, dense: Layers
     for module in model.modules():
         if isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             read.update(module.children())
+        elif is_formed(module):
+            read.update(part for child in module.children() for part in (child, *child.children()))
 
     def twins() -> dict[LowRankLayer, nn.Module]:
         tied = {_factors(layer) for layer in layers if layer in read}  # tied layers need weights of one shape
@@ -265,6 +272,8 @@ def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, LowRankMultiheadAttention):
             to_dense_projections(module, twins)
+        elif is_formed(module):
+            to_dense_parameters(module, twins)
     replace_modules(model, twins)
     return twins.get(model, model)
 
@@ -315,6 +324,9 @@ def _cost_model(model, targets, calls, measure, skipped) -> dict:
         return {t.name: parameter_cost(*t.shape) for t in targets}
     clock, costs = Clock(model.training), {}
     for t in targets:
+        if t.owner is not None:
+            skipped[t.name] = f"its {measure} inside of a {type(t.owner).__name__} is not known"
+            continue
         uses = sum(len(calls[x.name]) for x in (t, *t.twins))
         if measure == "time" and t.weight.is_meta:
             raise ValueError(f'factorize: layer {t.name}: measure="time" needs real weights, got the meta device')
@@ -397,13 +409,18 @@ def _layer_report(
 
 
 def _install(model: nn.Module, targets: list[Target], layers: dict[str, LowRankLayer]) -> None:
-    replacement = {}
+    replacement: dict[nn.Module, nn.Module] = {}
+    owned: dict[nn.Module, dict[str, LowRankLayer]] = {}
     for t in targets:
         _move_hooks(t.module, layers[t.name])
         if t.attention is not None:
             factorize_projection(t.attention, t.name.rpartition(".")[2], layers[t.name])
+        elif t.owner is not None:
+            owned.setdefault(t.owner, {})[t.child] = layers[t.name]
         else:
             replacement[t.module] = layers[t.name]
+    for owner, children in owned.items():
+        factorize_parameters(owner, children)
     replace_modules(model, replacement)
 
 

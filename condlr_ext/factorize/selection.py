@@ -1,5 +1,6 @@
 """Selection of the weights to factorize, with the reason why others cannot be."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from ..nn import (
     LowRankTransposedLinear,
 )
 from ..nn.attention import LowRankOutProjection, dense_projections
+from ..nn.formed_parameters import matrices, views
 
 _LOW_RANK = {
     nn.Linear: LowRankLinear,
@@ -38,7 +40,7 @@ _LOW_RANK = {
     NonDynamicallyQuantizableLinear: LowRankOutProjection,
 }
 LEFT_OUT = "left out by include or exclude"
-_BY_NAME = "an embedding is factorized where include or rank names it"
+_BY_NAME = "is factorized where include or rank names it"
 _LAZY = "its size is not known before its first forward"
 COMPILED = "it is compiled on its own (torch.compile), which would keep what it is now: compile it afterwards"
 _ATTENTION = nn.MultiheadAttention, LowRankMultiheadAttention
@@ -57,9 +59,12 @@ class Target:
 
     Attributes:
         name: Name of the low-rank layer in the model.
-        module: The dense layer; for an attention's input projection, a linear layer that holds its parameter.
+        module: The dense layer; for a parameter of another module, a linear layer that holds it.
         cls: Class of the low-rank layer.
         attention: The nn.MultiheadAttention that it is a projection of, else None.
+        owner: The other module that the weight is a parameter of, or a slice of one, else None.
+        parameter: Its name there.
+        child: Name of the low-rank layer in the owner.
         twins: Other layers with the same weight, which will share the factors.
     """
 
@@ -67,11 +72,38 @@ class Target:
     module: nn.Module
     cls: type[LowRankLayer]
     attention: nn.MultiheadAttention | None = None
+    owner: nn.Module | None = None
+    parameter: str = ""
+    child: str = ""
     twins: list["Target"] = field(default_factory=list)
 
     @property
     def weight(self) -> Tensor:
         return self.module.weight
+
+    @property
+    def stored(self) -> Tensor:
+        """The model's parameter that the weight is, or a slice of."""
+        return self.owner._parameters[self.parameter] if self.owner is not None else self.weight
+
+    @property
+    def parents(self) -> list[tuple[str, nn.Module]]:
+        """Names in the model and modules that stand for the layer, too."""
+        if self.attention is not None:
+            return [(self.name.rpartition(".")[0], self.attention)]
+        if self.owner is None:
+            return []
+        path = self.name.removesuffix(self.child)
+        return [(path.removesuffix("."), self.owner), (path + self.parameter, self.owner)]
+
+    @property
+    def by_name_only(self) -> str | None:
+        """What the layer is, if it is factorized only where it is named: no vector of features passes an embedding, and
+        what a stack of matrices does is its module's secret.
+        """
+        if isinstance(self.module, nn.Embedding):
+            return "an embedding"
+        return "a stack of matrices" if self.stored.dim() == 3 and self.owner is not None else None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -146,33 +178,45 @@ def _candidates(model, include, exclude, names) -> tuple[dict[str, Target], dict
             attentions[id(module.out_proj)] = name, module
         else:
             found += _candidate(name, module, attentions.get(id(module), ("", None))[1])
-    known = [name for name, _ in model.named_modules()] + [name for name, *_ in found]
+            found += _owned_candidates(name, module)
+    parents = [parent for _, _, target, _ in found if target for parent, _ in target.parents]
+    known = [name for name, _ in model.named_modules()] + [name for name, *_ in found] + parents
     chosen = chooser("factorize", include, exclude, known)
     targets, skipped, low_rank = {}, {}, []
     for name, module, target, reason in found:
-        attention = target.attention if target else None
-        identity = name, module, (name.rpartition(".")[0], attention) if attention else None
-        if not chosen(*identity):
+        if not chosen(name, module, target.parents if target else ()):
             skipped[name] = LEFT_OUT
         elif reason:
             skipped[name] = reason
             if isinstance(module, LowRankLayer) and id(module) not in inside:
                 low_rank.append(name)
-        elif isinstance(module, nn.Embedding) and include is None and name not in names:
-            skipped[name] = _BY_NAME
+        elif target.by_name_only and include is None and name not in names:
+            path = target.parents[1][0] if target.owner is not None else name
+            skipped[path] = f"{target.by_name_only} {_BY_NAME}"
         else:
             targets[name] = target
+    there, wanted = (
+        Counter((id(t.owner), t.parameter) for t in some if t and t.owner is not None)
+        for some in ([target for *_, target, _ in found], targets.values())
+    )
+    for name, target in targets.items():
+        if there[id(target.owner), target.parameter] > wanted[id(target.owner), target.parameter]:
+            skipped[name] = "all matrices of its stack are factorized, or none"
+    targets = {name: target for name, target in targets.items() if name not in skipped}
     listed = {id(part) for _, module, *_ in found for part in module.modules()}
-    return targets, skipped | _unsupported(model, listed), low_rank
+    owned = {id(target.stored) for _, _, target, _ in found if target and target.owner is not None}
+    return targets, skipped | _unsupported(model, listed, owned), low_rank
 
 
-def _unsupported(model: nn.Module, known: set[int]) -> dict[str, str]:
+def _unsupported(model: nn.Module, known: set[int], owned: set[int]) -> dict[str, str]:
     """Return the matrix parameters of modules that no low-rank layer can replace, by name, with the reason."""
     reasons = {}
     for name, module in model.named_modules():
         for key, p in module._parameters.items() if id(module) not in known else ():
             if isinstance(module, nn.MultiheadAttention) and key.endswith("_proj_weight"):
                 continue  # one of its projections
+            if id(p) in owned:
+                continue
             path = f"{name}.{key}" if name else key
             if isinstance(p, UninitializedTensorMixin):
                 reasons[path] = _LAZY
@@ -207,6 +251,19 @@ def _attention_candidates(name: str, attention: nn.MultiheadAttention):
     for child, view in dense_projections(attention).items():
         path = f"{name}.{child}" if name else child
         yield path, view, Target(path, view, LowRankLinear, attention), _reason_to_skip(attention, view.weight)
+
+
+def _owned_candidates(name: str, module: nn.Module):
+    """Yield the matrices among the parameters of an RNN, or of stacks of matrices, or the reason to skip them."""
+    for parameter in matrices(module):
+        reason = _reason_to_skip(module, module._parameters[parameter])
+        if reason:
+            path = f"{name}.{parameter}" if name else parameter
+            yield path, module, None, COMPILED if is_compiled(name) else reason
+            continue
+        for child, view in views(module, parameter).items():
+            path = f"{name}.{child}" if name else child
+            yield path, view, Target(path, view, LowRankLinear, owner=module, parameter=parameter, child=child), None
 
 
 def _subclass_reason(module: nn.Module) -> str:
@@ -251,10 +308,10 @@ def _tie(model: nn.Module, candidates: dict[str, Target], skipped: dict[str, str
                 owners.setdefault(id(p), []).append(path)
     sharing: dict[int, list[Target]] = {}
     for target in candidates.values():
-        sharing.setdefault(id(target.weight), []).append(target)
+        sharing.setdefault(id(target.weight), []).append(target)  # slices of a stack are shared by none
     targets = []
-    for key, group in sharing.items():
-        first, *twins = group
+    for group in sharing.values():
+        (first, *twins), key = group, id(group[0].stored)
         if len(owners[key]) == len(group) and all(t.cls.as_matrix is first.cls.as_matrix for t in twins):
             first.twins = twins
             targets.append(first)

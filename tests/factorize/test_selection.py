@@ -152,11 +152,11 @@ def test_what_is_compiled_on_its_own_is_skipped():
 
 
 class Mixture(nn.Module):
-    """A module with matrices of every kind that has no low-rank twin."""
+    """A module with matrices that are left alone, for all kinds of reasons."""
 
     def __init__(self):
         super().__init__()
-        self.lstm, self.embed, self.up = nn.LSTM(8, 8), nn.Embedding(9, 8), nn.ConvTranspose2d(4, 4, 3)
+        self.bag, self.embed, self.up = nn.EmbeddingBag(9, 8), nn.Embedding(9, 8), nn.ConvTranspose2d(4, 4, 3)
         self.pair, self.lazy = nn.Bilinear(3, 3, 3), nn.LazyConvTranspose2d(4, 3)
         self.attention = nn.MultiheadAttention(8, 2, add_bias_kv=True)
         self.experts = nn.Parameter(torch.rand(2, 8, 8))
@@ -173,17 +173,16 @@ def test_the_report_names_every_matrix_and_the_total():
         "attention.out_proj": left_out,
         "attention.bias_k": "MultiheadAttention.bias_k is not supported",
         "attention.bias_v": "MultiheadAttention.bias_v is not supported",
-        "experts": "Mixture.experts is not supported",
-        "lstm.weight_ih_l0": "LSTM is not supported",
-        "lstm.weight_hh_l0": "LSTM is not supported",
+        "experts": "a stack of matrices is factorized where include or rank names it",
+        "bag.weight": "EmbeddingBag is not supported",
         "embed": "an embedding is factorized where include or rank names it",
         "lazy": lazy,
     }
     assert (report.dense_model_parameters, report.model_parameters) == (total, total - 64 + 36 - 144 + 84 - 27 + 28)
     assert f"parameters of the whole model: {total} -> {total - 87}" in str(report)
-    assert "left as it is: lstm.weight_ih_l0, lstm.weight_hh_l0: LSTM is not supported" in str(report)
-    with pytest.raises(ValueError, match="no layer to factorize .*LSTM is not supported"):
-        factorize(Mixture(), rank=2, include=nn.LSTM)
+    assert "left as it is: bag.weight: EmbeddingBag is not supported" in str(report)
+    with pytest.raises(ValueError, match="no layer to factorize .*EmbeddingBag is not supported"):
+        factorize(Mixture(), rank=2, include=nn.EmbeddingBag)
 
 
 def test_low_rank_layers_are_not_factorized_again_nor_the_rest_instead():
