@@ -175,3 +175,26 @@ def test_trainer_resumes_bitwise(tmp_path):
     whole = run(tmp_path / "a", save_strategy="steps", save_steps=2)
     resumed = run(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_stacked_experts(name, implementation, tmp_path):
+    def build():
+        model = causal(name)
+        model.set_experts_implementation(implementation)
+        return model
+
+    check_round_trip(
+        build, TEXT | {"use_cache": False}, tmp_path / "model.safetensors", budget=0.5, include="*.mlp.experts.*"
+    )
+
+
+def test_tied_embedding_is_factorized_with_its_head(tmp_path):
+    check_round_trip(
+        lambda: causal("qwen2"),
+        TEXT | {"use_cache": False},
+        tmp_path / "model.safetensors",
+        budget=0.5,
+        include=["*embed_tokens", "lm_head"],
+    )
