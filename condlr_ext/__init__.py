@@ -3,7 +3,7 @@
 from . import attacks, baselines, errors, functional, linalg, nn, optim, pruning, regularizers, robustness
 from ._version import __version__ as __version__
 from .adapters import add_adapters, merge_adapters
-from .factorize import condition_numbers, factorize, fold, to_dense
+from .factorize import condition_numbers, factorize, fold, layer_metrics, to_dense
 from .io import importers
 from .io.checkpoint import load, save
 from .io.lora import load_lora, save_lora
@@ -29,6 +29,7 @@ __all__ = [
     "fold",
     "functional",
     "importers",
+    "layer_metrics",
     "linalg",
     "load",
     "load_lora",

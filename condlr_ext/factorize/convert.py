@@ -278,25 +278,6 @@ def _plain(model: nn.Module, twins: dict[LowRankLayer, nn.Module]) -> nn.Module:
     return twins.get(model, model)
 
 
-def condition_numbers(model: nn.Module) -> dict[str, float]:
-    """Return the condition number of the weight of every low-rank layer by name; Inf for a singular one.
-
-    Args:
-        model: Any module. U and V need not be orthonormal, as after averaging models.
-
-    Raises:
-        NonFiniteError: NaN or Inf in a factor, with the layer's name.
-    """
-    check_module("condition_numbers", model)
-    numbers = {}
-    for name, layer in low_rank_layers(model).items():
-        try:
-            numbers[name] = layer.condition_number()
-        except ValueError as error:
-            raise type(error)(f"condition_numbers: layer {name}: {error}") from None
-    return numbers
-
-
 def _check_options(model, budget, rank, measure, example_input, init) -> None:
     check_module("factorize", model)
     if budget is not None and rank is not None:

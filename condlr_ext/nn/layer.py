@@ -232,18 +232,40 @@ class LowRankLayer(nn.Module):
             NonFiniteError: NaN or Inf in U, S or V.
             ValueError: U, S or V is sharded or quantized.
         """
+        return linalg.cond(self._core("condition_number")).item()
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Return what a run logs of a layer: rank, kappa, sigma_max, sigma_min and orthonormality, in float64.
+
+        rank is the number of directions in use, kappa the condition_number, orthonormality the larger of max |UᵀU - I|
+        and max |VᵀV - I|. Raises as condition_number.
+        """
+        sigma = linalg.svd(self._core("metrics")).sigma
+        r = len(sigma)
+        factors = (X[:, :r].double() for X in (self.U, self.V))
+        return {
+            "rank": float(r),
+            "kappa": self.condition_number(),
+            "sigma_max": sigma[0].item(),
+            "sigma_min": sigma[-1].item(),
+            "orthonormality": max(float(orthonormality_error(X)) for X in factors),
+        }
+
+    def _core(self, method: str) -> Tensor:
+        """Return R_U S R_Vᵀ of the directions in use, float64, whose singular values are those of the weight."""
         for name, X in (("U", self.U), ("S", self.S), ("V", self.V)):
             if reason := not_plain(X):
-                raise ValueError(f"{type(self).__name__}.condition_number: {name} {reason}")
+                raise ValueError(f"{type(self).__name__}.{method}: {name} {reason}")
         r = self.active_rank
         core = self.S[:r, :r].double()
         for name, X in (("U", self.U), ("S", self.S), ("V", self.V)):
             if not torch.isfinite(X).all():
-                raise NonFiniteError(f"{type(self).__name__}.condition_number: {name} must be finite, got NaN or Inf")
+                raise NonFiniteError(f"{type(self).__name__}.{method}: {name} must be finite, got NaN or Inf")
             if name != "S" and orthonormality_error(factor := X[:, :r].double()) > ORTHONORMAL_STEP:
                 R = torch.linalg.qr(factor, mode="r").R
                 core = R @ core if name == "U" else core @ R.mT
-        return linalg.cond(core).item()
+        return core
 
     @classmethod
     def from_dense(cls, module: nn.Module, rank: Rank, *, row_space: Tensor | None = None) -> "LowRankLayer":

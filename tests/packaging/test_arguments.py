@@ -12,6 +12,7 @@ TAKE_A_MODEL = {
     "to_dense": condlr_ext.to_dense,
     "compact": condlr_ext.compact,
     "condition_numbers": condlr_ext.condition_numbers,
+    "layer_metrics": condlr_ext.layer_metrics,
     "add_adapters": lambda model: condlr_ext.add_adapters(model, rank=2),
     "merge_adapters": condlr_ext.merge_adapters,
     "save": lambda model: condlr_ext.save(model, nn.Linear(2, 2)),
