@@ -378,11 +378,15 @@ def clip_edges(sigma: Tensor, tau: float, band: str = "rms", sigma_max: float | 
     return band_edges(sigma, tau, band, sigma_max)
 
 
-def meets_bound(sigma: Tensor, tau: float, sigma_max: float | None) -> bool:
-    """Return whether singular values [k], descending, keep kappa <= 1 + tau and the cap, to the rounding of a clip."""
+def meets_bound(sigma: Tensor, tau: float, sigma_max: float | None) -> Tensor:
+    """Return whether singular values [*, k], descending, keep kappa <= 1 + tau and the cap, to the rounding of a clip.
+
+    Returns:
+        [*] bool.
+    """
     cap = math.inf if sigma_max is None else sigma_max
-    kappa = cond_from_sigma(sigma)
-    return bool(kappa <= (1 + tau) * (1 + KAPPA_ROUNDING) and sigma[0] <= cap * (1 + CAP_ROUNDING))
+    bounded = cond_from_sigma(sigma) <= (1 + tau) * (1 + KAPPA_ROUNDING)
+    return bounded & (sigma[..., 0] <= cap * (1 + CAP_ROUNDING))
 
 
 def clip_spectrum(A: Tensor, tau: float, band: str = "rms", sigma_max: float = math.inf) -> Tensor:
@@ -418,6 +422,11 @@ def orthonormality_error(X: Tensor) -> Tensor:
     """Return max |XᵀX - I|."""
     gram = X.mT @ X
     return (gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()
+
+
+def orthonormal_enough(dtype: torch.dtype) -> float:
+    """Return the orthonormality_error up to which a step that moves nothing leaves a factor as it is."""
+    return ORTHONORMAL_STEP if dtype == torch.float32 else ORTHONORMAL_STEP64
 
 
 def tangent_projection(X: Tensor, Z: Tensor) -> Tensor:
@@ -489,23 +498,19 @@ def layer_step(params, grads, buffers, hyper):
         if direction[i] is None:
             continue
         moves = hyper[i]["lr"] and direction[i].any()
-        enough = ORTHONORMAL_STEP if X.dtype == torch.float32 else ORTHONORMAL_STEP64
-        if not moves and orthonormality_error(X) <= enough:
+        if not moves and orthonormality_error(X) <= orthonormal_enough(X.dtype):
             continue  # a step that moves nothing is the identity
         D = tangent_projection(X, direction[i])
         if hyper[i]["precondition"]:
-            inverse = gram_inverse(core, tau, band, sigma_max)
-            if inverse is None:
+            inverse, exists = gram_inverse(core, tau, band, sigma_max)
+            if not exists:
                 return 1
             D = D @ inverse
         new[i] = qr(X - hyper[i]["lr"] * D)[0]
     if direction[1] is not None:
-        trial = S - hyper[1]["lr"] * direction[1]
-        if not torch.isfinite(trial).all() or not trial.any():
+        new[1], fits = core_step(S, direction[1], hyper[1]["lr"], tau, band, sigma_max)
+        if not fits:
             return 1
-        # the bands "rms" and "mean" shrink a core a little, also one that did not move
-        if not torch.equal(trial, S) or not meets_bound(svd(S.double())[1], tau, sigma_max):
-            new[1] = clip_spectrum(trial, tau, band, sigma_max)
     if direction[3] is not None:
         new[3] = bias - hyper[3]["lr"] * direction[3]
     new += new_buffers
@@ -526,8 +531,33 @@ def sgd_direction(param, grad, buffer, hyper, weight_decay: float):
     return (g + mu * B if hyper["nesterov"] else B), B
 
 
-def gram_inverse(S: Tensor, tau: float, band: str, sigma_max: float) -> Tensor | None:
-    """Return (S Sᵀ)⁻¹ in S's dtype, None for an all-zero core.
+def core_step(S: Tensor, direction: Tensor, lr, tau: float, band: str, sigma_max: float, clip=None):
+    """Return clip_spectrum(S - lr direction) [*, r, r], and whether to take it [*]: not if it is not finite or zero.
+
+    Args:
+        S: [*, r, r].
+        direction: [*, r, r].
+        lr: A number or [*, 1, 1].
+        tau: As in band_edges.
+        band: As in band_edges.
+        sigma_max: As in band_edges.
+        clip: A function of finite cores [*, r, r] to use for clip_spectrum.
+    """
+    clip = clip or (lambda cores: clip_spectrum(cores, tau, band, sigma_max))
+    trial = S - lr * direction
+    fits = torch.isfinite(trial).flatten(-2).all(-1) & trial.flatten(-2).any(-1)
+    trial = torch.where(fits[..., None, None], trial, 0)
+    # the bands "rms" and "mean" shrink a core a little, but one that did not move and meets the bound stays
+    still = fits & (trial == S).flatten(-2).all(-1)
+    if still.any():
+        sigma = svd(torch.where(still[..., None, None], S, 0).double())[1]
+        still &= meets_bound(sigma, tau, sigma_max)
+    new = torch.where(still[..., None, None], S, clip(trial))
+    return new, fits & torch.isfinite(new).flatten(-2).all(-1)
+
+
+def gram_inverse(S: Tensor, tau: float, band: str, sigma_max: float):
+    """Return (S Sᵀ)⁻¹ [*, r, r] in S's dtype, and whether there is one [*]: not for an all-zero core.
 
     For tau = Inf (1e-6 sigma_1)² is added to the diagonal. Otherwise a singular core, which a clipped one never is, is
     clipped first.
@@ -535,17 +565,24 @@ def gram_inverse(S: Tensor, tau: float, band: str, sigma_max: float) -> Tensor |
     C = S.double()
     gram = C @ C.mT
     if math.isinf(tau):
-        gram.diagonal().add_((1e-6 * svd(C)[1][0]) ** 2)
-        inverse = _positive_inverse(gram)
-    else:
-        inverse = _positive_inverse(gram)
-        # a singular Gram matrix comes out above 1e15 √r, while its pivots may look healthy
-        if inverse is None or gram.norm() * inverse.norm() > 1e14 * len(C) ** 0.5:
-            C = clip_spectrum(C, tau, band, sigma_max)
-            inverse = _positive_inverse(C @ C.mT)
-    return None if inverse is None else inverse.to(S.dtype)
+        damping = (1e-6 * svd(C)[1][..., :1]) ** 2
+        inverse, exists = _positive_inverse(gram + torch.diag_embed(damping.expand(C.shape[:-1])))
+        return inverse.to(S.dtype), exists
+    inverse, exists = _positive_inverse(gram)
+    # a singular Gram matrix comes out above 1e15 √r, while its pivots may look healthy
+    size = torch.linalg.matrix_norm(gram) * torch.linalg.matrix_norm(inverse)
+    singular = ~exists | (size > 1e14 * C.shape[-1] ** 0.5)
+    if singular.any():
+        clipped = clip_spectrum(torch.where(singular[..., None, None], C, 0), tau, band, sigma_max)
+        again, exists_again = _positive_inverse(clipped @ clipped.mT)
+        inverse = torch.where(singular[..., None, None], again, inverse)
+        exists = torch.where(singular, exists_again, exists)
+    return inverse.to(S.dtype), exists
 
 
-def _positive_inverse(gram: Tensor) -> Tensor | None:
+def _positive_inverse(gram: Tensor):
+    """Return the inverse of positive definite matrices, and which have one."""
     L, info = torch.linalg.cholesky_ex(gram)
-    return None if info else torch.cholesky_inverse(L)
+    exists = info == 0
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return torch.cholesky_inverse(torch.where(exists[..., None, None], L, eye)), exists

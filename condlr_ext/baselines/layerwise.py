@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import ops
+from .._modules import not_plain
 from .._types import Closure, ModelOrGroups, Options
 from ..errors import NonFiniteError
 from ..optim.groups import link_layers, module_group
@@ -190,7 +191,9 @@ def check_options(caller: str, options: dict) -> None:
 
 
 def check_factor(caller: str, what: str, X: Tensor) -> None:
-    """Raise unless X is finite and float32 or float64: the step factorizes it in its own dtype."""
+    """Raise unless X is whole, finite and float32 or float64: the step factorizes it in its own dtype."""
+    if reason := not_plain(X):
+        raise ValueError(f"{caller}: {what} {reason}; use CondLRSGD, CondLRAdamW or Projector")
     if X.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{caller}: {what} must be float32 or float64, got {X.dtype}")
     if X.is_meta:

@@ -11,6 +11,17 @@ from torch import Tensor, nn
 
 from .. import functional, linalg, ops
 from .._modules import not_plain
+from .._shards import (
+    Rows,
+    Team,
+    draw_orthonormal,
+    draw_uniform,
+    is_distributed,
+    local,
+    qr,
+    used_directions,
+    written_back,
+)
 from ..errors import NonFiniteError, ShapeError
 from ..reference import ORTHONORMAL_INPUT, ORTHONORMAL_STEP, orthonormality_error
 from .formed import formed
@@ -41,7 +52,7 @@ def active_rank(U: Tensor, S: Tensor, V: Tensor) -> int:
     if U.is_meta:
         return S.shape[0]
     with torch.no_grad():
-        used = (U.any(0) | V.any(0) | S.any(0) | S.any(1)).nonzero()
+        used = used_directions(U, S, V).nonzero()
     return int(used[-1]) + 1 if len(used) else S.shape[0]
 
 
@@ -173,19 +184,25 @@ class LowRankLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw orthonormal U, V and set S = s I with the Frobenius norm of torch's default dense weight.
 
-        So kappa = 1, and the outputs have the variance of the dense layer's.
+        So kappa = 1, and the outputs have the variance of the dense layer's. Of distributed parameters (a model that
+        was sharded on the meta device, after to_empty) every process draws its rows; all processes must call it.
         """
         if self.U.is_meta:
             return
         m, n = self.matrix_shape
         dtype = torch.promote_types(self.U.dtype, torch.float32)
         for X in (self.U, self.V):
-            X.copy_(linalg.orthonormalize(torch.randn(X.shape, device=X.device, dtype=dtype)))
+            if is_distributed(X):
+                draw_orthonormal(X)
+            else:
+                X.copy_(linalg.orthonormalize(torch.randn(X.shape, device=X.device, dtype=dtype)))
         # E‖W‖² of the default, spread over r directions
         scale = math.sqrt(m * n * self._variance / self.rank)
-        self.S.copy_(scale * torch.eye(self.rank, device=self.S.device, dtype=dtype))
-        if self.bias is not None:
-            bound = math.sqrt(3 * self._variance)
+        written_back(self.S, scale * torch.eye(self.rank, device=self.S.device, dtype=dtype))
+        bound = math.sqrt(3 * self._variance)
+        if self.bias is not None and is_distributed(self.bias):
+            draw_uniform(self.bias, bound)
+        elif self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
     @property
@@ -223,14 +240,14 @@ class LowRankLayer(nn.Module):
         """Return the condition number of the weight in the directions in use, in float64.
 
         It is kappa(S) while U and V are orthonormal; where they are not, as in an average of models, their triangular
-        factors count: kappa(R_U S R_Vᵀ).
+        factors count: kappa(R_U S R_Vᵀ). Of distributed factors all processes must ask for it together.
 
         Returns:
             The largest over the smallest of the singular values, Inf for a singular weight.
 
         Raises:
             NonFiniteError: NaN or Inf in U, S or V.
-            ValueError: U, S or V is sharded or quantized.
+            ValueError: U, S or V is quantized.
         """
         return linalg.cond(self._core("condition_number")).item()
 
@@ -243,29 +260,37 @@ class LowRankLayer(nn.Module):
         """
         sigma = linalg.svd(self._core("metrics")).sigma
         r = len(sigma)
-        factors = (X[:, :r].double() for X in (self.U, self.V))
         return {
             "rank": float(r),
             "kappa": self.condition_number(),
             "sigma_max": sigma[0].item(),
             "sigma_min": sigma[-1].item(),
-            "orthonormality": max(float(orthonormality_error(X)) for X in factors),
+            "orthonormality": max(_drift(*self._rows(X, r)) for X in (self.U, self.V)),
         }
 
     def _core(self, method: str) -> Tensor:
         """Return R_U S R_Vᵀ of the directions in use, float64, whose singular values are those of the weight."""
-        for name, X in (("U", self.U), ("S", self.S), ("V", self.V)):
-            if reason := not_plain(X):
-                raise ValueError(f"{type(self).__name__}.{method}: {name} {reason}")
+        where = f"{type(self).__name__}.{method}"
+        factors = {"U": self.U, "S": self.S, "V": self.V}
+        for name, X in factors.items():
+            if not is_distributed(X) and (reason := not_plain(X)):
+                raise ValueError(f"{where}: {name} {reason}")
+            if Team.of(f"{where}: {name}", [X]).any(~torch.isfinite(local(X)).all()):
+                raise NonFiniteError(f"{where}: {name} must be finite, got NaN or Inf")
         r = self.active_rank
-        core = self.S[:r, :r].double()
-        for name, X in (("U", self.U), ("S", self.S), ("V", self.V)):
-            if not torch.isfinite(X).all():
-                raise NonFiniteError(f"{type(self).__name__}.{method}: {name} must be finite, got NaN or Inf")
-            if name != "S" and orthonormality_error(factor := X[:, :r].double()) > ORTHONORMAL_STEP:
-                R = torch.linalg.qr(factor, mode="r").R
-                core = R @ core if name == "U" else core @ R.mT
+        (core,) = Team.of("S", [self.S]).wholes([self.S])
+        core = core[:r, :r].double()
+        for X in (self.U, self.V):
+            team, rows = self._rows(X, r)
+            if _drift(team, rows) > ORTHONORMAL_STEP:
+                R = qr(team, [rows], 1e-13)[0] if team else torch.linalg.qr(rows.values, mode="r").R
+                core = R @ core if X is self.U else core @ R.mT
         return core
+
+    @staticmethod
+    def _rows(X: Tensor, r: int) -> tuple[Team, Rows]:
+        team = Team.of("the factor", [X])
+        return team, Rows.of(team, X, local(X)[:, :r])
 
     @classmethod
     def from_dense(cls, module: nn.Module, rank: Rank, *, row_space: Tensor | None = None) -> "LowRankLayer":
@@ -391,6 +416,12 @@ class LowRankLayer(nn.Module):
 
     def _empty_dense(self) -> nn.Module:
         return self._dense(*self._dense_arguments(self), device="meta", dtype=self.U.dtype)
+
+
+def _drift(team: Team, rows: Rows) -> float:
+    """Return max |XᵀX - I|."""
+    (gram,) = team.sum([rows.product(rows.values)])
+    return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
 
 
 def _check_row_space(function: str, X: Tensor, n: int, rank: int) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .._shards import local
 from .._types import ModelOrGroups, Options
 from .base import ConstrainedOptimizer, fusible
 from .step_args import Slot, StepCall
@@ -43,6 +44,7 @@ class AdamCall(StepCall):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._moving: list[_Moving] = []
+        self._before: list[dict[str, Tensor]] = []  # the moments before this step, if other processes have a say in it
         self._directions: list[Tensor] = []  # of all slots, empty where there is no gradient
         self._first: dict[int, Tensor] = {}  # the first direction of each layer
         self._jobs: dict[tuple[int, int], list[int]] = {}  # which moving slots have this (layer, group)
@@ -53,10 +55,11 @@ class AdamCall(StepCall):
             self._directions.append(self.empty(slot.target.dtype))
             return
         layer = len(self.layers) - 1
-        moments = {key: self.active_part(slot, tensor) for key, tensor in state.items()}
+        moments = {key: self.active_part(slot, local(tensor)) for key, tensor in state.items()}
         direction = _contiguous_like(slot.target)
         self._directions.append(direction)
-        self._first.setdefault(layer, direction)
+        if direction.numel():
+            self._first.setdefault(layer, direction)
         self._jobs.setdefault((layer, slot.position[0]), []).append(len(self._moving))
         self._moving.append(_Moving(slot, layer, moments, direction))
 
@@ -79,6 +82,8 @@ class AdamCall(StepCall):
         bad = torch.stack(norms).isfinite().logical_not()
         none = torch.zeros(len(self.layers), dtype=torch.int64, device=self.device)
         bad = none.index_add_(0, self._layer_of, bad.long()) > 0
+        if self.team:
+            self._before = [{key: tensor.clone() for key, tensor in m.moments.items()} for m in self._moving]
         found_inf, nan_if_bad = bad.float().unbind(), torch.where(bad, math.nan, 0.0).float().unbind()
         counted = bad.logical_not().float().unbind()
 
@@ -105,6 +110,13 @@ class AdamCall(StepCall):
                 found_inf=found_inf[layer],
             )
         return self._directions
+
+    def _take_back(self, layers: list[int]) -> None:
+        for moving, before in zip(self._moving, self._before, strict=True):
+            if moving.layer in layers:
+                for key, tensor in before.items():
+                    moving.moments[key].copy_(tensor)
+        self._before = []
 
 
 class CondLRAdamW(ConstrainedOptimizer):
@@ -223,12 +235,16 @@ class CondLRAdamW(ConstrainedOptimizer):
     def _add_layer(self, call: AdamCall, slots: list[Slot]) -> None:
         for slot in slots:
             amsgrad = self.param_groups[slot.position[0]]["amsgrad"]
-            missing = slot.index is None
-            call.add(slot, {} if missing else self._moments(slot.param, _contiguous_like(slot.storage), amsgrad))
+            if slot.index is None:
+                call.add(slot, {})
+                continue
+            like = _contiguous_like(self.state[slot.param].get("master", slot.param))
+            call.add(slot, self._moments(slot.param, like, amsgrad))
 
     def _step_dense(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
         moments = [self._moments(p, p, group["amsgrad"]) for p in params]
-        averages = [[m[key] for m in moments] for key in self._buffers[: 3 if group["amsgrad"] else 2]]
+        params = [local(p) for p in params]
+        averages = [[local(m[key]) for m in moments] for key in self._buffers[: 3 if group["amsgrad"] else 2]]
         adamw(
             params,
             grads,

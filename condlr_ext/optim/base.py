@@ -1,5 +1,6 @@
 """Base class of the optimizers on the constraint set: layers, masters, calls of the step op, state_dict."""
 
+import itertools
 import math
 import warnings
 from typing import Any
@@ -9,10 +10,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import linalg, ops, reference
+from .._shards import (
+    Rows,
+    Team,
+    distributed_like,
+    is_distributed,
+    local,
+    local_gradient,
+    merged,
+    qr,
+    written_back,
+)
 from .._types import Closure, ModelOrGroups, Options
 from ..errors import NonFiniteError
-from ..nn.layer import active_rank
+from ..nn.layer import active_rank, live_layers
 from ..reference import LOW_PRECISION, ORTHONORMAL_INPUT, ROLES
+from .divided_step import ACCURACY
 from .groups import LayerSlots, link_layers, module_group, refuse_overlaps
 from .step_args import Slot, StepCall, skipped_steps
 
@@ -74,7 +87,7 @@ class ConstrainedOptimizer(Optimizer):
         raise NotImplementedError
 
     def _step_dense(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> None:
-        """Step parameters of a group that belong to no low-rank layer."""
+        """Step parameters of a group that belong to no low-rank layer; the gradients are those of the local parts."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------ groups
@@ -114,6 +127,10 @@ class ConstrainedOptimizer(Optimizer):
         every = [*self._layers, *layers]
         others = self._other_parameters(every)
         refuse_overlaps(self._name, {layer.name: [self._param_at(at) for at in layer.positions] for layer in every})
+        if self.capturable and any(self._team_of(layer) for layer in layers):
+            raise ValueError(
+                f"{self._name}: capturable=True needs whole parameters, got some that are divided among processes"
+            )
         self._start(layers)
         self._create_states(first)
         self._layers = every
@@ -145,6 +162,7 @@ class ConstrainedOptimizer(Optimizer):
     def _plan(self, others: list[list[int]]) -> None:
         """Take the parameters outside of layers, and make all calls anew."""
         self._others = others
+        self._known = [list(group["params"]) for group in self.param_groups]
         self._calls: list[StepCall] = []
         self._calls_key = None  # the gradients and options that the calls were made for
 
@@ -160,6 +178,11 @@ class ConstrainedOptimizer(Optimizer):
                 raise ValueError(f"{self._name}: {name} must be finite and >= 0, got {value}")
         tau, sigma_max = (float(v) if isinstance(v, Tensor) else v for v in (group["tau"], group["sigma_max"]))
         linalg.check_constraint(self._name, tau, group["band"], sigma_max)
+
+    def _team_of(self, layer: LayerSlots) -> Team:
+        """Return the processes among which the parameters of a layer are divided."""
+        params = [p for p in map(self._param_at, layer.positions) if p is not None]
+        return Team.of(f"{self._name}: the parameters of layer {layer.name!r}", params)
 
     def _name_of(self, g: int, i: int) -> str:
         names = self.param_groups[g].get("param_names")
@@ -177,8 +200,9 @@ class ConstrainedOptimizer(Optimizer):
             if len(kinds) > 1:
                 got = ", ".join(f"{p.dtype} on {p.device}" for p in params)
                 raise ValueError(f"{self._name}: layer {layer.name!r} must have one dtype and device, got {got}")
+            team = self._team_of(layer)
             for role, p in zip(ROLES, map(self._param_at, layer.positions), strict=True):
-                if p is not None and not p.is_meta and not torch.isfinite(p).all():
+                if p is not None and not p.is_meta and team.any(~torch.isfinite(local(p)).all()):
                     raise NonFiniteError(f"{self._name}: {role} of layer {layer.name!r} must be finite, got NaN or Inf")
             self._check_frozen(layer)
         for layer in layers:
@@ -190,10 +214,17 @@ class ConstrainedOptimizer(Optimizer):
                 continue
             self._waiting.discard(layer)
             masters = [self._master(p) for p in params]
-            start_on_constraint_set(*active_factors(*masters[:3]), *self._constraint(layer))
+            self._put_on_constraint_set(layer, masters[:3])
             for p, master in zip(params, masters, strict=True):
                 if p is not master and p.requires_grad:
-                    p.copy_(master)
+                    local(p).copy_(local(master))
+
+    def _put_on_constraint_set(self, layer: LayerSlots, factors: list[Tensor]) -> None:
+        """Put U, S, V of a layer, or masters or copies of them, on the constraint set."""
+        if team := self._team_of(layer):
+            start_divided(team, f"{self._name}: layer {layer.name!r}", factors, *self._constraint(layer))
+        else:
+            start_on_constraint_set(*active_factors(*map(local, factors)), *self._constraint(layer))
 
     def _constraint(self, layer: LayerSlots) -> tuple[float, str, float | None]:
         """Return tau, band and sigma_max of a layer."""
@@ -207,9 +238,12 @@ class ConstrainedOptimizer(Optimizer):
         if params[0].is_meta or len({p.requires_grad for p in params}) == 1:
             return
         started = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in params]
-        start_on_constraint_set(*active_factors(*started), *self._constraint(layer))
+        self._put_on_constraint_set(layer, started)
+        team = self._team_of(layer)
         for role, p, X in zip(ROLES, params, started, strict=False):
-            if not p.requires_grad and reference.norm(X - p) > 8 * torch.finfo(p.dtype).eps * reference.norm(p):
+            here, new = local(p), local(X)
+            changed = reference.norm(new - here) > 8 * torch.finfo(p.dtype).eps * reference.norm(here)
+            if not p.requires_grad and team.any(changed):
                 raise ValueError(
                     f"{self._name}: {role} of layer {layer.name!r} is frozen and the layer not on the constraint set;"
                     " put it there first (linalg.orthonormalize, linalg.clip_spectrum) or let all of U, S, V be trained"
@@ -223,9 +257,42 @@ class ConstrainedOptimizer(Optimizer):
         if "master" not in state:
             state["master"] = p.detach().float()
         else:  # keep values written to the parameter since the last step
-            master = state["master"]
-            master.copy_(torch.where(p == master.to(p.dtype), master, p.float()))
+            master, here = local(state["master"]), local(p)
+            master.copy_(torch.where(here == master.to(here.dtype), master, here.float()))
         return state["master"]
+
+    def _follow_replaced(self) -> None:
+        """Give the state of parameters that were replaced in the groups, as accelerate does to shard them, to the new.
+
+        Raises:
+            ValueError: A new one has another shape.
+        """
+        for g, (group, known) in enumerate(zip(self.param_groups, self._known, strict=True)):
+            for i, (p, old) in enumerate(zip(group["params"], known, strict=True)):
+                if p is old:
+                    continue
+                state = self.state.pop(old, None)
+                if state is None or p in self.state:  # there was none, or it was moved already
+                    continue
+                if p.shape != old.shape:
+                    shapes = f"{list(old.shape)}, got {list(p.shape)}"
+                    raise ValueError(f"{self._name}: what replaced {self._name_of(g, i)} must have its shape {shapes}")
+                self.state[p] = {
+                    key: distributed_like(p, value) if isinstance(value, Tensor) and value.shape == p.shape else value
+                    for key, value in state.items()
+                }
+            known[:] = group["params"]
+
+    def _refuse_orphans(self) -> None:
+        """Raise RuntimeError if layers have other parameters by now, to which gradients come instead."""
+        held = {id(p) for layer in live_layers() for p in vars(layer).get("_parameters", {}).values()}
+        for layer in self._layers:
+            S = self._param_at(layer.positions[1])
+            if layer.from_module and not is_distributed(S) and id(S) not in held:
+                raise RuntimeError(
+                    f"{self._name}.step: no parameter has a gradient, and those of layer {layer.name!r} are no longer"
+                    " its module's: make the optimizer after what replaced them (fully_shard, compact)"
+                )
 
     # -------------------------------------------------------------------------------------------- step
 
@@ -236,20 +303,24 @@ class ConstrainedOptimizer(Optimizer):
         Raises:
             NonFiniteError: check_finite, and a gradient is not finite (nothing has changed then), or layers were left
                 unchanged (the others have been stepped).
-            RuntimeError: A gradient is sparse where that is not supported.
+            RuntimeError: A gradient is sparse where that is not supported; or no parameter has a gradient because the
+                model has got others.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_replaced()
         if self.check_finite:
             self._check_gradients()
         params = [p for group in self.param_groups for p in group["params"]]
-        grads = [p.grad for p in params]
+        grads = [local_gradient(p) for p in params]
+        if all(g is None for g in grads):
+            self._refuse_orphans()
         if any(g is not None and g.is_sparse for g in grads):
             self._check_sparse()
         self._step_layers(params, grads)
-        self._step_others()
+        self._step_others(grads)
         return loss
 
     @property
@@ -279,22 +350,24 @@ class ConstrainedOptimizer(Optimizer):
         first = [0]  # index of the first parameter of each group among all
         for group in self.param_groups:
             first.append(first[-1] + len(group["params"]))
-        calls: dict[torch.device, StepCall] = {}
+        calls: dict[tuple[torch.device, Team], StepCall] = {}
+        teams = merged([self._team_of(layer) for layer in self._layers])
         for number, layer in enumerate(self._layers):
             indices = [None if position is None else first[position[0]] + position[1] for position in layer.positions]
             if all(i is None or grads[i] is None for i in indices):
                 continue
             if layer in self._waiting:
                 self._start([layer])
-            core = params[indices[1]]
-            if core.device not in calls:
-                calls[core.device] = self._call(
-                    core.device, self._name, self._options, precondition=self._precondition, capturable=self.capturable
-                )
-            call = calls[core.device]
+            key = params[indices[1]].device, teams[number]
+            if key not in calls:
+                calls[key] = self._call(
+                    key[0], self._name, self._options, precondition=self._precondition, capturable=self.capturable,
+                    team=key[1],
+                )  # fmt: skip
+            call = calls[key]
             call.add_layer(number, [params[i] for i in indices[:3]])
             masters = [None if i is None else self._master(params[i]) for i in indices]
-            r = active_rank(*masters[:3])
+            r = len(masters[1]) if key[1] else active_rank(*map(local, masters[:3]))
             slots = []
             for i, position, role, master in zip(indices, layer.positions, ROLES, masters, strict=True):
                 if i is None:
@@ -345,16 +418,18 @@ class ConstrainedOptimizer(Optimizer):
             counts = self._skipped[device] = grown
         return counts
 
-    def _step_others(self) -> None:
+    def _step_others(self, all_grads: list[Tensor | None]) -> None:
+        given = iter(all_grads)
         for group, others in zip(self.param_groups, self._others, strict=True):
-            params = [p for i in others if (p := group["params"][i]).grad is not None]
+            of_group = list(itertools.islice(given, len(group["params"])))
+            params = [group["params"][i] for i in others if of_group[i] is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params]
+            grads = [of_group[i] for i in others if of_group[i] is not None]
             if self.capturable:  # only torch's fused rule reads lr on the device, and it ignores strides
                 grads = [
                     g if g.stride() == p.stride() and g.dtype is p.dtype else torch.empty_like(p).copy_(g)
-                    for p, g in zip(params, grads, strict=True)
+                    for p, g in zip(map(local, params), grads, strict=True)
                 ]
             self._step_dense(group, params, grads)
 
@@ -368,16 +443,20 @@ class ConstrainedOptimizer(Optimizer):
                     )
 
     def _check_gradients(self) -> None:
+        bad: dict[Team, list[tuple[str, Tensor]]] = {}
         for g, group in enumerate(self.param_groups):
             for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                values = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
-                if not torch.isfinite(values).all():
-                    name = self._name_of(g, i)
-                    raise NonFiniteError(
-                        f"{self._name}.step: the gradient of {name} must be finite, got NaN or Inf; nothing was changed"
-                    )
+                if (grad := local_gradient(p)) is not None:
+                    values = grad.coalesce().values() if grad.is_sparse else grad
+                    flag = torch.isfinite(values).all().logical_not()
+                    bad.setdefault(Team.of(self._name_of(g, i), [p]), []).append((self._name_of(g, i), flag))
+        for team, flags in bad.items():
+            counts = team.sum([flag for _, flag in flags])
+            name = next((name for (name, _), count in zip(flags, counts, strict=True) if count > 0), None)
+            if name is not None:
+                raise NonFiniteError(
+                    f"{self._name}.step: the gradient of {name} must be finite, got NaN or Inf; nothing was changed"
+                )
 
     # --------------------------------------------------------------------------------------------- state
 
@@ -392,6 +471,10 @@ class ConstrainedOptimizer(Optimizer):
             self._check_options(group)
         self._plan(self._other_parameters(self._layers))
 
+    def state_dict(self) -> Options:
+        self._follow_replaced()
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: Options) -> None:
         """Load a state, as torch does; it may be that of torch's own optimizer.
 
@@ -401,6 +484,7 @@ class ConstrainedOptimizer(Optimizer):
         Raises:
             ValueError: Parameter names or shapes differ, or an option is out of range. Nothing has changed then.
         """
+        self._follow_replaced()
         saved_groups = [dict(group) for group in state_dict["param_groups"]]
         for g, (mine, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
             names, saved_names = mine.get("param_names"), saved.get("param_names")
@@ -426,7 +510,7 @@ class ConstrainedOptimizer(Optimizer):
                     self.state[p][key] = saved[key].detach().to(p.device, torch.float32, copy=True)
             if "master" in saved and p.dtype in LOW_PRECISION:  # undo the projection done at construction
                 with torch.no_grad():
-                    p.copy_(self.state[p]["master"])
+                    local(p).copy_(local(self.state[p]["master"]))
         self._create_states()
 
     def _check_shapes(self, g: int, ids: list, state: dict) -> None:
@@ -467,6 +551,30 @@ def start_on_constraint_set(U: Tensor, S: Tensor, V: Tensor, tau: float, band: s
     # a core inside, as one that is resumed, keeps its bits
     if not reference.meets_bound(linalg.svd(S.double()).sigma, tau, sigma_max):
         S.copy_(linalg.clip_spectrum(S, tau, band, sigma_max))
+
+
+def start_divided(
+    team: Team, where: str, factors: list[Tensor], tau: float, band: str, sigma_max: float | None
+) -> None:
+    """Do what start_on_constraint_set does to U, S, V whose rows are divided among a team.
+
+    Raises:
+        ValueError: Some of the directions are not in use.
+    """
+    U, S, V = factors
+    if active_rank(U, S, V) < len(S):
+        raise ValueError(f"{where} must use all of its columns when its rows are divided; see condlr_ext.compact")
+    rows = [Rows.of(team, X) for X in (U, V)]
+    eye = torch.eye(len(S), dtype=torch.float64, device=local(S).device)
+    (core,) = team.wholes([S])
+    for X, x, gram in zip((U, V), rows, team.sum([x.product(x.values) for x in rows]), strict=True):
+        if (gram - eye).abs().max() > ORTHONORMAL_INPUT:
+            (R,) = qr(team, [x], ACCURACY[torch.float64])
+            local(X).copy_(x.values)
+            core = (R @ core.double() if X is U else core.double() @ R.mT).to(core.dtype)
+    if not reference.meets_bound(linalg.svd(core.double()).sigma, tau, sigma_max):
+        core = linalg.clip_spectrum(core, tau, band, sigma_max)
+    written_back(S, core)
 
 
 def _capturing() -> bool:

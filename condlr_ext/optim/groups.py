@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .._modules import check_module, unwrapped
+from .._shards import local
 from .._types import Options
 from ..nn.layer import LowRankLayer, live_layers, low_rank_layers
 from ..reference import ROLES
@@ -76,10 +77,12 @@ class LayerSlots:
     Attributes:
         name: Prefix of its parameter names; where they have none, its class and place.
         positions: (group, index in group) of U, S, V and bias, None for a missing bias.
+        from_module: Whether it was found as the parameters of a module, not by `roles`.
     """
 
     name: str
     positions: tuple[Position | None, ...]
+    from_module: bool
 
 
 def link_layers(groups: list[dict], first: int = 0) -> list[LayerSlots]:
@@ -118,7 +121,8 @@ def link_layers(groups: list[dict], first: int = 0) -> list[LayerSlots]:
                 raise ValueError(f"{role} of layer {name!r} is a factor of something else too; shared ones cannot be")
             role_of[slots[role]] = role
         bias = slots.get("bias")  # of the first layer, if several share it
-        layers.append(LayerSlots(name, (*(slots[role] for role in "USV"), None if bias in biases else bias)))
+        positions = (*(slots[role] for role in "USV"), None if bias in biases else bias)
+        layers.append(LayerSlots(name, positions, slots["S"] in by_identity))
         biases.add(bias)
     for g, group in enumerate(groups[first:], first):
         group.setdefault("roles", [role_of[g, i] for i in range(len(group["params"]))])
@@ -176,7 +180,6 @@ def _layers_by_role(roles: dict[Position, str], names: dict[Position, str]) -> l
 
 def _check_factors(name: str, factors: dict[str, Tensor]) -> None:
     """Raise ValueError unless these are the whole U, S, V of a layer."""
-    refuse_sharded(name, factors)
     missing = [role for role in "SUV" if role not in factors]
     if missing:
         raise ValueError(
@@ -207,6 +210,7 @@ def refuse_overlaps(owner: str, layers: dict[str, list[Tensor | None]]) -> None:
     spans = []
     for name, params in layers.items():
         for role, p in zip(ROLES, params, strict=True):
+            p = None if p is None else local(p)
             if p is None or p.is_meta or not p.numel() or not p.is_contiguous():
                 continue  # views with strides may lie between each other
             start = p.data_ptr()
@@ -215,18 +219,6 @@ def refuse_overlaps(owner: str, layers: dict[str, list[Tensor | None]]) -> None:
     for (device, _, end, one), (other_device, start, _, other) in itertools.pairwise(spans):
         if device == other_device and start < end:
             raise ValueError(f"{owner}: {one} and {other} must not share memory; give each its own tensor")
-
-
-def refuse_sharded(prefix: str, factors: dict[str, Tensor]) -> None:
-    """Raise ValueError if a factor of the layer is a DTensor."""
-    for role, X in factors.items():
-        placements = getattr(X, "placements", None)  # recognizes a DTensor without importing it
-        if placements is not None:
-            raise ValueError(
-                f"layer {prefix!r} must have whole tensors as factors, got {role} as a DTensor with placements"
-                f" {tuple(placements)}, as fully_shard makes them; the step needs all rows of U and V: use"
-                " DistributedDataParallel"
-            )
 
 
 def _join(prefix: str, leaf: str) -> str:

@@ -11,10 +11,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import linalg, ops, reference
 from .._modules import check_module, unwrapped_optimizer
+from .._shards import Rows, Team, local, local_gradient, merged, qr, row_indices
 from ..errors import NonFiniteError
 from ..nn.layer import LowRankLayer, low_rank_layers
-from .base import ConstrainedOptimizer, start_on_constraint_set
-from .groups import refuse_computed, refuse_overlaps, refuse_sharded
+from .base import ConstrainedOptimizer, start_divided, start_on_constraint_set
+from .divided_step import ACCURACY
+from .groups import refuse_computed, refuse_overlaps
 
 
 class Projector:
@@ -154,38 +156,30 @@ class Projector:
                     )
         if self.tangent:
             # a new or unfrozen layer may not be orthonormal yet
-            known = (layer.module for layer in layers if self._seen.get(layer.module.U))
-            for X in (X for module in known for X in (module.U, module.V) if X.grad is not None):
-                if 0 in X.grad.stride():  # an expanded tensor takes no values
-                    X.grad = X.grad.contiguous()
-                X.grad.copy_(reference.tangent_projection(_wide(X), _wide(X.grad)))
+            for team, known in _by_team([layer for layer in layers if self._seen.get(layer.module.U)]):
+                _take_tangent_part(team, [X for layer in known for X in (layer.module.U, layer.module.V)])
 
     def _after(self, layers: list["ProjectedLayer"], skip: Tensor | None, step: str) -> None:
         """Project the layers, unless `skip` is set, which is read on the device."""
-        new, R, failures = {}, {}, {}  # by layer and role
-        factors = [(i, role, getattr(layer.module, role)) for i, layer in enumerate(layers) for role in "UV"]
-        for batch in _alike((X.shape, X.dtype, X.device, (i, role, X)) for i, role, X in factors):
-            *outputs, info = ops.linalg.qr(torch.stack([_wide(X) for *_, X in batch]))
-            for (i, role, _), q, r, bad in zip(batch, *outputs, _has_failed(info), strict=True):
-                new[i, role], R[i, role], failures[i, role] = q, r, bad
-        cores = [(layer.constraint(), i, layer.module.S) for i, layer in enumerate(layers)]
-        for batch in _alike((c, S.shape, S.dtype, S.device, (c, i, S)) for c, i, S in cores):
-            with ops.no_autocast(batch[0][2].device.type):
-                trial = torch.stack([R[i, "U"] @ _wide(S) @ R[i, "V"].mT for _, i, S in batch])
-            clipped, info = ops.linalg.clip_spectrum(trial, *batch[0][0])
-            for (_, i, _), core, bad in zip(batch, clipped, _has_failed(info), strict=True):
-                new[i, "S"], failures[i, "S"] = core, bad
         failed = []
-        for i, layer in enumerate(layers):
-            keep = torch.stack([failures[i, role] for role in "USV"]).any()
-            if keep.device.type == "cpu" and keep:
-                failed.append(repr(layer.name))
+        for team, members in _by_team(layers):
+            trials = _trial_points(team, members)
             if skip is not None:
-                keep = keep | (skip.to(keep.device) > 0).view(())
-            for role in "USV":
-                X = getattr(layer.module, role)
-                X.copy_(torch.where(keep, X, new[i, role].to(X.dtype)))
-            self._seen[layer.module.U] = True
+                (skip,) = team.sum([skip])
+            for batch in _alike((x.layer.constraint(), x.S.shape, x.S.dtype, x.S.device, x) for x in trials):
+                cores, info = ops.linalg.clip_spectrum(torch.stack([x.S for x in batch]), *batch[0].layer.constraint())
+                for x, core, bad in zip(batch, cores, _has_failed(info), strict=True):
+                    keep = x.failed | bad
+                    if keep.device.type == "cpu" and keep:
+                        failed.append(repr(x.layer.name))
+                    if skip is not None:
+                        keep = keep | (skip.to(keep.device) > 0).view(())
+                    module = x.layer.module
+                    core = core[row_indices(module.S)] if team else core
+                    for p, new in ((module.U, x.U), (module.S, core), (module.V, x.V)):
+                        here = local(p)
+                        here.copy_(torch.where(keep, here, new.to(here.dtype)))
+                    self._seen[module.U] = True
         if failed:
             raise NonFiniteError(
                 f"Projector: after {step} these layers must be finite, got NaN or Inf in them; they were left as the"
@@ -266,10 +260,9 @@ class ProjectedLayer:
     def check(self) -> None:
         self.constraint()
         refuse_computed(self.name, self.module)
-        refuse_sharded(self.name, {role: getattr(self.module, role) for role in "USV"})
         for role in "USV":
             X = getattr(self.module, role)
-            if not X.is_meta and not torch.isfinite(X).all():
+            if not X.is_meta and self.team().any(~torch.isfinite(local(X)).all()):
                 raise NonFiniteError(f"Projector: {role} of layer {self.name!r} must be finite, got NaN or Inf")
         r = self.module.active_rank
         if r < self.module.rank:
@@ -277,6 +270,10 @@ class ProjectedLayer:
                 f"Projector: layer {self.name!r} must use all of its columns, got {r} of {self.module.rank} directions"
                 " in use; see condlr_ext.compact"
             )
+
+    def team(self) -> Team:
+        """Return the processes among which the factors are divided."""
+        return Team.of(f"Projector: U, S and V of layer {self.name!r}", [getattr(self.module, role) for role in "USV"])
 
     def parameters(self) -> list[Tensor | None]:
         """U, S, V and the bias."""
@@ -290,11 +287,74 @@ class ProjectedLayer:
             return False
         wide = [_wide(X) for X in factors]
         tau, band, sigma_max = self.constraint()
-        start_on_constraint_set(*wide, tau, reference.BANDS[band], sigma_max)
+        constraint = tau, reference.BANDS[band], sigma_max
+        if team := self.team():
+            start_divided(team, f"Projector: layer {self.name!r}", wide, *constraint)
+        else:
+            start_on_constraint_set(*map(local, wide), *constraint)
         for X, Y in zip(factors, wide, strict=True):
             if X is not Y:
-                X.copy_(Y)
+                local(X).copy_(local(Y))
         return True
+
+
+@dataclass
+class TrialPoint:
+    """Q_U, R_U S R_Vᵀ and Q_V of a layer, of Q the rows that this process holds, and whether one of them failed."""
+
+    layer: ProjectedLayer
+    U: Tensor
+    S: Tensor
+    V: Tensor
+    failed: Tensor
+
+
+def _by_team(layers: list[ProjectedLayer]) -> list[tuple[Team, list[ProjectedLayer]]]:
+    """Return the layers by the processes among which they are divided."""
+    members: dict[Team, list[ProjectedLayer]] = {}
+    for layer, team in zip(layers, merged([layer.team() for layer in layers]), strict=True):
+        members.setdefault(team, []).append(layer)
+    return list(members.items())
+
+
+def _trial_points(team: Team, layers: list[ProjectedLayer]) -> list[TrialPoint]:
+    found = {}  # by layer and role: Q, R and whether that failed
+    factors = [(i, role, getattr(layer.module, role)) for i, layer in enumerate(layers) for role in "UV"]
+    cores = [_wide(local(layer.module.S)) for layer in layers]
+    if team:
+        rows = [Rows.of(team, X) for *_, X in factors]
+        accuracy = min(ACCURACY[core.dtype] for core in cores)
+        cores = team.wholes([layer.module.S for layer in layers], cores)
+        for (i, role, _), x, R in zip(factors, rows, qr(team, rows, accuracy), strict=True):
+            found[i, role] = x.values, R.to(cores[i].dtype), ~torch.isfinite(R).all()
+    else:
+        for batch in _alike((X.shape, X.dtype, X.device, (i, role, X)) for i, role, X in factors):
+            Q, R, info = ops.linalg.qr(torch.stack([_wide(local(X)) for *_, X in batch]))
+            for (i, role, _), *result in zip(batch, Q, R, _has_failed(info), strict=True):
+                found[i, role] = result
+    points = []
+    for i, (layer, S) in enumerate(zip(layers, cores, strict=True)):
+        (U, R_U, no_U), (V, R_V, no_V) = found[i, "U"], found[i, "V"]
+        with ops.no_autocast(S.device.type):
+            points.append(TrialPoint(layer, U, R_U @ S @ R_V.mT, V, no_U | no_V))
+    return points
+
+
+def _take_tangent_part(team: Team, factors: list[Tensor]) -> None:
+    """Remove X XᵀG from the gradients G of factors X that have one."""
+    factors = [X for X in factors if X.grad is not None]
+    for X in factors:
+        if 0 in X.grad.stride():  # an expanded tensor takes no values
+            X.grad = X.grad.contiguous()
+    grads = [local_gradient(X) for X in factors]
+    if team:
+        rows = [Rows.of(team, X) for X in factors]
+        products = team.sum([x.product(G.double()) for x, G in zip(rows, grads, strict=True)])
+        for x, G, XtG in zip(rows, grads, products, strict=True):
+            G.copy_(G.double() - x.values @ XtG)
+        return
+    for X, G in zip(factors, grads, strict=True):
+        G.copy_(reference.tangent_projection(_wide(local(X)), _wide(G)))
 
 
 def _has_gradient(module: LowRankLayer) -> bool:

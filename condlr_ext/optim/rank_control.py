@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .. import _table, linalg, reference
-from .._modules import check_module, unwrapped_optimizer
+from .._modules import check_module, not_plain, unwrapped_optimizer
+from .._shards import Team
 from ..errors import NonFiniteError, RankError
 from ..factorize.budget import stored_parameters
 from ..nn.layer import LowRankLayer, low_rank_layers
@@ -133,11 +135,13 @@ class RankController:
     Memory during an update: the dense weight of each layer, its gradient and the mean of that. Time: a pass with
     gradients over the batches, a few without, and for each bounded layer up to 3 `moves` more without.
 
-    Under DistributedDataParallel give every process the same batches. A CUDA graph of the step must be captured again
-    after an update that changed a rank.
+    In several processes losses and gradients are means over the processes, which may have different batches, and all
+    change the same; all must call update. They are those of the DistributedDataParallel if the model is one, and all of
+    torch.distributed otherwise. A CUDA graph of the step must be captured again after an update that changed a rank.
 
     Args:
-        model: With low-rank layers; frozen ones and all other layers do not change.
+        model: With low-rank layers; frozen ones and all other layers do not change. A DistributedDataParallel if the
+            loss is computed through one.
         optimizer: CondLRSGD or CondLRAdamW of this model; tau, band and sigma_max are read from its groups.
         min_rank: Int >= 1; no layer gets below it (or below its rank, if that is less).
         max_rank: Int or fraction of min(m, n), for all layers; None for the present size of S. Where it is larger, the
@@ -193,6 +197,8 @@ class RankController:
         self.model, self.optimizer = model, optimizer
         self.min_rank, self.moves = int(min_rank), int(moves)
         self.tolerance, self.theta = float(tolerance), float(theta)
+        self._wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+        self._team = Team()  # the processes that measure together
         self._layers = _trained_layers(model, optimizer)
         self._limits = {}
         for name, layer in self._layers.items():
@@ -219,36 +225,48 @@ class RankController:
 
         Args:
             loss: loss(batch) returns the scalar to lower, computed through the model.
-            batches: A few representative batches, which count the same; all are kept during the call.
+            batches: A few representative batches, which count the same; all are kept during the call. As many in every
+                process.
 
         Returns:
             The changes of all layers and of the loss.
 
         Raises:
-            ValueError: There is no batch, or the loss is no scalar or does not depend on a layer.
+            ValueError: There is no batch, or not as many in every process, or the loss is no scalar or does not depend
+                on a layer.
             NonFiniteError: The loss, a gradient or a factor is NaN or Inf.
             TypeError: The optimizer has state of an unknown kind.
         """
         batches = list(batches)
         if not batches:
             raise ValueError(f"{_UPDATE}: batches must hold at least one, got none")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            groups = [wrapper.process_group for wrapper in self._wrappers] or [torch.distributed.group.WORLD]
+            self._team = Team(tuple(dict.fromkeys(groups)))
+        count = torch.tensor([len(batches)], dtype=torch.float64, device=next(self.model.parameters()).device)
+        if self._team.mean(count * count) != self._team.mean(count) ** 2:
+            raise ValueError(f"{_UPDATE}: batches must be as many in every process, got {len(batches)} here")
         _check_state(self._layers, self.optimizer)
-        with _evaluating(self.model), torch.compiler.set_stance("force_eager"):
-            before = _mean(loss, batches)
+        with contextlib.ExitStack() as stack:
+            for wrapper in self._wrappers:
+                stack.enter_context(wrapper.no_sync())
+            stack.enter_context(_evaluating(self.model))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            before = self._mean(loss, batches)
             if not math.isfinite(before):
                 raise NonFiniteError(f"{_UPDATE}: the loss must be finite, got {before}")
             devices = {layer.S.device for layer in self._layers.values() if layer.S.is_cuda}
             with torch.random.fork_rng(list(devices)):  # making dense layers draws their initial weights
                 views = [_View(name, layer, self.optimizer) for name, layer in self._layers.items()]
             with _dense_weights(views):
-                _gradients(loss, batches, views)
+                self._gradients(loss, batches, views)
                 with torch.no_grad():
                     self._update_free([v for v in views if math.isinf(v.tau)], views, loss, batches)
                     self._update_bounded([v for v in views if not math.isinf(v.tau)], views, loss, batches)
             with torch.no_grad():
                 for view in views:
                     view.write()
-            after = _mean(loss, batches)
+            after = self._mean(loss, batches)
         return RankReport([v.report for v in views], before, after, self.budget)
 
     # -------------------------------------------------------------------------------------- without a bound
@@ -260,7 +278,7 @@ class RankController:
         for v in views:
             v.augment()
         for step in range(_CORE_STEPS):
-            for v, G in zip(views, _gradient(loss, batches[step % len(batches)], views), strict=True):
+            for v, G in zip(views, self._gradient(loss, batches[step % len(batches)], views), strict=True):
                 v.core_step(G)
         spectra = []
         for v in views:
@@ -287,6 +305,32 @@ class RankController:
             )
             v.report = v.describe(max(0, v.r - k), max(0, k - v.r), None)
 
+    # ---------------------------------------------------------------------------- measurements, by all processes
+
+    def _gradients(self, loss, batches, views: list["_View"]) -> None:
+        for batch in batches:
+            for v, G in zip(views, self._gradient(loss, batch, views), strict=True):
+                v.add_gradient(G, 1 / len(batches))
+
+    def _gradient(self, loss, batch, views: list["_View"]) -> list[Tensor]:
+        """Return dL/dW [m, n] of each layer."""
+        with torch.enable_grad():
+            value = _scalar(loss(batch))
+            used = value.requires_grad
+            grads = torch.autograd.grad(value, [v.dense.weight for v in views], allow_unused=True) if used else [None]
+        for v, G in zip(views, grads, strict=False):
+            if G is None:
+                raise ValueError(f"{_UPDATE}: the loss does not depend on layer {v.name!r}")
+        grads = [self._team.mean(G) for G in grads]
+        for v, G in zip(views, grads, strict=True):
+            if not torch.isfinite(G).all():
+                raise NonFiniteError(f"{_UPDATE}: the gradient of layer {v.name!r} must be finite, got NaN or Inf")
+        return [v.layer.as_matrix(G) for v, G in zip(views, grads, strict=True)]
+
+    @torch.no_grad()
+    def _mean(self, loss, batches) -> float:
+        return self._team.mean(torch.stack([_scalar(loss(batch)).double() for batch in batches]).mean()).item()
+
     def _least(self, v: "_View") -> int:
         return min(self.min_rank, v.r)
 
@@ -296,12 +340,12 @@ class RankController:
         """Update layers with a bound: candidates by first order, decisions by measurement."""
         if not views:
             return
-        base = _mean(loss, batches)
+        base = self._mean(loss, batches)
         drops, adds = [], []
         for v in views:
             for move in v.find_moves(self.moves):
                 v.weight(v.W + move.sign * torch.outer(move.u, move.v))
-                move.change = _mean(loss, batches) - base
+                move.change = self._mean(loss, batches) - base
                 v.weight(v.W)
                 if math.isfinite(move.change):
                     (drops if move.drop else adds).append(move)
@@ -312,7 +356,7 @@ class RankController:
             for v in views:
                 v.weight(v.moved([move for move in chosen if move.view is v]))
             allowed = sum(max(0.0, move.change) for move in chosen if move.drop) + self.tolerance * abs(base)
-            if most == 0 or _mean(loss, batches) <= base + allowed:
+            if most == 0 or self._mean(loss, batches) <= base + allowed:
                 break
             most //= 2
         for v in views:
@@ -550,6 +594,8 @@ def _trained_layers(model: nn.Module, optimizer) -> dict[str, LowRankLayer]:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     layers, seen = {}, {}
     for name, layer in low_rank_layers(model).items():
+        if reason := not_plain(layer.U):
+            raise ValueError(f"RankController: U of layer {name!r} {reason}")
         if not all(getattr(layer, role).requires_grad for role in "USV"):
             continue
         if id(layer.S) not in stepped:
@@ -606,31 +652,6 @@ def _evaluating(model: nn.Module):
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _gradients(loss, batches, views: list[_View]) -> None:
-    for batch in batches:
-        for v, G in zip(views, _gradient(loss, batch, views), strict=True):
-            v.add_gradient(G, 1 / len(batches))
-
-
-def _gradient(loss, batch, views: list[_View]) -> list[Tensor]:
-    """Return dL/dW [m, n] of each layer."""
-    with torch.enable_grad():
-        value = _scalar(loss(batch))
-        used = value.requires_grad
-        grads = torch.autograd.grad(value, [v.dense.weight for v in views], allow_unused=True) if used else [None]
-    for v, G in zip(views, grads, strict=False):
-        if G is None:
-            raise ValueError(f"{_UPDATE}: the loss does not depend on layer {v.name!r}")
-        if not torch.isfinite(G).all():
-            raise NonFiniteError(f"{_UPDATE}: the gradient of layer {v.name!r} must be finite, got NaN or Inf")
-    return [v.layer.as_matrix(G) for v, G in zip(views, grads, strict=True)]
-
-
-@torch.no_grad()
-def _mean(loss, batches) -> float:
-    return torch.stack([_scalar(loss(batch)).double() for batch in batches]).mean().item()
 
 
 def _scalar(value) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from .._shards import Team, is_distributed, local
 from .._types import ModelOrGroups
 from ..reference import LOW_PRECISION
 from .base import ConstrainedOptimizer, fusible
@@ -123,7 +124,7 @@ class CondLRSGD(ConstrainedOptimizer):
         super()._start(layers)
         for layer in layers:
             S = self._param_at(layer.positions[1])
-            if not S.is_meta and not S.any():
+            if not S.is_meta and not self._team_of(layer).any(local(S).any()):
                 warnings.warn(
                     f"CondLRSGD: the core of layer {layer.name!r} is zero, which its preconditioner (S Sᵀ)⁻¹ cannot"
                     " move: the layer will be left as it is; start it elsewhere (reset_parameters), or use CondLRAdamW",
@@ -137,7 +138,7 @@ class CondLRSGD(ConstrainedOptimizer):
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(state.get("master", p))
         if group["dampening"] and "started" not in state:  # without it a buffer of zeros starts itself
-            state["started"] = bool(state["momentum_buffer"].any())
+            state["started"] = Team.of("the parameter", [p]).any(local(state["momentum_buffer"]).any())
 
     def _add_layer(self, call: StepCall, slots: list[Slot]) -> None:
         for slot in slots:
@@ -150,7 +151,7 @@ class CondLRSGD(ConstrainedOptimizer):
             buffer = state["momentum_buffer"]
             if buffer.dtype != slot.target.dtype or not buffer.is_contiguous():  # as after model.double()
                 buffer = state["momentum_buffer"] = buffer.to(slot.target.dtype).contiguous()
-            call.add(slot, {"momentum_buffer": buffer}, buffer, fresh=not state.get("started", True))
+            call.add(slot, {"momentum_buffer": buffer}, local(buffer), fresh=not state.get("started", True))
 
     def _finish(self, call: StepCall, skipped: set[int]) -> None:
         """Note which momentum buffers have started, as those of the layers skipped did not."""
@@ -166,17 +167,18 @@ class CondLRSGD(ConstrainedOptimizer):
         for p in params:
             self._create_state(p, group)
             state = self.state[p]
-            buffers.append(state["momentum_buffer"] if momentum and state.get("started", True) else None)
+            buffers.append(local(state["momentum_buffer"]) if momentum and state.get("started", True) else None)
+        here = [local(p) for p in params]
         started = {b is not None for b in buffers}
         fused = (
             (self.capturable or not isinstance(group["lr"], Tensor))
             and len(started) == 1
             # the fused rule leaves these unstepped on CPUs and spoils their momentum: pytorch#191763
-            and not any(p.device.type == "cpu" and p.dtype in LOW_PRECISION for p in params)
-            and fusible(params, grads, buffers)
+            and not any(p.device.type == "cpu" and p.dtype in LOW_PRECISION for p in here)
+            and fusible(here, grads, buffers)
         )
         sgd(
-            params,
+            here,
             grads,
             buffers,
             has_sparse_grad=any(g.is_sparse for g in grads),
@@ -186,6 +188,9 @@ class CondLRSGD(ConstrainedOptimizer):
         )
         if momentum:
             for p, buffer in zip(params, buffers, strict=True):
-                self.state[p]["momentum_buffer"] = buffer
+                if is_distributed(p):
+                    local(self.state[p]["momentum_buffer"]).copy_(buffer)
+                else:
+                    self.state[p]["momentum_buffer"] = buffer
                 if "started" in self.state[p]:
                     self.state[p]["started"] = True

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import linalg, ops
+from .. import ops
+from .._shards import Team, is_distributed, local
 from ..errors import BackendError
 from ..reference import BANDS, HYPER, NOT_ORTHONORMAL, ROLES
+from .basis import absorb_triangles, in_new_basis
+from .divided_step import DividedStep
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Slot:
         param: The parameter; None for a missing bias.
         target: Tensor that the op steps: `storage`, or a contiguous copy of its active slice; empty for a missing bias.
         position: (group, index in group) of the parameter; that of S for a missing bias.
-        storage: The parameter or its float32 master.
+        storage: The parameter or its float32 master; of a DTensor the part that this process holds, as the target.
         active_slice: The part of storage that is in use (see nn.layer.active_rank); None if all of it is.
     """
 
@@ -43,20 +46,22 @@ class StepCall:
         options: The group options that are columns of the op's table.
         precondition: Whether U and V take (S Sᵀ)⁻¹ and (Sᵀ S)⁻¹ times their tangent direction.
         capturable: Keep the table on the device, and read tensors among the options there at every step.
+        team: The processes among which rows of the layers are divided, if they are.
 
     Attributes:
         layers: Indices of the layers in the optimizer.
         slots: Four for each layer, in the order of ROLES.
-        masters: (parameter, float32 master) of low-precision slots.
+        masters: (parameter, float32 master) of low-precision slots; the master as it is here.
         table: The op's hyper-parameters [L, 4, len(HYPER)], float64.
         live: For options that are tensors: a column of the table, the mask of its group's rows, and the tensor.
         starts_buffers: Whether some momentum buffer starts in this call.
     """
 
     def __init__(
-        self, device: torch.device, owner: str, options: tuple[str, ...], *, precondition: bool, capturable: bool
-    ):
-        self.device, self.owner, self.options = device, owner, options
+        self, device: torch.device, owner: str, options: tuple[str, ...], *, precondition: bool, capturable: bool,
+        team: Team,
+    ):  # fmt: skip
+        self.device, self.owner, self.options, self.team = device, owner, options, team
         self.precondition, self.capturable = precondition, capturable
         self.layers: list[int] = []
         self.slots: list[Slot] = []
@@ -71,11 +76,12 @@ class StepCall:
         self._option_tensors: list[Tensor] = []  # those among them, kept so that no other tensor gets their id
         self._asked_backend = ops.current_backend()
         self._backend: str | None = None  # the one that serves, chosen in the first run
-        self._used: list[tuple] = []  # (index, parameter, dtype, state tensors) of slots with a gradient
+        self._used: list[tuple] = []  # (index, parameter, its part here, dtype, state tensors) of slots with a gradient
         self._copies: list[tuple[Tensor, tuple, Tensor]] = []  # (storage, active slice, contiguous copy)
         self._written: list[Tensor] = []
         self._versions: list[int] = []  # of the factors after the last step
-        self._marks = _Marks() if device.type == "cuda" else None  # None: looking at the counts waits for nothing
+        # None: looking at the counts waits for nothing
+        self._marks = _Marks() if device.type == "cuda" and not team else None
         self._empty: dict[torch.dtype, Tensor] = {}
 
     # -------------------------------------------------------------------------------------------- layers
@@ -83,12 +89,14 @@ class StepCall:
     def add_layer(self, index: int, factors: list[Tensor]) -> None:
         """Begin a layer, of the parameters U, S and V, whose four slots are added next."""
         self.layers.append(index)
-        self._factors += factors
+        # both a DTensor and its part here count the writes to them
+        self._factors += factors + [local(X) for X in factors if is_distributed(X)]
 
     def make_slot(
         self, index: int | None, param: Tensor, storage: Tensor, position: tuple[int, int], active_slice: tuple | None
     ) -> Slot:
         """Return the slot of a parameter; see Slot."""
+        storage = local(storage)
         return Slot(index, param, self._contiguous(storage, active_slice), position, storage, active_slice)
 
     def missing_slot(self, dtype: torch.dtype, position: tuple[int, int]) -> Slot:
@@ -110,9 +118,10 @@ class StepCall:
         self.starts_buffers |= fresh
         if slot.index is None:
             return
-        self._used.append((slot.index, slot.param, slot.param.dtype, state))
+        here = local(slot.param)
+        self._used.append((slot.index, slot.param, here, here.dtype, state))
         self._written += [slot.storage] if buffer is None else [slot.storage, buffer]
-        if slot.storage is not slot.param:
+        if slot.storage is not here:
             self.masters.append((slot.param, slot.storage))
 
     def empty(self, dtype: torch.dtype) -> Tensor:
@@ -161,13 +170,32 @@ class StepCall:
             and self._versions == [X._version for X in self._factors]
             and all(
                 params[i] is p
-                and p.dtype is dtype
-                and p.device == self.device
-                and p.is_contiguous()
+                and local(p) is here
+                and here.dtype is dtype
+                and here.device == self.device
+                and here.is_contiguous()
                 and all(state[p].get(key) is tensor for key, tensor in used.items())
-                for i, p, dtype, used in self._used
+                for i, p, here, dtype, used in self._used
             )
         )
+
+    @functools.cached_property
+    def _divided(self) -> DividedStep | None:
+        """The step of layers that are divided among processes."""
+        if not self.team:
+            return None
+        if self._asked_backend in ("cpu", "triton"):
+            raise BackendError(
+                f"{self.owner}: backend {self._asked_backend!r} has no step for parameters that are divided among"
+                " processes; PyTorch serves them under 'auto' and 'reference'"
+            )
+        return self._divided_step(self.slots)
+
+    def _divided_step(self, slots: list[Slot]) -> DividedStep:
+        return DividedStep(self.team, [slot.param for slot in slots], [slot.index is not None for slot in slots])
+
+    def _take_back(self, layers: list[int]) -> None:
+        """Undo what `directions` has done in layers of the call that have bad gradients in another process."""
 
     # ----------------------------------------------------------------------------------------- the table
 
@@ -266,12 +294,15 @@ class StepCall:
         looks = self._marks is None or waits or self._backend is None or self._marks.have_come()
         if looks and self._marks:
             skipped.copy_(skipped_steps(skipped))  # so that it gets only the marks of this step
-        if self._backend is None:
+        if self._backend is None and not self.team:
             named = ops.step.step.choose(*args)
             self._backend = ops.step.step.automatic(*args) if named == "auto" else named
             if self.capturable and (reasons := ops.step.step.unsupported_reasons("triton", *args)):
                 raise BackendError(f"{self.owner}: capturable=True needs the Triton step: {'; '.join(reasons)}")
-        ops.step.step.run(self._backend, *args)
+        if self._divided:
+            self._take_back(self._divided(*args))
+        else:
+            ops.step.step.run(self._backend, *args)
         frozen = self._step_again(*args) if looks and has_marks(skipped) else []
         if self._marks:
             self._marks.ask(skipped)
@@ -280,7 +311,7 @@ class StepCall:
         # compiled kernels write through raw pointers, of which autograd must be told
         torch.autograd.graph.increment_version(self._written)
         for p, master in self.masters:
-            p.copy_(master)
+            local(p).copy_(master)
         self._versions = [X._version for X in self._factors]
         return frozen
 
@@ -297,18 +328,24 @@ class StepCall:
             skipped[layer] -= NOT_ORTHONORMAL
             at = slice(len(ROLES) * layer, len(ROLES) * (layer + 1))
             U, S, V, _ = params[at]
-            if not all(g.numel() for g in grads[at][:3]):
+            if any(slot.index is None for slot in self.slots[at][:3]):
                 skipped[layer] += 1
                 frozen.append(self.layers[layer])
                 continue
             given = [t.clone() for t in (U, S, V, *buffers[at])]
-            R_U, R_V = absorb_triangles(U, S, V)
-            of_new_factors = [in_new_basis(g, R_U, R_V) for g in (grads[at], buffers[at])]
+            if self.team:
+                step = self._divided_step(self.slots[at])
+                absorb, rebase = step.absorb_triangles, step.in_new_basis
+            else:
+                step = functools.partial(ops.step.step.run, self._backend)
+                absorb, rebase = absorb_triangles, in_new_basis
+            R_U, R_V = absorb(U, S, V)
+            of_new_factors = [rebase(g, R_U, R_V) for g in (grads[at], buffers[at])]
             for buffer, new in zip(buffers[at], of_new_factors[1], strict=True):
                 buffer.copy_(new)
             count = torch.zeros(1, dtype=skipped.dtype, device=skipped.device)
             one = table[layer : layer + 1]
-            ops.step.step.run(self._backend, params[at], of_new_factors[0], buffers[at], one, count)
+            step(params[at], of_new_factors[0], buffers[at], one, count)
             if count:  # left unchanged, so what was written stays too
                 skipped[layer] += 1
                 for t, before in zip((U, S, V, *buffers[at]), given, strict=True):
@@ -345,31 +382,3 @@ def has_marks(skipped: Tensor) -> bool:
 def skipped_steps(skipped: Tensor) -> Tensor:
     """Return the steps that left each layer unchanged; those that marked it count too."""
     return skipped // NOT_ORTHONORMAL + skipped % NOT_ORTHONORMAL
-
-
-def absorb_triangles(U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace U and V by their Q and S by R_U S R_Vᵀ, in place: the weight stays. Return R_U and R_V in float64."""
-    (Q_U, R_U), (Q_V, R_V) = (linalg.qr(X.double()) for X in (U, V))
-    S.copy_(R_U @ S.double() @ R_V.mT)
-    U.copy_(Q_U)
-    V.copy_(Q_V)
-    return R_U, R_V
-
-
-def in_new_basis(grads: list[Tensor], R_U: Tensor, R_V: Tensor) -> list[Tensor]:
-    """Return gradients with respect to U, S, V, bias as those with respect to Q_U, R_U S R_Vᵀ, Q_V, bias.
-
-    With W = U S Vᵀ: dQ_U = dU R_Uᵀ, dQ_V = dV R_Vᵀ and dS' = R_U⁻ᵀ dS R_V⁻¹, 0 where a triangle is singular. Empty
-    tensors stay empty.
-    """
-    dU, dS, dV, bias = grads
-    new = [dU, dS, dV]
-    if dU.numel():
-        new[0] = dU.double() @ R_U.mT
-    if dS.numel():
-        left, right = (torch.linalg.inv_ex(R).inverse for R in (R_U, R_V))
-        regular = all(R.norm() * inverse.norm() < 1e8 for R, inverse in ((R_U, left), (R_V, right)))  # NaN fails
-        new[1] = left.mT @ dS.double() @ right if regular else torch.zeros_like(dS)
-    if dV.numel():
-        new[2] = dV.double() @ R_V.mT
-    return [*(x.to(g.dtype) for x, g in zip(new, grads[:3], strict=True)), bias]

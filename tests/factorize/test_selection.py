@@ -241,7 +241,8 @@ def test_wrapped_and_sharded_models_are_refused_by_name(one_process, tmp_path):
     with pytest.raises(ValueError, match="add_adapters: layer 0: .* must be a plain tensor, got DTensor"):
         condlr_ext.add_adapters(sharded, 2)
     low = fully_shard(low, mesh=mesh)
-    for function in (condlr_ext.condition_numbers, to_dense, condlr_ext.fold):
+    assert condlr_ext.condition_numbers(low).keys() == {"0", "1"}
+    for function in (to_dense, condlr_ext.fold):
         with pytest.raises(ValueError, match="layer 0: .*[UV] must be a plain tensor, got DTensor"):
             function(low)
     with pytest.raises(TypeError, match="0.U must be a plain tensor, got DTensor"):

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # (adapters on nn, baselines on optim, robustness on attacks, regularizers on pruning), it has a row of its own.
 LAYERS = [
     {"errors", "_version", "_load", "_extras", "_files", "_modules", "_table", "_types"},
-    {"_checks", "reference"},
+    {"_checks", "_shards", "reference"},
     {"kernels"},
     {"ops"},
     {"autograd"},
