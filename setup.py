@@ -3,8 +3,9 @@
 Environment: CONDLR_EXT_BUILD and CXX as in build_backend.py, CONDLR_EXT_CXX_FLAGS (extra compiler flags), MAX_JOBS.
 """
 
-import importlib.util
+import importlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 import build_backend
@@ -34,10 +36,7 @@ def extensions() -> list[Extension]:
     """Return the modules to compile; print the reason if there are none."""
     reason = build_backend.no_build_reason() or torch_reason()
     if reason is None:
-        host = [Extension("condlr_ext._host", [])] if importlib.util.find_spec("pybind11") else []
-        if not host:
-            print("condlr_ext: no pybind11, so _C alone, without _host", file=sys.stderr)
-        return [Extension("condlr_ext._C", []), *host]
+        return [Extension(f"condlr_ext.{name}", []) for name in ("_C", "_core")]
     line = "*" * 80
     print(f"{line}\ncondlr_ext: no compiled kernels, pure Python only: {reason}\n{line}", file=sys.stderr)
     return []
@@ -51,9 +50,7 @@ def tool(package: str, directory: str) -> str:
         path = None
     path = path or shutil.which(package)
     if path is None:
-        raise SystemExit(
-            f"setup.py: no {package}: pip install 'cmake>=3.26' ninja pybind11, or set CONDLR_EXT_BUILD=none"
-        )
+        raise SystemExit(f"setup.py: no {package}: pip install 'cmake>=3.26' ninja, or set CONDLR_EXT_BUILD=none")
     return path
 
 
@@ -61,31 +58,25 @@ class CMakeBuild(build_ext):
     """Run CMake once for all extensions, in build/cmake-<platform>; a second build is incremental."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # _C links no Python: its name carries no Python version
-        *package, name = fullname.split(".")
-        return os.path.join(*package, "_C.so") if name == "_C" else super().get_ext_filename(fullname)
+        return os.path.join(*fullname.split(".")) + ".so"  # they link no Python: no version of it in their names
 
     def build_extensions(self) -> None:
         import torch
 
-        host = any(extension.name.endswith("_host") for extension in self.extensions)
-        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}"
         output = build / "lib"
-        torch_root = Path(torch.__file__).parent
         cmake = tool("cmake", "CMAKE_BIN_DIR")
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": tool("ninja", "BIN_DIR"),
             "CMAKE_CXX_FLAGS": os.environ.get("CONDLR_EXT_CXX_FLAGS", ""),
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
-            "CONDLR_TORCH_INCLUDE_DIR": torch_root / "include",
-            "CONDLR_TORCH_LIB_DIR": torch_root / "lib",
+            "CONDLR_TORCH_INCLUDE_DIR": Path(torch.__file__).parent / "include",
             "CONDLR_TORCH_VERSION": torch.__version__,
-            "Python_EXECUTABLE": sys.executable,
-            "CONDLR_HOST": "ON" if host else "OFF",
         }
-        if host:
-            options["pybind11_DIR"] = importlib.import_module("pybind11").get_cmake_dir()
+        machine = sysconfig.get_platform().rpartition("-")[2]
+        if machine != platform.machine():  # cross-compiled: _PYTHON_HOST_PLATFORM names the target, CXX its compiler
+            options |= {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": machine}
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         definitions = [f"-D{name}={value}" for name, value in options.items()]
         # the cache may contain paths of an earlier environment; the object files stay valid
@@ -98,4 +89,11 @@ class CMakeBuild(build_ext):
             shutil.copy2(output / Path(self.get_ext_filename(extension.name)).name, target)
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    """Tag the wheel for every Python 3: neither library links Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel})

@@ -5,7 +5,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import re
 import shutil
 import sys
@@ -20,7 +19,7 @@ from .kernels.triton import devices
 OLDEST_TORCH = (2, 10)
 TRITON = ((3, 6), (3, 9))  # oldest and newest version that the kernels are tested with
 _REINSTALL = (
-    "pip install cmake ninja pybind11 'setuptools>=77', then reinstall condlr_ext from its source with pip install"
+    "pip install cmake ninja 'setuptools>=77', then reinstall condlr_ext from its source with pip install"
     " --no-build-isolation --no-cache-dir --force-reinstall --no-deps"
 )
 _COMPILERS = ("c++", "g++", "clang++")
@@ -126,13 +125,3 @@ def _gpu() -> Problem | None:
             "install gcc or clang, or set CC",
         )
     return None
-
-
-def cpu_model() -> str:
-    """Return the name of the CPU."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            found = re.search(r"^model name\s*: (.+)$", file.read(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()

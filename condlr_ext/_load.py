@@ -1,7 +1,6 @@
 """Loading of the compiled libraries; a library that does not load leaves a reason, never an ImportError."""
 
 import importlib
-import sysconfig
 import warnings
 from pathlib import Path
 
@@ -21,13 +20,13 @@ def _load_ops() -> str | None:
     return None
 
 
-def _load_host():
+def _load_native():
     try:
-        return importlib.import_module("condlr_ext._host"), None
-    except ImportError as error:
-        if (_HERE / f"_host{sysconfig.get_config_var('EXT_SUFFIX')}").exists():
-            return None, f"_host does not load: {error}"
-        return None, f"no compiled module _host for this Python in {_HERE}"
+        return importlib.import_module("condlr_ext._native"), None
+    except OSError as error:
+        if (_HERE / "_core.so").exists():
+            return None, f"{_HERE / '_core.so'} does not load: {error}"
+        return None, f"no compiled library _core in {_HERE}"
 
 
 class Compiled:
@@ -36,13 +35,13 @@ class Compiled:
     Attributes:
         ops_path: Path of _C, None if it is not loaded.
         ops_reason: Why it is not, else None.
-        host: The module _host, None if it is not loaded.
+        host: The module _native, None if its library _core is not loaded.
         host_reason: Why it is not, else None.
     """
 
     def __init__(self):
         self.ops_reason = _load_ops()
-        self.host, self.host_reason = _load_host()
+        self.host, self.host_reason = _load_native()
 
     @property
     def ops_path(self) -> str | None:

@@ -6,7 +6,7 @@ import textwrap
 
 import torch
 
-from . import _installation, _table, ops
+from . import _cpu, _installation, _table, ops
 from .reference import HYPER, ROLES
 
 _NEEDED = ("torch", "numpy", "triton")
@@ -24,10 +24,10 @@ def collect() -> dict:
         | {"torch": torch.__version__},
         "package": os.path.dirname(os.path.abspath(__file__)),
         "_C": compiled.ops_path or compiled.ops_reason,
-        "_host": host.__file__ if host else compiled.host_reason,
+        "_core": str(host.PATH) if host else compiled.host_reason,
         "build": host.build_info() if host else {},
         "isa": host.isa() if host else None,
-        "cpu": _installation.cpu_model(),
+        "cpu": _cpu.model(),
         "cpu_features": [name for name, present in host.cpu_features().items() if present] if host else [],
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

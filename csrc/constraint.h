@@ -1,4 +1,4 @@
-// The check of tau, band and sigma_max for the torch ops and for _host.
+// The check of tau, band and sigma_max for the torch ops and for _core.
 #pragma once
 
 #include <sstream>

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <exception>
 #include <new>
+#include <string>
 
 #include "core/workspace.h"
 
@@ -21,26 +22,24 @@ void for_each_task(const char* op, int64_t tasks, Workspaces& workspaces, const 
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
   std::atomic<int64_t> next{0};
   std::atomic<bool> failed{false};
-  std::exception_ptr error;
+  std::string error;
+  const auto fail = [&](const char* text) {
+    next = tasks;
+    if (!failed.exchange(true)) error = text;
+  };
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     try {
       const Workspaces::Lease lease(workspaces);
       for (int64_t worker = begin; worker < end; ++worker) {
         for (int64_t task; (task = next.fetch_add(1)) < tasks;) work(task, lease.workspace());
       }
-    } catch (...) {
-      next = tasks;
-      if (!failed.exchange(true)) error = std::current_exception();
+    } catch (const std::bad_alloc&) {
+      fail("out of memory");
+    } catch (const std::exception& exception) {
+      fail(exception.what());
     }
   });
-  if (!error) return;
-  try {
-    std::rethrow_exception(error);
-  } catch (const std::bad_alloc&) {
-    STD_TORCH_CHECK(false, op, ": out of memory");
-  } catch (const std::exception& e) {
-    STD_TORCH_CHECK(false, op, ": ", e.what());
-  }
+  STD_TORCH_CHECK(!failed, op, ": ", error);
 }
 
 }  // namespace condlr

@@ -1,4 +1,4 @@
-"""The symmetric eigensolver of the C++ core through _host, at every instruction set, against NumPy in float64."""
+"""The symmetric eigensolver of the C++ core through _core.so, at every instruction set, against NumPy in float64."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import torch
 
 if os.environ.get("CONDLR_EXT_BUILD") == "none":
     pytest.skip("built without compiled parts", allow_module_level=True)
-from condlr_ext import _host as host  # noqa: E402
+from helpers import host  # noqa: E402
 
 ISAS = host.isa_levels()
 DTYPES = [np.float32, np.float64]

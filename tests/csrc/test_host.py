@@ -1,4 +1,4 @@
-"""The C++ core through _host, at every instruction set of this machine, against NumPy in float64."""
+"""The C++ core through _core.so, at every instruction set of this machine, against NumPy in float64."""
 
 import functools
 import itertools
@@ -13,7 +13,9 @@ import pytest
 
 if os.environ.get("CONDLR_EXT_BUILD") == "none":
     pytest.skip("built without compiled parts", allow_module_level=True)
-from condlr_ext import _host as host  # noqa: E402
+from helpers import host  # noqa: E402
+
+from condlr_ext import _native  # noqa: E402
 
 DATA = Path(__file__).parents[1] / "data"
 ISAS = host.isa_levels()
@@ -761,16 +763,14 @@ def python(code, **environment):
 LOAD = f"""
 import importlib.util, sys
 sys.modules["torch"] = None  # importing it raises
-spec = importlib.util.spec_from_file_location("_host", {host.__file__!r})
+spec = importlib.util.spec_from_file_location("_native", {_native.__file__!r})
 host = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(host)
-import numpy as np
 """
 
 
-def test_it_imports_without_torch():
-    result = python(LOAD + "print(host.svd(np.eye(2))[1].tolist())")
-    assert result.stdout.strip() == "[1.0, 1.0]", result.stderr
+def test_it_loads_without_torch():
+    assert python(LOAD + "print(host.isa_levels())").stdout.strip() == str(ISAS)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -779,7 +779,7 @@ def test_the_environment_lowers_the_instruction_set(isa):
 
 
 def test_an_unknown_instruction_set_is_an_error():
-    result = python(LOAD + "host.svd(np.eye(2))", CONDLR_EXT_ISA="sse9")
+    result = python(LOAD + "host.isa()", CONDLR_EXT_ISA="sse9")
     assert result.returncode != 0 and "got 'sse9' (from the environment variable CONDLR_EXT_ISA)" in result.stderr
     with pytest.raises(ValueError, match="must be one this machine runs .*baseline.*, got 'sse9'"):
         host.svd(np.eye(2), isa="sse9")
@@ -787,7 +787,12 @@ def test_an_unknown_instruction_set_is_an_error():
 
 def test_build_info():
     info = host.build_info()
-    assert info["cxx_standard"] >= 201703 and info["torch_target"] == "2.10" and info["compiler"] and info["build_type"]
+    assert (
+        int(info["cxx_standard"]) >= 201703
+        and info["torch_target"] == "2.10"
+        and info["compiler"]
+        and info["build_type"]
+    )
     assert "-ffast-math" not in info["cxx_flags"] and "-march=native" not in info["cxx_flags"]
     assert set(ISAS) <= set(info["isa_levels"]) and ISAS[0] == "baseline" and host.isa() in ISAS
     assert all(isinstance(present, bool) for present in host.cpu_features().values())

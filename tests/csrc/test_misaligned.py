@@ -13,7 +13,7 @@ from helpers.op_arguments import hyper_table, layer_tensors
 
 if os.environ.get("CONDLR_EXT_BUILD") == "none":
     pytest.skip("built without compiled parts", allow_module_level=True)
-from condlr_ext import _host as host  # noqa: E402
+from helpers import host  # noqa: E402
 
 compiled = torch.ops.condlr_ext
 

@@ -125,7 +125,7 @@ def test_linear_layers_are_compiled_where_that_is_faster(monkeypatch):
 
 _EVERY_ISA = """
 import torch
-from condlr_ext import _host, ops
+from condlr_ext import _native, ops
 forward, backward = ops.layers.low_rank_linear, ops.layers.low_rank_linear_backward
 torch.manual_seed(0)
 
@@ -143,7 +143,7 @@ for rows, m, n, r in ((1, 1, 1, 1), (3, 33, 17, 5), (70, 20, 45, 20), (0, 6, 5, 
         unit = 2 * (rows + m + n + 2 * r + 1) * torch.finfo(dtype).eps
         for got, true, bound in zip(run("dispatched", *low), run("reference", *exact), bounds):
             assert got.shape == true.shape and ((got - true).abs() <= unit * bound).all(), (rows, m, n, r, dtype)
-print(_host.isa())
+print(_native.isa())
 """
 
 

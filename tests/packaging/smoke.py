@@ -30,6 +30,12 @@ for _ in range(100):
     assert all(kappa <= 1.1 * (1 + 1e-5) for kappa in condlr_ext.condition_numbers(model).values())
 assert losses[-1] < 0.6 * losses[0], losses[::20]
 assert condlr_ext.ops.linalg.svd.choose(torch.eye(3)) == expected
+try:
+    torch.ops.condlr_ext.clip_spectrum(torch.eye(3), -1.0, 0, 1.0)
+except RuntimeError as error:  # of the compiled library, where there is one
+    assert "tau must be >= 0" in str(error), error
+else:
+    raise AssertionError("tau = -1 was not refused")
 U = model[0].U.detach()
 assert (U.T @ U - torch.eye(U.shape[1])).abs().max() < 1e-5
 compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[2]
 # from its own subpackage, never from a neighbor in its row. Where one part of a layer of the design builds on another
 # (adapters on nn, baselines on optim, robustness on attacks, regularizers on pruning), it has a row of its own.
 LAYERS = [
-    {"errors", "_version", "_load", "_extras", "_files", "_modules", "_table", "_types"},
+    {"_native"},
+    {"errors", "_version", "_load", "_cpu", "_extras", "_files", "_modules", "_table", "_types"},
     {"_checks", "_shards", "reference"},
     {"kernels"},
     {"ops"},

@@ -15,7 +15,7 @@ from condlr_ext import _installation, info, ops
 def whole(monkeypatch):
     """An installation without a fault, for each test to break."""
     host = SimpleNamespace(
-        __file__="_host.so",
+        PATH="_core.so",
         isa=lambda: "avx512",
         isa_levels=lambda: ["baseline", "avx2", "avx512"],
         build_info=lambda: {
