@@ -71,13 +71,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compare", nargs=2, metavar=("A", "B"), help="list what became slower between two results files, or two git "
         "revisions (. is the working tree), which are measured; exit code 1 if something did")  # fmt: skip
     add("--plot", nargs="?", const="", metavar="FILE", help="draw a results file; without FILE: measure, then draw")
-    add("--tune", nargs="?", const="", metavar="FILE", help="enter a results file's times of `routes` on a GPU into "
-        f"the package's table, ops/measured.json; without FILE: measure {' and '.join(TUNED)} first")  # fmt: skip
+    add("--tune", nargs="?", const="", metavar="FILE", help="enter a results file's times of `routes` into your table, "
+        "by which the package chooses from then on; without FILE: measure them first")  # fmt: skip
     add("--profile", action="store_true", help="break down the time of the rows")
+    parser.add_argument("--origin", metavar="NAME", help="with --tune: enter the times into the table that the package "
+        "ships, ops/measured.json, as contributed by NAME")  # fmt: skip
     options = parser.parse_args(argv)
     if options.tune == "":
-        options.operations = options.operations or list(TUNED)
-        options.device = options.device or "cuda"
+        options.operations = options.operations or list(TUNED if on_cuda(options) else TUNED[-1:])
+        options.size = "grid"
         options.seconds_per_provider = options.seconds_per_provider or 0.15
         options.rounds = options.rounds or 15
     return options
@@ -101,7 +103,7 @@ def dispatch(options: argparse.Namespace, start: float) -> int:
     elif options.plot:
         plot(Path(options.plot))
     elif options.tune:
-        tune(Path(options.tune))
+        tune(Path(options.tune), options.origin)
     elif options.profile:
         profile(options)
     else:
@@ -159,7 +161,7 @@ def measure(options: argparse.Namespace, start: float) -> int:
     if options.plot is not None:
         plot(write.file)
     if options.tune is not None:
-        tune(write.file)
+        tune(write.file, options.origin)
     print(f"\n{write.file}")
     return code or (1 if defects else 0)
 
@@ -239,7 +241,8 @@ def thread_numbers(options: argparse.Namespace, device) -> list[int]:
 
     if device.kind != "cpu":
         return [torch.get_num_threads()]
-    return list(dict.fromkeys(options.threads or (1, min(2, os.cpu_count()))))
+    several = torch.get_num_threads() if options.tune is not None else min(2, os.cpu_count())
+    return list(dict.fromkeys(options.threads or (1, several)))
 
 
 def unused(file: Path) -> Path:
@@ -291,11 +294,12 @@ def plot(file: Path) -> None:
         print(drawn)
 
 
-def tune(file: Path) -> None:
+def tune(file: Path, origin: str | None) -> None:
     from . import tune
     from .records import Results
 
-    print(f"{tune.MEASURED}: {tune.enter(Results.read(file))} rows of {file}")
+    table, count = tune.enter(Results.read(file), origin=origin)
+    print(f"{table}: {count} rows of {file}")
 
 
 def comparison(options: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import os
 import warnings
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older torch asks for it, see seeded_and_poisoned
+os.environ["CONDLR_EXT_TABLES"] = ""  # choices are those of the package, whatever was measured here
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads spin, and time out each other's slices
 
 import pytest

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condlr_ext import backend, functional, ops
+from condlr_ext import autograd, backend, functional, ops
 
 from ..machine import DTYPES
 from ..registry import DENSE, OURS, SAME, Operation, Provider, Row, TimedCall, Work
@@ -280,6 +280,8 @@ class LayerProblem:
         ours = {"ours": shape.ours, f"ours: {kernels}": on(kernels, routes["factorized"])}
         if device.kind == "cuda":  # on CPUs it is what "ours: cpu" is
             ours["ours: factorized"] = routes["factorized"]
+        elif isinstance(shape, Linear) and not ops.COMPILED.ops_reason:  # at any size, faster or not
+            ours["ours: kernels"] = partial(autograd.LowRankLinearFunction.apply, "cpu")
         ours |= {"ours: merged": routes["merged"], "reference": on("reference", routes["factorized"])}
         self.providers = {name: partial(self._by_factors, function, OURS) for name, function in ours.items()} | {
             "eager": partial(self._by_factors, shape.three_products, SAME),

@@ -7,13 +7,13 @@ from ..records import Results, timed
 from ..registry import Operation, Provider, Row
 from .layers import CONVS, LINEARS, Conv, LayerProblem, Linear, dtypes, plan_record, rank
 
-PATHS = {"triton": "ours: triton", "products": "reference", "merged": "ours: merged", "dense": "dense"}  # of GPUs
 ROUTES = ("factorized", "merged")
-PROVIDERS = {
-    "cpu": ("ours: cpu", "ours: merged", "dense"),
-    "cuda": tuple(PATHS.values()),
+# by the columns of the tables of ops.tables
+PATHS = {
+    "cpu": {"kernels": "ours: kernels", "products": "reference", "merged": "ours: merged", "dense": "dense"},
+    "cuda": {"kernels": "ours: triton", "products": "reference", "merged": "ours: merged", "dense": "dense"},
 }
-MODES = {"cpu": ("both",), "cuda": ("forward", "backward")}
+MODES = {"cpu": ("forward", "both"), "cuda": ("forward", "backward")}
 RANKS = (0.05, 0.2, 0.5, 1.0)
 
 
@@ -36,7 +36,9 @@ class RouteProblem:
         problem = LayerProblem(shape.layer, dtype, device, shape.input_gradient)
         self.modes = MODES[device.kind]
         self.work = {mode: problem.work[mode] for mode in self.modes}
-        self.providers = {name: partial(self._provider, problem.providers[name]) for name in PROVIDERS[device.kind]}
+        names = ["ours: cpu"] if device.kind == "cpu" else []  # what is compared with the plan
+        names += [name for name in PATHS[device.kind].values() if name in problem.providers]
+        self.providers = {name: partial(self._provider, problem.providers[name]) for name in names}
         self.plan = problem.plan
 
     def _provider(self, make) -> Provider:
@@ -59,8 +61,15 @@ def network_shapes(batches: tuple[int, ...], ranks: tuple[float, ...], networks:
     return list(dict.fromkeys(found))  # two fractions may be the same rank
 
 
-def grid() -> list[NetworkLayer]:
-    """Return the sizes of the table of GPUs: linear layers and 3 x 3 convolutions."""
+def grid(device) -> list[NetworkLayer]:
+    """Return the sizes of a table: linear layers and 3 x 3 convolutions."""
+    if device.kind == "cpu":
+        sides = (64, 256, 1024)
+        sizes = [(n, m, r) for n in sides for m in sides for r in (8, 32, 128) if r <= min(n, m)]
+        shapes = [Linear(rows, *size) for size in sizes for rows in (1, 16, 128, 1024)]
+        sizes = [(c, m, r) for c in (16, 64) for m in (16, 64, 256) for r in (8, 32) if r <= m]
+        shapes += [Conv(images, c, m, 16, 3, 1, 1, r) for c, m, r in sizes for images in (1, 32)]
+        return [NetworkLayer("grid", shape) for shape in shapes]
     sizes = [(n, m, r) for n in (256, 1024, 4096) for m in (256, 1024, 4096) for r in (8, 32, 128, 512)]
     shapes = [Linear(rows, *size) for size in sizes if size[2] <= min(size) for rows in (1, 16, 256, 4096, 32768)]
     sizes = [(c, m, r) for c in (64, 256) for m in (64, 256, 512) for r in (13, 32, 128) if r <= m]
@@ -71,8 +80,8 @@ def grid() -> list[NetworkLayer]:
 def shapes(size: str, device) -> list[NetworkLayer]:
     if size == "smoke":
         return network_shapes((1,), (0.2, 0.19, 1.0), ["LeNet5"])
-    if device.kind == "cuda":
-        return grid()
+    if device.kind == "cuda" or size == "grid":
+        return grid(device)
     return network_shapes((1, 32, 128) if size == "full" else (32,), RANKS, list(CONVS | LINEARS))
 
 

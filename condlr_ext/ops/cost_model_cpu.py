@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import cost_model_gpu, layers
+from . import cost_model_gpu, layers, tables
 from ._dispatch import current_backend
 
 ROUTES = ("auto", "factorized", "merged")
@@ -38,7 +38,7 @@ FEWER_CALLS = 1.5  # the same for factorized linear layers: small ones are one c
 class Plan(NamedTuple):
     """Costs of one call and of its backward, if any, by each route and of the dense layer; and their source.
 
-    In flops of a large product if estimated for a CPU, in microseconds for a GPU.
+    In flops of a large product if estimated for a CPU, else in microseconds.
     """
 
     factorized: float
@@ -74,6 +74,8 @@ def linear(input: Tensor, U: Tensor, S: Tensor, V: Tensor, bias: Tensor | None) 
         return _on_gpu(lambda direction: cost_model_gpu.linear(direction, input, U, V), fused, input, U, S, V)
     (m, r), n, numbers = U.shape, V.shape[0], math.prod(reference.sizes(input))
     gradients = _gradients(input, U, S, V)
+    if plan := _measured("linear", input.dtype, gradients, numbers // n, n, m, r):
+        return plan
     rate = KERNELS if layers.is_served(input, U) else 1
     return _cost_model(n)(m, n, r, numbers, numbers // n, r, n * r, r * m, m * n, 0, FEWER_CALLS, rate, *gradients)
 
@@ -86,15 +88,15 @@ def conv(input, U, S, V, bias, kernel_size, stride, padding, dilation, groups) -
         rows = cost_model_gpu.pixels(reference.sizes(input), *geometry[:-1])
         return _on_gpu(lambda direction: cost_model_gpu.conv(direction, input, rows, U, V), fused, input, U, S, V)
     (m, r), n, shape = U.shape, V.shape[0], reference.sizes(input)
-    numbers, rows, taps = math.prod(shape), shape[0], 1
-    for size, k, s, p, d in zip(shape[2:], kernel_size, stride, padding, dilation, strict=True):
-        rows, taps = rows * ((size + 2 * p - d * (k - 1) - 1) // s + 1), taps * k
+    numbers, rows, taps = math.prod(shape), cost_model_gpu.pixels(shape, *geometry[:-1]), math.prod(kernel_size)
+    gradients = _gradients(input, U, S, V)
+    if groups == 1 and (plan := _measured("conv", input.dtype, gradients, rows, n, m, r)):
+        return plan
     channels = n // taps
     fan_in = taps * (channels if channels <= 3 else _blocks(channels))
     filters = groups * _blocks(m // groups) if m > groups else m
     core = _blocks(r)
     products = groups * core * fan_in, core * filters, filters * fan_in
-    gradients = _gradients(input, U, S, V)
     return _cost_model(n)(m, n, r, numbers, rows, groups * r, *products, COPY, CALLS, 1, *gradients)
 
 
@@ -122,10 +124,19 @@ def bilinear(input1: Tensor, U: Tensor, S: Tensor, V: Tensor) -> Plan:
     return _cost_model(n)(m, n, r, rows * shape[-1], rows, r, n * r, r * m, m * n, 0, CALLS, 1, *gradients)
 
 
+def _measured(layer: str, dtype: torch.dtype, gradients: tuple[bool, bool], *size: int) -> Plan | None:
+    """Return the plan by the times measured on this CPU; None without any, or where code is traced."""
+    if torch.compiler.is_compiling():
+        return None
+    direction = "both" if any(gradients) else "forward"
+    costs = tables.on_cpu(direction, layer, dtype, torch.get_num_threads(), *size)
+    return costs and Plan(min(costs.kernels, costs.products), costs.merged, costs.dense, costs.source)
+
+
 def _on_gpu(costs, fused: bool, input, U, S, V) -> Plan:
     """Return the plan from the costs of each direction that will run; fused: Triton kernels serve the layer."""
     directions = [costs("forward")] + ([costs("backward")] if any(_gradients(input, U, S, V)) else [])
-    factorized = sum(min(c.triton if fused else c.products, c.products) for c in directions)
+    factorized = sum(min(c.kernels if fused else c.products, c.products) for c in directions)
     merged, dense = (sum(getattr(c, name) for c in directions) for name in ("merged", "dense"))
     return Plan(factorized, merged, dense, "; ".join(dict.fromkeys(c.source for c in directions)))
 

@@ -1,36 +1,26 @@
 """Costs of each way to run a layer on a GPU: measured where the table has a similar size, otherwise estimated.
 
-The table is measured.json beside this file, written by `python -m bench --tune`. An estimate is a sum over kernels,
-each as long as its arithmetic or its memory traffic at the rates of the data sheet, or as a launch. It ranks the ways;
-it does not predict times.
+An estimate is a sum over kernels, each as long as its arithmetic or its memory traffic at the rates of the data sheet,
+or as a launch. It ranks the ways; it does not predict times. On a device without a measurement and a data sheet, plain
+PyTorch serves the layers.
 """
 
 import functools
-import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from . import tables
+from .tables import Costs
 
 BLOCK = 64  # rows of one program of the forward kernel
 LAUNCH = 4e-6  # seconds of the shortest kernel
 LIBRARY = 0.75  # fraction of peak arithmetic that a library's products reach
 KERNEL = 0.5  # the same for our kernels: a guess, they have not yet run on a GPU
 L2 = 80e9  # bytes/s that one multiprocessor reads from the L2 cache
-
-
-class Costs(NamedTuple):
-    """Microseconds of one direction by fused kernels, by thin products, merged and dense, and their source."""
-
-    triton: float
-    products: float
-    merged: float
-    dense: float
-    source: str
 
 
 class Size(NamedTuple):
@@ -58,14 +48,15 @@ class Rates(NamedTuple):
     double: float
 
 
-# data sheets of A100, H100, B200, MI300X; a desktop card stands for all others
+# data sheets of A100, H100, B200, MI300X
 _RATES = {
     (8, 0): Rates(2.0e12, 312e12, 156e12, 19.5e12, 19.5e12),
     (9, 0): Rates(3.3e12, 990e12, 495e12, 67e12, 67e12),
     (10, 0): Rates(8.0e12, 2250e12, 1100e12, 80e12, 40e12),
     (9, 4): Rates(5.3e12, 1307e12, 654e12, 163e12, 163e12),
 }
-_OTHER = Rates(0.9e12, 140e12, 70e12, 35e12, 0.6e12)
+_OTHER = Rates(0.9e12, 140e12, 70e12, 35e12, 0.6e12)  # a desktop card, for the choice among torch's products
+UNKNOWN = "plain PyTorch: neither measured nor known"
 
 
 def linear(direction: str, rows_of: Tensor, U: Tensor, V: Tensor) -> Costs:
@@ -100,46 +91,17 @@ def costs(direction: str, dtype: torch.dtype, device: torch.device, size: Size) 
 
 @functools.lru_cache(maxsize=4096)
 def _known(direction: str, precision: str, device: torch.device, size: Size) -> Costs:
-    kind = "conv" if size.conv else "linear"
-    found = _nearest(torch.cuda.get_device_name(device), direction, kind, precision, size[:4])
-    return estimate(direction, precision, device, size) if found is None else found
+    table = tables.of(torch.cuda.get_device_name(device))
+    found = table and table.find(direction, "conv" if size.conv else "linear", precision, *size[:4])
+    return found or estimate(direction, precision, device, size)
 
 
-def _nearest(device: str, direction: str, kind: str, precision: str, size: tuple) -> Costs | None:
-    best, least = None, math.inf
-    for row in _table(device).get((direction, kind, precision), ()):
-        distances = [abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(row, size, strict=False)]
-        if max(distances) <= 1 and sum(distances) < least:
-            best, least = row, sum(distances)
-    if best is None:
-        return None
-    rows, n, m, r, *times = best
-    source = f"measured on {device} at {rows} rows, n {n}, m {m}, rank {r}"
-    return Costs(*(math.inf if t is None else t for t in times), source)
-
-
-def source(device: str) -> str:
+def source(device: torch.device) -> str:
     """Return what the costs on this device rest on."""
-    for entry in _measured()["tables"]:
-        if entry["device"] == device:
-            return f"times measured on {device}, {entry['date']}"
-    return "estimated from the data sheet"
-
-
-@functools.cache
-def _measured() -> dict:
-    return json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))
-
-
-@functools.cache
-def _table(device: str) -> dict[tuple, list]:
-    """Return {(direction, kind, precision): [(rows, n, m, r, triton, products, merged, dense), ...]}."""
-    table = {}
-    for entry in _measured()["tables"]:
-        if entry["device"] == device:
-            for *key, rows, n, m, r, triton, products, merged, dense in entry["rows"]:
-                table.setdefault(tuple(key), []).append((rows, n, m, r, triton, products, merged, dense))
-    return table
+    table = tables.of(torch.cuda.get_device_name(device))
+    if table:
+        return table.source
+    return UNKNOWN if _rates(device) is None else "estimated from the data sheet"
 
 
 def _precision(dtype: torch.dtype, conv: bool) -> str:
@@ -155,13 +117,18 @@ _precision._dynamo_marked_constant = True
 
 def estimate(direction: str, precision: str, device: torch.device, size: Size) -> Costs:
     """Return the costs from the rates of the device."""
-    properties = torch.cuda.get_device_properties(device)
-    rates = _RATES.get((properties.major, properties.minor), _OTHER)
+    known = _rates(device)
+    rates = known or _OTHER
     flops = getattr(rates, {"tf32": "tf32", "float32": "single", "float64": "double"}.get(precision, "half"))
-    cost = (_forward if direction == "forward" else _backward)(
-        size, rates.memory, flops, properties.multi_processor_count
-    )
-    return Costs(*(1e6 * seconds for seconds in cost), "estimated")
+    programs = torch.cuda.get_device_properties(device).multi_processor_count
+    cost = (_forward if direction == "forward" else _backward)(size, rates.memory, flops, programs)
+    kernels, *others = (1e6 * seconds for seconds in cost)
+    return Costs(kernels if known else math.inf, *others, "estimated" if known else UNKNOWN)
+
+
+def _rates(device: torch.device) -> Rates | None:
+    properties = torch.cuda.get_device_properties(device)
+    return _RATES.get((properties.major, properties.minor))
 
 
 def _forward(size: Size, memory: float, flops: float, programs: int):

@@ -6,24 +6,15 @@ layers unless cost_model_gpu finds the products faster. Gradients that are not a
 """
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .. import reference
-from . import cost_model_gpu
+from .. import _cpu, reference
+from . import cost_model_gpu, tables
 from ._dispatch import COMPILED, Op
 
-
-def _on_amd() -> bool:
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-
-
-_ON_AMD = _on_amd()
+_ON_AMD = _cpu.is_amd()
 
 
 def _cpu_unsupported(input: Tensor, *_) -> list[str]:
@@ -91,6 +82,10 @@ def is_served(input: Tensor, U: Tensor) -> bool:
         return False
     *lead, width = reference.sizes(input)
     rows, factors, threads = math.prod(lead), U.shape[1] * (U.shape[0] + width), _threads()
+    if not torch.compiler.is_compiling():  # a trace cannot look up a table
+        costs = tables.on_cpu("both", "linear", input.dtype, threads, rows, width, *U.shape)
+        if costs is not None:
+            return costs.kernels <= costs.products
     if rows < LEAST_ROWS * (threads if factors > IN_CACHE else 1):
         return False
     return (_ON_AMD and threads <= MEASURED_THREADS) or rows * factors * threads <= LARGEST
@@ -99,8 +94,10 @@ def is_served(input: Tensor, U: Tensor) -> bool:
 def _op(schema, implementation, cpu_is=_LIBRARIES, **triton) -> Op:
     def rests_on(device: str) -> str:
         if device == "cpu":
-            return _ROUTES if cpu_is == _LIBRARIES else f"{_ROUTES}, {_RULE}"
-        return cost_model_gpu.source(torch.cuda.get_device_name())
+            table = tables.of(tables.cpu(), torch.get_num_threads())
+            rule = _ROUTES if cpu_is == _LIBRARIES else f"{_ROUTES}, {_RULE}"
+            return rule if table is None else table.source
+        return cost_model_gpu.source(torch.device("cuda"))
 
     return Op(
         schema,
@@ -169,9 +166,9 @@ def _conv_backward_prefer_reference(
 
 def _compare(costs: cost_model_gpu.Costs) -> str:
     """Return the reason to prefer products; empty if the Triton kernels are no slower."""
-    if costs.triton <= costs.products:
+    if costs.kernels <= costs.products:
         return ""
-    return f"products take {costs.products:.3g} us, the Triton kernels {costs.triton:.3g} us ({costs.source})"
+    return f"products take {costs.products:.3g} us, the Triton kernels {costs.kernels:.3g} us ({costs.source})"
 
 
 low_rank_linear = _op(

@@ -8,6 +8,7 @@ import torch
 from helpers.bench_devices import Host
 from helpers.bench_records import RUN, results, time_record
 
+import condlr_ext
 from bench import tables, tune
 from bench.__main__ import main
 from bench.cases import routes
@@ -17,9 +18,11 @@ from bench.machine import Cpu
 from bench.records import Results
 from bench.registry import Row
 from bench.runner import Options, measure
+from condlr_ext import ops
 
 (OPERATION,) = routes.OPERATIONS
-OTHERS = [{"device": "another", "rows": []}, {"device": "Host (CPU)", "rows": [["old"]]}]
+FACTS = {"date": "2026-01-02", "columns": list(ops.tables.COLUMNS)}
+OTHERS = [{"device": name, "rows": []} | FACTS for name in ("another", "Host (CPU)")]
 
 
 def test_routes(tmp_path, capsys):
@@ -34,8 +37,12 @@ def test_routes(tmp_path, capsys):
     ]
     assert len(plans) == 2 + 2 + 3  # 0.19 of 20 is rank 4 too, of 50 rank 10
     rows = list(found.rows())
-    assert all([r["provider"] for r in row] == ["ours: cpu", "ours: merged", "dense"] for row in rows)
-    assert ["dX" in row[0]["errors"] for row in rows] == [False] * 2 + [True] * 5
+    kernels = [] if ops.COMPILED.ops_reason else ["ours: kernels"]
+    for row in rows:
+        own = kernels if "kernel" not in row[0]["shape"]["layer"] else []
+        assert [r["provider"] for r in row] == ["ours: cpu", *own, "reference", "ours: merged", "dense"]
+    both = [row for row in rows if row[0]["mode"] == "both"]
+    assert ["dX" in row[0]["errors"] for row in both] == [False] * 2 + [True] * 5
     output = capsys.readouterr().out
     assert all(plan["row"] in output for plan in plans) and "7 choices are the faster route" in output
 
@@ -87,15 +94,16 @@ def test_the_table_of_a_gpu(tmp_path):
     ]
     run = RUN | {"machine": Host().describe(), "versions": {"torch": torch.__version__}}
     file = tmp_path / "measured.json"
-    file.write_text(json.dumps({"format": 1, "tables": OTHERS}))
+    file.write_text(json.dumps({"format": ops.tables.FORMAT, "tables": OTHERS}))
     found = Results([run, *(record for shape in shapes for record in gpu_records(shape))])
-    assert tune.enter(found, file) == 6
+    assert tune.enter(found, file, "somebody") == (file, 6)
     data = json.loads(file.read_text())
     another, mine = data["tables"]
-    assert data["format"] == 1 and another == OTHERS[0]
+    assert data["format"] == ops.tables.FORMAT and another == OTHERS[0]
     assert mine["device"] == "Host (CPU)" and mine["capability"] == [0, 0] and mine["torch"] == torch.__version__
-    assert set(mine) == {"device", "capability", "torch", "triton", "date", "commit", "columns", "rows"}
-    assert mine["columns"] == "direction layer precision rows n m r triton products merged dense".split()
+    assert set(mine) == {"device", "capability", "torch", "triton", "date", "commit", "origin", "columns", "rows"}
+    assert mine["columns"] == "direction layer precision rows n m r kernels products merged dense".split()
+    assert mine["origin"] == "somebody" and ops.tables.read(file)[1]["rows"] == mine["rows"]
     sizes = [
         ["conv", "float32", 32, 45, 6, 2],
         ["linear", "float32", 4, 17, 20, 3],
@@ -111,12 +119,36 @@ def test_a_path_that_cannot_serve_is_null():
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("Triton interprets")
     found = gpu_records(NetworkLayer("grid", Linear(33, 17, 20, 3)))
-    rows = tune.rows(Results([RUN, *found]))
+    rows = tune.rows(Results([RUN | {"machine": Host().describe()}, *found]))
     assert [row[0] for row in rows] == ["backward", "forward"] and all(row[7] is None and row[10] > 0 for row in rows)
 
 
-def test_only_times_of_a_gpu_are_entered(tmp_path):
-    for run, found in ((RUN, gpu_records(NetworkLayer("grid", Linear(4, 17, 20, 3)))), (RUN | {"machine": {}}, [])):
-        with pytest.raises(ValueError, match="no times of routes on a GPU"):
-            tune.enter(Results([run, *found]), tmp_path / "measured.json")
+def test_results_without_times_of_routes(tmp_path):
+    run = RUN | {"machine": Host().describe()}
+    with pytest.raises(ValueError, match="no times of routes"):
+        tune.enter(Results([run]), tmp_path / "measured.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_no_folder_for_the_table(tmp_path):
+    run = RUN | {"machine": Host().describe()}
+    found = gpu_records(NetworkLayer("grid", Linear(4, 17, 20, 3)))
+    with pytest.raises(ValueError, match="CONDLR_EXT_TABLES is empty"):
+        tune.enter(Results([run, *found]))
+
+
+def test_tune_measures_and_the_package_chooses_by_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CONDLR_EXT_TABLES", str(tmp_path / "tables"))
+    only = ["--only", "grid 16 x 64 -> 64, r 8", "--threads", "1", "--json", str(tmp_path / "run.jsonl")]
+    try:
+        assert main(["--tune", "--device", "cpu", "--rounds", "1", "--seconds-per-provider", "0.01", *only]) == 0
+        (file,) = (tmp_path / "tables").iterdir()
+        assert f"{file}: 2 rows" in capsys.readouterr().out
+        layer = condlr_ext.LowRankLinear(64, 64, rank=8)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        plan = layer.plan(torch.zeros(16, 64))
+        torch.set_num_threads(before)
+        assert plan.source.startswith("measured on ") and file.name in plan.source
+    finally:
+        ops.tables.reload()
