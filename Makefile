@@ -10,7 +10,7 @@ SOURCES := setup.py build_backend.py CMakeLists.txt pyproject.toml $(shell find 
 BUILD_TOOLS := "setuptools>=77" "cmake>=3.26" ninja
 
 .PHONY: demo test test-all test-interpreter test-plain test-aot-defaults test-ptx-all test-fuzz test-slow test-aot \
-  test-clients fuzz sanitize docs lint types wheel wheels compat clean
+  test-clients fuzz sanitize docs lint types wheel wheels hub compat clean
 
 demo: $(VENV)/.installed
 	$(BIN)/condlr train
@@ -108,6 +108,10 @@ wheels: $(VENV)/.installed
 	TORCH="$(TORCH)" $(BIN)/python tests/packaging/check.py dist/*_x86_64.whl $(PYTHONS)
 	TORCH="$(TORCH)" $(BIN)/python tests/packaging/check.py dist/*_aarch64.whl
 	TORCH="$(TORCH)" $(BIN)/python tests/packaging/check.py dist/*-any.whl $(firstword $(PYTHONS))
+
+# the batched linear algebra as a package in the format of Hugging Face's kernels, in dist/hub/
+hub: $(VENV)/.installed
+	$(BIN)/python tools/hub.py
 
 # by hand: the same wheel on the oldest and on the newest torch (several GB each, removed afterwards)
 compat: $(VENV)/.installed

@@ -280,8 +280,6 @@ class LayerProblem:
         ours = {"ours": shape.ours, f"ours: {kernels}": on(kernels, routes["factorized"])}
         if device.kind == "cuda":  # on CPUs it is what "ours: cpu" is
             ours["ours: factorized"] = routes["factorized"]
-        elif isinstance(shape, Linear) and not ops.COMPILED.ops_reason:  # at any size, faster or not
-            ours["ours: kernels"] = partial(autograd.LowRankLinearFunction.apply, "cpu")
         ours |= {"ours: merged": routes["merged"], "reference": on("reference", routes["factorized"])}
         self.providers = {name: partial(self._by_factors, function, OURS) for name, function in ours.items()} | {
             "eager": partial(self._by_factors, shape.three_products, SAME),
@@ -291,6 +289,10 @@ class LayerProblem:
             "dense": partial(self._by_weight, shape.dense),
             "compiled dense": partial(self._by_weight, shape.dense, compiled=True),
         }
+
+    def kernels(self) -> Provider:
+        """Return the compiled kernels of a linear layer on a CPU, whether faster or not."""
+        return self._by_factors(partial(autograd.LowRankLinearFunction.apply, "cpu"), OURS)
 
     def _by_factors(self, function: Callable, role: str, compiled: bool = False) -> Provider:
         function = torch.compile(function, dynamic=False) if compiled else function

@@ -3,6 +3,8 @@
 import dataclasses
 from functools import partial
 
+from condlr_ext import ops
+
 from ..records import Results, timed
 from ..registry import Operation, Provider, Row
 from .layers import CONVS, LINEARS, Conv, LayerProblem, Linear, dtypes, plan_record, rank
@@ -13,6 +15,7 @@ PATHS = {
     "cpu": {"kernels": "ours: kernels", "products": "reference", "merged": "ours: merged", "dense": "dense"},
     "cuda": {"kernels": "ours: triton", "products": "reference", "merged": "ours: merged", "dense": "dense"},
 }
+PLANNED = {"cpu": ("ours: cpu",), "cuda": ()}  # what the plan is compared with
 MODES = {"cpu": ("forward", "both"), "cuda": ("forward", "backward")}
 RANKS = (0.05, 0.2, 0.5, 1.0)
 
@@ -36,9 +39,11 @@ class RouteProblem:
         problem = LayerProblem(shape.layer, dtype, device, shape.input_gradient)
         self.modes = MODES[device.kind]
         self.work = {mode: problem.work[mode] for mode in self.modes}
-        names = ["ours: cpu"] if device.kind == "cpu" else []  # what is compared with the plan
-        names += [name for name in PATHS[device.kind].values() if name in problem.providers]
-        self.providers = {name: partial(self._provider, problem.providers[name]) for name in names}
+        made = dict(problem.providers)
+        if isinstance(shape.layer, Linear) and device.kind == "cpu" and not ops.COMPILED.ops_reason:
+            made["ours: kernels"] = problem.kernels
+        names = *PLANNED[device.kind], *PATHS[device.kind].values()
+        self.providers = {name: partial(self._provider, made[name]) for name in names if name in made}
         self.plan = problem.plan
 
     def _provider(self, make) -> Provider:
