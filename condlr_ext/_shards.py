@@ -231,8 +231,14 @@ def qr(team: Team, factors: list[Rows], accuracy: float) -> list[Tensor]:
 
 def draw_orthonormal(p: Tensor) -> None:
     """Make a distributed parameter [m, r] orthonormal, at random: the Q of normal numbers, without gathering it."""
+    local(p).copy_(normal(row_indices(p), p.shape[1], _shared_seed(p)))
+    make_orthonormal(p)
+
+
+def make_orthonormal(p: Tensor) -> None:
+    """Replace a distributed parameter [m, r] by its Q."""
     team = Team.of("the parameter", [p])
-    x = Rows.of(team, p, normal(row_indices(p), p.shape[1], _shared_seed(p)))
+    x = Rows.of(team, p)
     qr(team, [x], 1e-13)
     local(p).copy_(x.values)
 

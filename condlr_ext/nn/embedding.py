@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from .. import linalg, ops
+from .._shards import is_distributed, local, make_orthonormal, row_indices
 from .layer import LowRankLayer
 
 
@@ -60,7 +61,12 @@ class LowRankEmbedding(LowRankLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.padding_idx is not None and not self.U.is_meta:
+        if self.padding_idx is None or self.U.is_meta:
+            return
+        if is_distributed(self.U):
+            local(self.U)[row_indices(self.U) == self.padding_idx] = 0
+            make_orthonormal(self.U)
+        else:
             U = self.U.to(torch.promote_types(self.U.dtype, torch.float32), copy=True)
             U[self.padding_idx] = 0
             self.U.copy_(linalg.orthonormalize(U))

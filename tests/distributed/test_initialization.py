@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from condlr_ext import condition_numbers
-from condlr_ext.nn import low_rank_layers
+from condlr_ext.nn import LowRankEmbedding, low_rank_layers
 from condlr_ext.optim import CondLRSGD
 
 
@@ -45,6 +45,21 @@ def test_meta_then_to_empty_then_reset(pool):
     for world, dims in ((3, 1), (4, 2)):
         for whole in pool.run(check_meta, world, dims):
             torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-6)
+
+
+def check_embedding(mesh):
+    with torch.device("meta"):
+        layer = LowRankEmbedding(10, 6, padding_idx=7, rank=3)
+    fully_shard(layer, mesh=mesh)
+    layer.to_empty(device="cpu")
+    layer.reset_parameters()
+    U = layer.U.full_tensor()
+    torch.testing.assert_close(U.mT @ U, torch.eye(3), rtol=0, atol=2e-6)
+    assert not U[7].any() and U.any(1).sum() == 9
+
+
+def test_the_padding_row_of_an_embedding_is_zero(pool):
+    pool.run(check_embedding, 3)
 
 
 def check_condition_number(mesh):

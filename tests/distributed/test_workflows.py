@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from condlr_ext import LowRankLinear, condition_numbers
-from condlr_ext.optim import CondLRSGD
+from condlr_ext.optim import CondLRAdamW, CondLRSGD
+from condlr_ext.parallel import LowRankColwiseParallel, LowRankRowwiseParallel
 
 
 class Block(nn.Module):
@@ -88,6 +91,44 @@ WAYS = ["accumulated", "clipped", "checkpointed", pytest.param("compiled", marks
 @pytest.mark.parametrize("way", WAYS)
 def test_equal_to_one_process(pool, way):
     pool.run(check_workflow, 2, way)
+
+
+def check_tensor_parallel(mesh, with_fsdp, kind):
+    """Column-wise and row-wise layers, whose parts of the parameters differ by layer, and a dense head."""
+    rank = mesh.get_local_rank()
+    whole = nn.Sequential(*Block().children(), nn.Linear(6, 3)).double()
+    model = copy.deepcopy(whole)
+    grid = init_device_mesh("cpu", (2, 2) if with_fsdp else (1, 4), mesh_dim_names=("data", "tensor"))
+    plan = {"0": LowRankColwiseParallel(), "1": LowRankRowwiseParallel()}
+    parallelize_module(model, grid["tensor"], plan)
+    part, parts = 0, 1
+    if with_fsdp:
+        part, parts = rank // 2, 2
+        for module in model:
+            fully_shard(module, mesh=grid["data"])
+        fully_shard(model, mesh=grid["data"])
+    optimizers = [KINDS[kind](net) for net in (whole, model)]
+    for step in range(3):
+        x, y = batch(step)
+        mine = x.chunk(parts)[part], y.chunk(parts)[part]
+        for optimizer, net, given in zip(optimizers, (whole, model), ((x, y), mine), strict=True):
+            optimizer.zero_grad()
+            loss_of(net, *given).backward()
+            optimizer.step()
+    for p, q in zip(whole.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.full_tensor() if hasattr(q, "full_tensor") else q, p, rtol=1e-4, atol=1e-5)
+
+
+KINDS = {
+    "sgd": lambda model: CondLRSGD(model, 0.1, 0.9, tau=0.1),
+    "adamw": lambda model: CondLRAdamW(model, 0.05, eps=1e-2, tau=0.1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_fsdp", [False, True])
+def test_tensor_parallel_training(pool, with_fsdp, kind):
+    pool.run(check_tensor_parallel, 4, with_fsdp, kind)
 
 
 def check_mixed_precision(mesh):
