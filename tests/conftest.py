@@ -50,6 +50,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_queries():
+    """On tiny networks Square's thousands of queries cost more than all else, and a hundred find as much."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("condlr_ext.robustness.cascade.QUERIES", 100)
+        patch.setattr("condlr_ext.robustness.cascade.ALL_QUERIES", 200)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_poisoned():
     """Fixed seed; torch fills memory from torch.empty with NaN, so a lane nobody wrote shows."""

@@ -10,7 +10,7 @@ from .._modules import frozen
 from .._types import Budgets
 from .balls import BALLS, Ball
 from .losses import LOSSES, targeted_dlr
-from .search import Search, repeat_for_budgets, sample_start, select_samples, unperturbed
+from .search import Search, repeat_for_budgets, rivals, sample_start, select_samples, unperturbed
 
 MOMENTUM = 0.75  # alpha of the paper: weight of the new step against the last one
 RISES_NEEDED = 0.75  # rho: share of the steps between two checkpoints that must raise the loss
@@ -74,32 +74,46 @@ def apgd(
     if x.numel() == 0:
         return unperturbed(x, budgets)
 
-    ball = BALLS[norm]
     with frozen(model):
         center, labels, radius = repeat_for_budgets(x, y, budgets)
-        search = Search("apgd", model, labels, LOSSES.get(loss, LOSSES["dlr"]), loss, center, center)
-        target_classes = _target_classes(search, targets) if loss == TARGETED else [None]
-        for ascent, target in enumerate(target for target in target_classes for _ in range(restarts)):
-            start = sample_start(ball, x, center, radius, generator)
-            if ascent and not len(search.drop_misclassified()):
-                break
-            rows = search.rows
-            if target is not None:
-                search.objective = partial(targeted_dlr, target=target[rows])
-            _ascend(search, ball, center[rows], radius[rows], start[rows], steps)
+        search = start_search("apgd", model, center, labels, loss)
+        draw = partial(sample_start, BALLS[norm], x, center, radius, generator)
+        ascend_from(search, norm, center, radius, draw, steps, restarts, targets if loss == TARGETED else 0)
         (best,) = search.strongest()
     return best.view(*budgets.shape, *x.shape)
 
 
-def _target_classes(search: Search, targets: int) -> tuple[Tensor, ...]:
-    """Return the target class [N] of each ascent, those of highest clean logit first."""
-    order = search.clean_logits.argsort(1, descending=True)
-    others = order[order != search.labels[:, None]].view(len(order), -1)
-    return others[:, :targets].unbind(1)
+def start_search(caller: str, model: nn.Module, center: Tensor, labels: Tensor, loss: str) -> Search:
+    return Search(caller, model, labels, LOSSES.get(loss, LOSSES["dlr"]), loss, center, center)
 
 
-def _ascend(search: Search, ball: Ball, center: Tensor, radius: Tensor, start: Tensor, steps: int) -> None:
+def ascend_from(
+    search: Search, norm: str, center: Tensor, radius: Tensor, draw, steps: int, restarts: int, targets: int,
+    hasty: bool = False,
+) -> None:  # fmt: skip
+    """Run algorithm 1 from each restart, for each target class, on the samples that have not fallen before.
+
+    Args:
+        search: Over center.
+        center: [N, ...].
+        radius: [N, 1, ...].
+        draw: Function without arguments returning random starts [N, ...].
+        targets: How many target classes; 0: the loss of the search, without a target.
+        hasty: Whether samples leave at checkpoints too once they have fallen, and not only between ascents.
+    """
+    classes = rivals(search.clean_logits, search.labels)[:, :targets].unbind(1) if targets else [None]
+    for ascent, target in enumerate(target for target in classes for _ in range(restarts)):
+        start = draw()
+        if (ascent or hasty) and not len(search.drop_misclassified()):
+            break
+        _ascend(search, BALLS[norm], center, radius, start, steps, target, hasty)
+
+
+def _ascend(search: Search, ball: Ball, center, radius, start, steps: int, target: Tensor | None, hasty: bool) -> None:
     """Run algorithm 1 once, for all samples of search.rows in one batch."""
+    center, radius, start = center[search.rows], radius[search.rows], start[search.rows]
+    if target is not None:
+        search.objective, search.extra = targeted_dlr, (target,)
     stride = 2 * radius
     point = previous = best = start
     loss, grad = search.loss_and_gradient(start, start)
@@ -108,11 +122,11 @@ def _ascend(search: Search, ball: Ball, center: Tensor, radius: Tensor, start: T
     halved, checkpoint_loss, checkpoint = torch.zeros_like(loss, dtype=torch.bool), loss, 0
     schedule = set(checkpoints(steps))
     for k in range(1, steps + 1):
-        target = ball.move(point + stride * ball.direction(grad), center, radius)
+        move = ball.move(point + stride * ball.direction(grad), center, radius)
         if k > 1:
-            mixed = point + MOMENTUM * (target - point) + (1 - MOMENTUM) * (point - previous)
-            target = ball.move(mixed, center, radius)
-        previous, point, previous_loss = point, target, loss
+            mixed = point + MOMENTUM * (move - point) + (1 - MOMENTUM) * (point - previous)
+            move = ball.move(mixed, center, radius)
+        previous, point, previous_loss = point, move, loss
         loss, grad = search.loss_and_gradient(point, point)
         rises += loss > previous_loss
         better = loss > best_loss
@@ -125,6 +139,15 @@ def _ascend(search: Search, ball: Ball, center: Tensor, radius: Tensor, start: T
             point, grad = select_samples(halved, best, point), select_samples(halved, best_grad, grad)
             loss = torch.where(halved, best_loss, loss)
             rises, checkpoint_loss, checkpoint = torch.zeros_like(rises), best_loss, k
+            if hasty and (fallen := search.wrong[search.rows]).any():
+                if not len(search.drop_misclassified()):
+                    return
+                center, radius, stride, point, previous, best, loss, grad, best_loss, best_grad, rises, halved = (
+                    t[~fallen] for t in (
+                        center, radius, stride, point, previous, best, loss, grad, best_loss, best_grad, rises, halved,
+                    )
+                )  # fmt: skip
+                checkpoint_loss = best_loss
 
 
 def checkpoints(steps: int) -> list[int]:

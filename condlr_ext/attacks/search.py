@@ -38,12 +38,20 @@ def input_gradient(caller: str, loss: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(loss.sum(), x)[0]
 
 
+def rivals(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the classes other than the label, [N, C - 1], those of highest logit first."""
+    order = logits.argsort(1, descending=True)
+    return order[order != labels[:, None]].view(len(order), -1)
+
+
 class Search:
     """Calls a frozen model and keeps each sample's strongest state: a misclassified one if there is any, and of those
     (else of all) the one of highest loss. A state is any tuple of tensors [N, ...].
 
     Attributes:
         rows: Indices of the samples that points and states belong to; all at first, see drop_misclassified.
+        objective: Function of logits, labels and extra, the loss of each sample.
+        extra: Further arguments of it [N, ...], such as target classes.
     """
 
     def __init__(self, caller: str, model: nn.Module, labels: Tensor, objective, loss: str, clean: Tensor, *state):
@@ -56,7 +64,7 @@ class Search:
             self.loss = objective(self.clean_logits, labels)
         self.wrong = self.clean_logits.argmax(1) != labels
         self.state = tuple(part.clone() for part in state)
-        self.rows = slice(None)
+        self.rows, self.extra = slice(None), ()
         self.finite = torch.ones((), dtype=torch.bool, device=clean.device)
 
     def loss_and_gradient(self, point: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,7 +84,8 @@ class Search:
     def _forward(self, point: Tensor) -> tuple[Tensor, Tensor]:
         labels = self.labels[self.rows]
         logits = self.model(point)
-        return self.objective(logits, labels), logits.argmax(1) != labels
+        loss = self.objective(logits, labels, *(t[self.rows] for t in self.extra))
+        return loss, logits.argmax(1) != labels
 
     def _keep_stronger(self, loss: Tensor, wrong: Tensor, state: tuple[Tensor, ...]) -> None:
         self.finite &= torch.isfinite(loss).all()

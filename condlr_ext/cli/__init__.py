@@ -137,9 +137,12 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     evaluate.add_argument("--data", help="instead of the data set it was trained on")
     evaluate.add_argument("--folder", help="where the files of the data set lie")
     evaluate.add_argument("--eps", type=float, nargs="+", help="instead of the budgets of its training run")
-    evaluate.add_argument("--attacks", nargs="+", metavar="NAME", help="instead of those of its training run")
+    evaluate.add_argument(
+        "--attacks", nargs="+", metavar="NAME", help="worst, or names; instead of those of its training run"
+    )
     evaluate.add_argument("--attack-steps", type=int, metavar="N", help="instead of those of its training run")
     evaluate.add_argument("--attack-restarts", type=int, metavar="N", help="instead of those of its training run")
+    evaluate.add_argument("--attack-samples", type=int, metavar="N", help="instead of those of its training run")
     evaluate.add_argument("--device", default="cpu", help="default: %(default)s")
     evaluate.add_argument("--json", action="store_true", help="print every number as JSON")
 

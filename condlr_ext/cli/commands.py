@@ -1,6 +1,7 @@
 """Subcommands of `condlr`; the experiments and their packages load only when needed."""
 
 import json
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,15 +21,17 @@ def train(arguments: Namespace) -> None:
 
 def evaluate(arguments: Namespace) -> None:
     from ..experiments.checkpoint import evaluate_checkpoint
+    from ..experiments.progress import Progress
     from ..robustness import KNOWN_ATTACKS
 
     changes = {
         "eps": arguments.eps, "attacks": arguments.attacks, "steps": arguments.attack_steps,
-        "restarts": arguments.attack_restarts,
+        "restarts": arguments.attack_restarts, "samples": arguments.attack_samples,
     }  # fmt: skip
     changes = {name: value for name, value in changes.items() if value is not None}
     where = {"data": arguments.data, "folder": arguments.folder, "device": arguments.device}
-    result = evaluate_checkpoint(Path(arguments.checkpoint), **where, **changes)
+    with Progress(None, shown=bool(sys.stderr and sys.stderr.isatty())) as bar:
+        result = evaluate_checkpoint(Path(arguments.checkpoint), **where, **changes, progress=bar.attack)
     if arguments.json:
         print(json.dumps(result))
         return
@@ -36,7 +39,8 @@ def evaluate(arguments: Namespace) -> None:
     rows = [["0 (clean)"] + [f"{100 * result['clean']:.2f}"] * len(attacks)]
     for i, e in enumerate(result["eps"]):
         rows.append([f"{e:g}"] + [f"{100 * result[name][i]:.2f}" for name in attacks])
-    print(f"{result['run']} on {result['n']} test samples of {result['data']}, accuracy in %")
+    some = f"{result['n']} of {result['of']}" if "of" in result else result["n"]
+    print(f"{result['run']} on {some} test samples of {result['data']}, accuracy in %")
     print(_table.text(["eps", *attacks], rows))
     saturated, zero, tiny = (f"{100 * result[name]:.2f} %" for name in ("saturated", "zero_gradient", "tiny_gradient"))
     print(f"softmax = 1: {saturated}; input gradient 0: {zero}, below 1e-10: {tiny}")

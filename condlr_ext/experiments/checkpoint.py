@@ -1,6 +1,7 @@
 """Checkpoints of runs: the model with what is needed to build it again and to attack it."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,17 +14,18 @@ from ..errors import CheckpointError, NonFiniteError
 from ..io import checkpoint
 from ..linalg import svd
 from ..nn import LowRankLayer
-from ..robustness import ATTACKS, KNOWN_ATTACKS, evaluate
-from ..robustness.evaluation import classes_needed
+from ..robustness import KNOWN_ATTACKS, evaluate, worst_case
 from ._defaults import torch_defaults
 from .config import TrainConfig
-from .data import Split, load
+from .data import Split, balanced, load
 from .inspect_layers import TWO_FACTOR, core, low_rank_layers, matrix_shape, orthonormality_error, weight_count
 from .methods import Method
 from .methods.base import Settings
 from .networks import build, check_device, place
 
-ATTACK_BATCH = 1024  # samples attacked at a time, times the number of budgets
+ATTACK_BATCH = 1024  # samples attacked at a time, times the number of budgets ...
+WORST_BATCH = 256  # ... and in the cascade, where each has one budget
+WORST = ["worst"]
 
 pydantic = require("pydantic")
 _Count = Annotated[int, pydantic.Field(ge=1, lt=2**31)]
@@ -32,17 +34,18 @@ _Finite = Annotated[float, pydantic.Field(allow_inf_nan=False)]
 
 
 class _Attack(Settings):
-    """The arguments of robustness.evaluate."""
+    """The arguments of robustness.evaluate or, where attacks is ["worst"], worst_case; and how many samples."""
 
     where = "metadata"
     name = "attack"
 
     eps: list[Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]] = pydantic.Field(min_length=1)
-    attacks: list[Literal[tuple(KNOWN_ATTACKS)]] = pydantic.Field(min_length=1)
+    attacks: list[Literal[("worst", *KNOWN_ATTACKS)]] = pydantic.Field(min_length=1)
     steps: _Count
     restarts: _Count
     seed: _Seed
     batch_size: _Count
+    samples: _Count | None = None
 
 
 class _Metadata(Settings, extra="ignore"):
@@ -74,8 +77,12 @@ class _Metadata(Settings, extra="ignore"):
         return self
 
 
-def save_and_attack(path: Path, model: nn.Module, record: dict, config: TrainConfig, split: Split) -> dict:
+def save_and_attack(
+    path: Path, model: nn.Module, record: dict, config: TrainConfig, split: Split, progress=None
+) -> dict:
     """Write the finished model of a run and evaluate it under attack.
+
+    The results of single attacks are kept in a file beside it, with the suffix .attacks, until all are there.
 
     Args:
         path: The .safetensors file.
@@ -83,6 +90,7 @@ def save_and_attack(path: Path, model: nn.Module, record: dict, config: TrainCon
         record: The run's "run", "ranks", "tau", "seed" and "settings".
         config: The settings.
         split: The data of the training.
+        progress: As for robustness.evaluate.
 
     Returns:
         dict: "robustness" and "checkpoint", the file's name.
@@ -91,13 +99,15 @@ def save_and_attack(path: Path, model: nn.Module, record: dict, config: TrainCon
         NonFiniteError: The weights are too large to be attacked; no file is left.
     """
     x, y = (split.x_test, split.y_test) if config.test else (split.x_val, split.y_val)
+    worst = list(config.attacks) == WORST
     attack = {
         "eps": list(config.eps),
-        "attacks": list(config.attacks or (name for name in ATTACKS if split.classes >= classes_needed(name))),
-        "steps": config.attack_steps,
-        "restarts": config.attack_restarts,
+        "attacks": list(config.attacks),
+        "steps": config.attack_steps or (100 if worst else 30),
+        "restarts": config.attack_restarts or (1 if worst else 2),
         "seed": record["seed"],
-        "batch_size": ATTACK_BATCH,
+        "batch_size": WORST_BATCH if worst else ATTACK_BATCH,
+        "samples": config.attack_samples,
     }
     metadata = {
         "run": record["run"], "ranks": record["ranks"], "tau": record["tau"], "seed": record["seed"],
@@ -106,12 +116,31 @@ def save_and_attack(path: Path, model: nn.Module, record: dict, config: TrainCon
         "validation": config.validation, "test": config.test, "fingerprint": record["settings"]["fingerprint"],
     }  # fmt: skip
     checkpoint.save(model, path, tau=metadata["tau"], extra=metadata)  # before the attacks, which may fail
+    journal = path.with_suffix(".attacks")
     try:
-        robustness = evaluate(model, x.to(config.device), y.to(config.device), **attack)
+        robustness = _attacked(model, x, y, config.device, attack, progress=progress, journal=journal)
     except NonFiniteError:
         path.unlink()
         raise
+    journal.unlink(missing_ok=True)
     return {"robustness": robustness, "checkpoint": path.name}
+
+
+def _attacked(model: nn.Module, x: Tensor, y: Tensor, device: str, attack: dict, **options) -> dict:
+    """Return the accuracy under attack of the model on the samples that _Attack describes.
+
+    Where those are not all samples, "of" is the number of all and "clean_of_all" the accuracy on them.
+    """
+    arguments = {name: value for name, value in attack.items() if name not in ("attacks", "samples")} | options
+    chosen = balanced(y, attack.get("samples"))
+    names = list(attack["attacks"])
+    run = worst_case if names == WORST else partial(evaluate, attacks=names)
+    result = run(model, x[chosen].to(device), y[chosen].to(device), **arguments)
+    if len(chosen) < len(y):
+        with torch.no_grad():
+            right = [model(part.to(device)).argmax(1).cpu() for part in x.split(ATTACK_BATCH)]
+        result |= {"of": len(y), "clean_of_all": (torch.cat(right) == y).double().mean().item()}
+    return result
 
 
 def load_checkpoint(path: Path) -> tuple[nn.Module, dict]:
@@ -153,7 +182,7 @@ def _built(metadata: dict) -> nn.Module:
 
 @torch_defaults()
 def evaluate_checkpoint(
-    path: Path, *, data: str | None = None, folder: Path | None = None, device: str = "cpu", **changes
+    path: Path, *, data: str | None = None, folder: Path | None = None, device: str = "cpu", progress=None, **changes
 ) -> dict:
     """Return the accuracy of a checkpoint under attack; without options, exactly the numbers of its training run.
 
@@ -162,10 +191,12 @@ def evaluate_checkpoint(
         data: Instead of what it was trained on.
         folder: Folder with the files of a data set.
         device: Where it runs.
-        changes: Arguments of robustness.evaluate that take another value than in its training run.
+        progress: As for robustness.evaluate.
+        changes: What is different from its training run: eps, attacks (["worst"] for the cascade), steps, restarts,
+            samples (None for all).
 
     Returns:
-        dict: run, data and what robustness.evaluate returns.
+        dict: run, data and what robustness.evaluate or worst_case returns.
 
     Raises:
         ValueError: An unusable file, device or data set, or data that does not fit the model.
@@ -192,7 +223,7 @@ def evaluate_checkpoint(
         )
     x, y = (split.x_test, split.y_test) if metadata["test"] else (split.x_val, split.y_val)
     place(model, device)  # as in training: other roundings else
-    result = evaluate(model, x.to(device), y.to(device), **metadata["attack"] | changes)
+    result = _attacked(model, x, y, device, metadata["attack"] | changes, progress=progress)
     return {"run": metadata["run"], "data": data, **result}
 
 

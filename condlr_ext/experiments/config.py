@@ -87,11 +87,22 @@ class TrainConfig(Settings):
         min_length=1,
         description="l-infinity budgets of the attacks on trained networks, in the units of x in [0, 1]",
     )
-    attacks: tuple[Literal[tuple(KNOWN_ATTACKS)], ...] | None = pydantic.Field(
-        None, min_length=1, description=f"out of {', '.join(KNOWN_ATTACKS)}; default: all that suit the classes"
+    attacks: tuple[Literal[("worst", *KNOWN_ATTACKS)], ...] = pydantic.Field(
+        ("worst",),
+        min_length=1,
+        description=f"worst, alone: a cascade of strong attacks on what is still standing; or, each in a column of its "
+        f"own and on all samples, out of {', '.join(KNOWN_ATTACKS)}",
     )
-    attack_steps: int = pydantic.Field(30, ge=1, description="steps of the iterated attacks")
-    attack_restarts: int = pydantic.Field(2, ge=1, description="restarts of the iterated attacks")
+    attack_steps: int | None = pydantic.Field(
+        None, ge=1, description="steps of the iterated attacks; default: 100 with worst, else 30"
+    )
+    attack_restarts: int | None = pydantic.Field(
+        None, ge=1, description="restarts of the iterated attacks; default: 1 with worst, else 2"
+    )
+    attack_samples: int | None = pydantic.Field(
+        None, ge=1, description="samples that are attacked, as many of each class; default: all"
+    )
+    jobs: int = pydantic.Field(1, ge=1, description="processes, each of which trains and attacks the runs of a seed")
     device: str = pydantic.Field("cpu", description="where training and attacks run")
     tensorboard: bool = pydantic.Field(False, description="log for TensorBoard too, in out/tensorboard")
     out: Path = pydantic.Field(
@@ -112,9 +123,11 @@ class TrainConfig(Settings):
     @pydantic.model_validator(mode="after")
     def _consistent(self):
         for name in ("runs", "seeds", "eps", "attacks"):
-            texts = list(map(str, getattr(self, name) or ()))
+            texts = list(map(str, getattr(self, name)))
             if len(set(texts)) < len(texts):
                 raise ValueError(f"train: {name} must be different, got {', '.join(texts)}")
+        if "worst" in self.attacks and len(self.attacks) > 1:
+            raise ValueError(f"train: attacks must be worst alone or without it, got {', '.join(self.attacks)}")
         if not self.test and not self.validation:
             raise ValueError("train: without test there must be a validation part, got validation = 0")
         return self

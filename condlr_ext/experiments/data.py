@@ -105,6 +105,17 @@ def load(name: str, seed: int, *, folder: Path | str | None = None, validation: 
     return split
 
 
+def balanced(y: Tensor, count: int | None) -> Tensor:
+    """Return the indices, ascending, of the first samples of each class, `count` in all (None: of all samples) and as
+    many of each class as there are, to one sample."""
+    place = torch.zeros_like(y)  # among the samples of its class
+    for label in y.unique():
+        members = y == label
+        place[members] = torch.arange(int(members.sum()), device="cpu")
+    order = (place * (int(y.max()) + 1) + y).argsort()
+    return order[:count].sort().values
+
+
 def _divide(x: np.ndarray, y: np.ndarray, share: float, seed: int) -> list[Tensor]:
     """Split x and y in two parts each, the second a share of the samples, with the classes in proportion."""
     train_test_split = require("sklearn.model_selection").train_test_split

@@ -24,7 +24,7 @@ _ATTACKS = {"fgsm": "FGSM", "pgd-ce": "PGD", "apgd-ce": "APGD", "apgd-t": "APGD-
 _TEXT = ("run", "label", "status", "ranks")  # columns that hold no number
 _MEASURED = ("max_kappa", "orthonormality", "seconds_per_epoch")  # to seven digits, shares to nine
 _GRADIENTS = ("saturated", "zero_gradient", "tiny_gradient", "dead_gradient")
-_NOT_SETTINGS = ("runs", "folder", "tensorboard", "out", "overwrite")
+_NOT_SETTINGS = ("runs", "folder", "tensorboard", "out", "overwrite", "jobs")
 
 
 def write(results: dict, out: Path) -> None:
@@ -84,7 +84,7 @@ def flat(record: dict) -> dict:
 def _attacked(record: dict) -> dict:
     found = record.get("robustness") or {}
     attacks = [name for name in (*KNOWN_ATTACKS, "worst") if name in found]
-    row = {"clean": found.get("clean")}
+    row = {"clean": found.get("clean_of_all", found.get("clean"))}
     return row | {f"{name}@{e:g}": v for name in attacks for e, v in zip(found["eps"], found[name], strict=True)}
 
 
@@ -138,8 +138,9 @@ def summary(results: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def attack_columns(settings: dict) -> dict[str, str]:
-    """Return the columns under attack by title: of the attacks that the settings name, or FGSM, and the worst case."""
-    attacks = [*(settings.get("attacks") or ("fgsm",)), "worst"]
+    """Return the columns under attack by title: of the attacks that are named, else of FGSM, and the worst case."""
+    named = settings.get("attacks", ["worst"])
+    attacks = ["fgsm", "worst"] if list(named) == ["worst"] else [*named, "worst"]
     return {f"{_ATTACKS.get(name, name)}\n{e:g}": f"{name}@{e:g}" for name in attacks for e in settings["eps"]}
 
 

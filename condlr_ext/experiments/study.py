@@ -3,7 +3,6 @@
 import json
 import math
 import platform
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from .config import TrainConfig
 from .data import Split, load
 from .methods import Method, check_runs
 from .networks import build, check_device
+from .progress import Progress
 from .trainer import Trainer
 
 STATE_EVERY = 30  # seconds between the files from which an interrupted run goes on
@@ -64,27 +64,23 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
     start = time.perf_counter()
     check_device("train", config.device)
     split = _split(config, config.seeds[0])
-    for name in config.attacks or ():
-        check_classes("train", name, split.classes)
+    for name in config.attacks:
+        if name != "worst":
+            check_classes("train", name, split.classes)
     check_runs(config.runs, _initial(config, split, config.seeds[0]), config.epochs)
     _make_folder(config.out)
     runs = [[_Run(config, method, seed) for method in config.runs] for seed in config.seeds]
     if not config.overwrite:
         _refuse_to_lose(runs)
-    records = []
-    interval = 0.1 if sys.stderr and sys.stderr.isatty() else 10  # seconds: a log file gets few lines
-    count = len(config.runs) * len(config.seeds)
-    with require("tqdm").tqdm(
-        total=count * config.epochs, unit="epoch", disable=not progress or not sys.stderr, mininterval=interval
-    ) as bar:
-        for seed, of_seed in zip(config.seeds, runs, strict=True):
-            if seed != config.seeds[0]:
-                split = _split(config, seed)
-            initial = _initial(config, split, seed)
-            for run in of_seed:
-                bar.set_description(f"{run.identity['label']}, seed {seed} ({len(records) + 1}/{count})")
-                records.append(_trained(run, initial, split, bar.update))
-                bar.update(len(records) * config.epochs - bar.n)  # what a diverged run left out
+    if config.jobs > 1 and len(config.seeds) > 1:
+        joblib, state = require("joblib"), (current_backend(), torch.get_num_threads(), progress)
+        joblib.Parallel(min(config.jobs, len(config.seeds)))(
+            joblib.delayed(_in_process)(config.plain(), seed, *state, i % config.jobs)
+            for i, seed in enumerate(config.seeds)
+        )
+    # what other processes have done is only read here
+    with Progress(len(config.runs) * len(config.seeds) * config.epochs, progress) as bar:
+        records = [record for seed in config.seeds for record in _of_seed(config, seed, bar)]
     results = {
         "config": config.plain(),
         "data": split.sizes,
@@ -96,6 +92,26 @@ def train(config: TrainConfig, progress: bool = False) -> dict:
     }
     report.write(results, config.out)
     return results
+
+
+@torch_defaults()
+def _in_process(settings: dict, seed: int, backend: str, threads: int, progress: bool, position: int) -> None:
+    """Train and attack all runs of a seed, in a process of its own."""
+    config = TrainConfig(**settings)
+    torch.set_num_threads(threads)
+    with condlr_ext.backend(backend), Progress(len(config.runs) * config.epochs, progress, position) as bar:
+        _of_seed(config, seed, bar)
+
+
+def _of_seed(config: TrainConfig, seed: int, bar: Progress) -> list[dict]:
+    """Return the records of all runs of a seed."""
+    split = _split(config, seed)
+    initial, begin, records = _initial(config, split, seed), bar.epochs, []
+    for run in (_Run(config, method, seed) for method in config.runs):
+        bar.describe(f"{run.identity['label']}, seed {seed} ({len(records) + 1}/{len(config.runs)})")
+        records.append(_trained(run, initial, split, bar))
+        bar.advance_to(begin + len(records) * config.epochs)  # also where a diverged run left some out
+    return records
 
 
 class _Run:
@@ -110,7 +126,7 @@ class _Run:
     def __init__(self, config: TrainConfig, method: Method, seed: int):
         self.config = config.only(method, seed)
         self.identity = method.identity() | {"seed": seed}
-        left_out = ("out", "folder", "tensorboard", "overwrite")
+        left_out = ("out", "folder", "tensorboard", "overwrite", "jobs")
         self.settings = {name: value for name, value in self.config.plain().items() if name not in left_out}
 
     def file(self, ending: str) -> Path:
@@ -183,24 +199,25 @@ def _differences(stored: dict, settings: dict) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- one run
 
 
-def _trained(run: _Run, initial: nn.Module, split: Split, tick) -> dict:
+def _trained(run: _Run, initial: nn.Module, split: Split, bar: Progress) -> dict:
     """Return the record of a run: read it if it exists, else train and write it."""
     settings = run.settings | {"fingerprint": split.fingerprint}
     if (record := run.stored()) is not None and not _differences(record["settings"], settings):
         return record
     trainer = Trainer(run.config, split, initial, run.interrupted(settings))
-    tick(trainer.epoch)
+    bar.advance(trainer.epoch)
     made_with = _versions() | {"backend": current_backend(), "threads": torch.get_num_threads()}
-    _train(trainer, run.file(".state"), settings, tick)
+    _train(trainer, run.file(".state"), settings, bar.advance)
     record = run.identity | {"made_with": made_with, "settings": settings} | trainer.finish()
     last, best = run.file(".safetensors"), run.file("-best.safetensors")
     for file in (last, best):  # not to be mistaken for this run's
         file.unlink(missing_ok=True)
     if record["status"] != "diverged":
         try:
-            record |= save_and_attack(last, trainer.model, record, run.config, split)
+            record |= save_and_attack(last, trainer.model, record, run.config, split, bar.attack)
             if record["best"] is not None:
-                attacked = save_and_attack(best, trainer.best_model(), record | record["best"], run.config, split)
+                model, of_best = trainer.best_model(), record | record["best"]
+                attacked = save_and_attack(best, model, of_best, run.config, split, bar.attack)
                 record["best"] = record["best"] | attacked
         except NonFiniteError:  # finite on the training set, but so large that its gradients are not
             record["status"] = "diverged"

@@ -1,6 +1,7 @@
 """Accuracy under attack, adversarial training, and certificates of robustness."""
 
 from .adversarial_training import adversarial_loss, kl_pgd, trades_loss, train_epoch
+from .cascade import worst_case
 from .certificates import certified_radius, misalignment
 from .conv_spectrum import conv_singular_values
 from .evaluation import ATTACKS, KNOWN_ATTACKS, Evaluation, evaluate
@@ -27,4 +28,5 @@ __all__ = [
     "plateau",
     "trades_loss",
     "train_epoch",
+    "worst_case",
 ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..attacks.balls import BALLS
 from ..attacks.gradient import clean_gradient, fgsm, pgd
 from ..attacks.losses import CLASSES_NEEDED
 from . import masking
+from .journal import Journal, checksum
 
 ATTACKS = ("fgsm", "pgd-ce", "pgd-dlr")
 _FUNCTIONS = {  # name -> attack and loss
@@ -26,7 +28,7 @@ _FUNCTIONS = {  # name -> attack and loss
 KNOWN_ATTACKS = tuple(_FUNCTIONS)
 _RESERVED = (
     "n", "norm", "others", "eps", "clean", "worst", "transfer", "transfer_only", "at_zero", "flags", "saturated",
-    "zero_gradient", "tiny_gradient", "dead_gradient",
+    "zero_gradient", "tiny_gradient", "dead_gradient", "stages", "square_only", "distances",
 )  # fmt: skip
 _SEED_STRIDE = 1_000_003  # between the seeds of two attacks
 
@@ -35,9 +37,13 @@ class Evaluation(dict[str, Any]):
     """The numbers of one evaluation, ready for json.dumps; str() shows them as a table with the guard's verdict."""
 
     def __str__(self) -> str:
-        columns = [name for name in (*KNOWN_ATTACKS, *self["others"], "transfer", "worst") if name in self]
+        names = [name for name in (*KNOWN_ATTACKS, *self["others"], "transfer") if name in self]
+        columns = {name: self[name] for name in names}
+        columns |= {f"after {name}": values for name, values in self.get("stages", {}).items()}
+        if "worst" in self:
+            columns["worst"] = self["worst"]
         lines = [f"{self['n']} samples, clean accuracy {self['clean']:.2%}; accuracy in % under {self['norm']} attacks"]
-        rows = [[f"{e:g}", *(f"{100 * self[name][i]:.2f}" for name in columns)] for i, e in enumerate(self["eps"])]
+        rows = [[f"{e:g}", *(f"{100 * v[i]:.2f}" for v in columns.values())] for i, e in enumerate(self["eps"])]
         lines.append(_table.text(["eps", *columns], rows))
         lines.append(
             f"softmax = 1: {self['saturated']:.2%}; input gradient 0: {self['zero_gradient']:.2%}, "
@@ -65,6 +71,8 @@ def evaluate(
     guard: bool = True,
     surrogate: nn.Module | None = None,
     others: Mapping[str, Callable[..., Tensor]] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    journal: Path | None = None,
 ) -> Evaluation:
     """Measure clean accuracy and accuracy under attack at each budget: the share of samples with argmax = label.
 
@@ -92,6 +100,9 @@ def evaluate(
         surrogate: Another classifier; PGD examples made on it are tried on the model as attack "transfer".
         others: Further attacks by name, each called as attack(model, x, y, eps) with eps [E] and returning
             [E, B, ...], such as functools.partial(attacks.low_rank_pgd, rank=2).
+        progress: Called as progress(attack, samples done, N).
+        journal: File that keeps the result of every attack of the package, so that the same call goes on after the last
+            one; it is for the caller to remove.
 
     Returns:
         Evaluation, a dict of plain numbers: "n"; "norm"; "others", their names; "eps"; "clean"; under each attack's
@@ -126,46 +137,60 @@ def evaluate(
             raise ValueError(f"evaluate: others must have names of their own, got {name!r}")
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
 
+    key = {"attacks": [plain_budgets(eps), norm, steps, restarts, seed, batch_size]}
+    kept = Journal(journal, key | {"of": journal and checksum(model, x, y)})
     with frozen(model):
-        clean, classes = _clean_statistics(model, batches)
+        clean, classes = clean_statistics("evaluate", model, batches)
         names = _select_attacks(requested, classes, guard)
 
-        def survivors(eps: Tensor, steps: int, restarts: int) -> dict[str, Tensor]:
+        def attacked(eps: Tensor, steps: int, restarts: int, place: str = "") -> dict[str, Tensor]:
             runs = {name: _attack(name, seed, x.device, norm, steps, restarts) for name in names} | others
             if surrogate is not None:
                 runs["transfer"] = _transfer(surrogate, seed, x.device, norm, steps, restarts)
+
+            def stands(name: str, run) -> Tensor:
+                parts = []
+                for i, batch in enumerate(batches):
+                    if progress is not None:
+                        progress(name + place, i * batch_size, len(x))
+                    parts.append(survivors(name, run, model, *batch, eps, norm))
+                return torch.cat(parts, dim=1).cpu()
+
             return {
-                name: torch.cat([_survivors(name, run, model, *batch, eps, norm) for batch in batches], dim=1)
+                name: kept.recall(name + place, partial(stands, name, run)) if name in names else stands(name, run)
                 for name, run in runs.items()
             }
 
-        at_eps = survivors(budgets, steps, restarts)
-        at_zero = survivors(budgets.new_zeros(1), steps=1, restarts=1) if guard else {}
+        at_eps = attacked(budgets, steps, restarts)
+        at_zero = attacked(budgets.new_zeros(1), steps=1, restarts=1, place=" at 0") if guard else {}
 
     result = Evaluation(n=len(x), norm=norm, others=list(others))
-    result["eps"] = (
-        torch.as_tensor(eps, dtype=torch.float64, device="cpu").reshape(-1).tolist()
-    )  # not rounded to the dtype of x
-    result |= {name: _share(samples) for name, samples in (clean | at_eps).items()}
+    result["eps"] = plain_budgets(eps)
+    result |= {name: share(samples) for name, samples in (clean | at_eps).items()}
     if at_eps:
-        result["worst"] = _share(torch.stack(list(at_eps.values())).all(0))
+        result["worst"] = share(torch.stack(list(at_eps.values())).all(0))
     if surrogate is not None:
         transfer = at_eps.pop("transfer")
-        survived = torch.stack([clean["clean"].expand_as(transfer), *at_eps.values()]).all(0)
-        result["transfer_only"] = _share(survived & ~transfer)
+        survived = torch.stack([clean["clean"].cpu().expand_as(transfer), *at_eps.values()]).all(0)
+        result["transfer_only"] = share(survived & ~transfer)
     if guard:
-        result["at_zero"] = {name: _share(samples[0]) for name, samples in at_zero.items()}
+        result["at_zero"] = {name: share(samples[0]) for name, samples in at_zero.items()}
         result["flags"] = masking.flags(result)
     return result
 
 
-def _clean_statistics(model: nn.Module, batches) -> tuple[dict[str, Tensor], int]:
+def plain_budgets(eps) -> list[float]:
+    """Return the budgets as they were given, not rounded to the dtype of the samples."""
+    return torch.as_tensor(eps, dtype=torch.float64, device="cpu").reshape(-1).tolist()
+
+
+def clean_statistics(caller: str, model: nn.Module, batches) -> tuple[dict[str, Tensor], int]:
     """Return booleans [N] of the clean samples, "clean" (classified right) and gradient_statistics, and the classes."""
     parts = []
     for x, y in batches:
-        logits, grad = clean_gradient("evaluate", model, x, y)
+        logits, grad = clean_gradient(caller, model, x, y)
         loss = "log-odds" if logits.shape[1] >= CLASSES_NEEDED["log-odds"] else "ce"
-        _, unsaturated = clean_gradient("evaluate", model, x, y, loss)
+        _, unsaturated = clean_gradient(caller, model, x, y, loss)
         parts.append({"clean": logits.argmax(1) == y} | masking.gradient_statistics(logits, grad, unsaturated))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, logits.shape[1]
 
@@ -210,7 +235,7 @@ def _transfer(surrogate: nn.Module, seed: int, device, norm: str, steps: int, re
     return lambda model, x, y, eps: pgd(surrogate, x, y, eps, **options)
 
 
-def _survivors(name: str, attack: Callable, model: nn.Module, x: Tensor, y: Tensor, eps: Tensor, norm: str) -> Tensor:
+def survivors(name: str, attack: Callable, model: nn.Module, x: Tensor, y: Tensor, eps: Tensor, norm: str) -> Tensor:
     """Return booleans [E, B]: still classified as labels y [B] after attack(model, x, y, eps)."""
     attacked = attack(model, x, y, eps)
     _check_result(name, attacked, x, eps, norm)
@@ -238,6 +263,6 @@ def _check_result(name: str, attacked: Tensor, x: Tensor, eps: Tensor, norm: str
         raise ValueError(f"evaluate: {name} at eps={eps[worst]:g} goes {distance[worst]:.6g} from the input in {norm}")
 
 
-def _share(samples: Tensor):
+def share(samples: Tensor):
     """Return the share of True over the last dimension as plain numbers."""
     return samples.double().mean(-1).tolist()

@@ -78,6 +78,11 @@ def flags(result: Mapping[str, Any]) -> list[str]:
             f"examples made on the surrogate break {max(result['transfer_only']):.1%} of the samples that every attack "
             "on the model itself missed"
         )
+    if max(result.get("square_only", [0])) > MAX_GAP:
+        found.append(
+            f"a search without gradients breaks {max(result['square_only']):.1%} of the samples, which every attack "
+            "that uses them missed"
+        )
     for name, accuracy in result.get("at_zero", {}).items():
         if abs(accuracy - result["clean"]) * result["n"] > 1.5:  # the rounding of its batch may flip one sample
             found.append(f"at eps=0 {name} finds accuracy {accuracy:.1%} and not the clean {result['clean']:.1%}")

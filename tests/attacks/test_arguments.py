@@ -30,6 +30,9 @@ TAKE_LABELS = {
     "apgd": seeded(attacks.apgd, eps=0.1, steps=2, loss="dlr-targeted"),
     "low_rank_pgd": seeded(attacks.low_rank_pgd, eps=0.5, rank=2, steps=2, init="warm"),
     "evaluate": lambda *args: str(robustness.evaluate(*args, 0.1, steps=2, others={"own": attacks.fgsm})),
+    "fab": lambda *args: attacks.fab(*args, steps=2)[0],
+    "square": seeded(attacks.square, eps=0.1, queries=2),
+    "worst_case": lambda *args: str(robustness.worst_case(*args, 0.1, steps=2)),
     "certified_radius": robustness.certified_radius,
     "kl_pgd": seeded(robustness.kl_pgd, eps=0.1, steps=2),
     "adversarial_loss": lambda *args: robustness.adversarial_loss(*args, fgsm),
@@ -52,7 +55,7 @@ def test_labels_of_every_integer_dtype(classifier, name):
 
 def test_budgets_in_gray_levels_are_noticed(classifier):
     model, x, y = classifier
-    linf = {name: getattr(attacks, name) for name in ("fgsm", "pgd", "apgd")} | {"kl_pgd": robustness.kl_pgd}
+    linf = {name: getattr(attacks, name) for name in ("fgsm", "pgd", "apgd", "square")} | {"kl_pgd": robustness.kl_pgd}
     for attack in (*linf.values(), lambda *args: robustness.evaluate(*args, attacks=[], guard=False)):
         with pytest.warns(
             UserWarning, match="got 8 in linf, which reaches every input; 8 of 255 gray levels are 8 / 255"

@@ -12,6 +12,7 @@ from torch import nn
 
 from condlr_ext.attacks import apgd, autoattack, fgsm, from_foolbox, from_torchattacks, perturbation_report, pgd
 from condlr_ext.errors import NonFiniteError, ShapeError
+from condlr_ext.robustness import worst_case
 
 
 class Spy(nn.Module):
@@ -234,6 +235,15 @@ def test_our_apgd_agrees_with_autoattack(digits, norm, eps):
         theirs = autoattack(*arguments, norm=norm, attacks=[f"apgd-{loss}"])
         assert (perturbation_report(digits.x, theirs)[norm] <= eps * (1 + 1e-5)).all()
         assert abs(points(digits, lambda _: ours, 1) - points(digits, lambda _: theirs, 1)) < 2  # noqa: B023  # 2 of 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 0.5)])
+def test_the_worst_case_is_that_of_autoattack(digits, norm, eps):
+    pytest.importorskip("pyautoattack")
+    theirs = points(digits, lambda _: autoattack(digits.model, digits.x, digits.y, eps, norm=norm), 1)
+    ours = 100 * worst_case(digits.model, digits.x, digits.y, [eps / 2, eps, 2 * eps], norm=norm)["worst"][1]
+    assert 20 < theirs < 95 and ours <= theirs + 0.3
 
 
 @pytest.mark.parametrize("eps", [1e-4, 0.3])

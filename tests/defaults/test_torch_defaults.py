@@ -131,6 +131,8 @@ def attacked(given):
     return [
         attacks.fgsm(*call),
         attacks.pgd(*call, steps=2, restarts=2, generator=given.generator),
+        *attacks.fab(*call[:3], steps=3),
+        *(attacks.square(*call, norm=norm, queries=4, generator=given.generator) for norm in ("linf", "l2")),
         *(attacks.apgd(*call, loss=loss, steps=4, generator=given.generator) for loss in ("ce", "dlr-targeted")),
         attacks.low_rank_pgd(*call, rank=2, steps=2, norm="nuc", init="warm", exact=True, generator=given.generator),
         *attacks.perturbation_report(given.x, attacks.fgsm(*call)).values(),
@@ -140,7 +142,8 @@ def attacked(given):
 def evaluated(given):
     others = {"lora": partial(attacks.low_rank_pgd, rank=2, steps=2, generator=given.generator)}
     options = {"steps": 2, "others": others, "surrogate": given.other}
-    return [str(robustness.evaluate(given.low_rank, given.x, given.y, [0.1], **options))]
+    call = given.low_rank, given.x, given.y, [0.1]
+    return [str(robustness.evaluate(*call, **options)), str(robustness.worst_case(*call, steps=3))]
 
 
 def certified(given):

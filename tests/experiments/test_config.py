@@ -27,6 +27,8 @@ from condlr_ext.experiments import TrainConfig
         ({"eps": (0.1, -0.1)}, r"eps\[1\] must be >= 0, got -0.1"),
         ({"validation": 1.0}, "validation must be < 1, got 1.0"),
         ({"drop_at": (0.5, 1.5)}, r"drop_at\[1\] must be < 1, got 1.5"),
+        ({"attacks": ("worst", "fgsm")}, "attacks must be worst alone or without it, got worst, fgsm"),
+        ({"jobs": 0}, "jobs must be >= 1, got 0"),
         ({"adversarial": "fgsm"}, "adversarial must be '', 'pgd' or 'low-rank-pgd', got 'fgsm'"),
     ],
 )
@@ -92,7 +94,7 @@ def test_toml(tmp_path):
         ('runs = ["robust-dlrt:tolerance=0.1,beta=0.1,core_steps=0"]', "core_steps must be >= 1, got 0"),
         ('runs = ["dlrt:tolerance=1"]', "tolerance must be < 1, got 1"),
         ('attacks = "fgsm"', "attacks must be a list, got 'fgsm'"),
-        ('attacks = ["foo"]', r"attacks\[0\] must be 'fgsm', .*, got 'foo'"),
+        ('attacks = ["foo"]', r"attacks\[0\] must be 'worst', 'fgsm', .*, got 'foo'"),
         ("eps = [0.1, 0.1]", "eps must be different"),
     ],
 )

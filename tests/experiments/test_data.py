@@ -240,6 +240,14 @@ def test_validation_is_cut_off_the_training_part():
         data.load("digits", 0, validation=0.001)
 
 
+def test_balanced_samples():
+    y = torch.tensor([0, 0, 0, 2, 1, 0, 2, 1, 1, 0])
+    assert data.balanced(y, 6).tolist() == [0, 1, 3, 4, 6, 7]
+    assert data.balanced(y, 8).tolist() == [0, 1, 2, 3, 4, 6, 7, 8]  # class 2 has only two
+    assert data.balanced(y, None).tolist() == data.balanced(y, 99).tolist() == list(range(10))
+    assert data.balanced(y, 2).tolist() == [0, 4]
+
+
 def test_crop_and_flip():
     """Every image is a window of its padded self, as it is or mirrored; all offsets and both sides come up."""
     x = torch.rand(2000, 2, 6, 5)

@@ -11,6 +11,7 @@ from helpers.data_files import write_npz
 from condlr_ext.errors import NonFiniteError, RankError
 from condlr_ext.experiments import RunSpec, TrainConfig, checkpoint, evaluate_checkpoint, report, study, train
 from condlr_ext.experiments.checkpoint import load_checkpoint
+from condlr_ext.experiments.progress import Progress
 from condlr_ext.experiments.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -61,9 +62,8 @@ def test_results_hold_every_number(trained):
         attack = run["robustness"]
         assert attack["clean"] >= attack["worst"][0] >= attack["worst"][2]
         assert attack["clean"] > 0.5 or run is capped  # rank 4 learns little in two epochs
-        assert all(
-            w <= min(pair) for w, *pair in zip(attack["worst"], attack["pgd-ce"], attack["pgd-dlr"], strict=True)
-        )
+        assert all(w <= fgsm for w, fgsm in zip(attack["worst"], attack["fgsm"], strict=True))
+        assert list(attack["stages"]) == ["fab", "apgd", "apgd-t", "square"] and len(attack["distances"]) == 540
 
 
 def test_the_seed_decides(tmp_path, trained):
@@ -99,7 +99,7 @@ def test_a_net_too_large_to_attack_is_diverged(tmp_path, monkeypatch):
     def overflow(*arguments, **options):
         raise NonFiniteError("evaluate: the gradient is not finite")
 
-    monkeypatch.setattr(checkpoint, "evaluate", overflow)
+    monkeypatch.setattr(checkpoint, "worst_case", overflow)
     results = train(TrainConfig(runs=("dense",), epochs=1, out=tmp_path))
     assert results["runs"][0]["status"] == "diverged" and not list(tmp_path.glob("*.safetensors"))
 
@@ -133,7 +133,7 @@ def test_own_data_with_two_classes(tmp_path):
     path = write_npz(tmp_path / "two.npz", classes=2, n=200)
     results = train(TrainConfig(data=str(path), runs=("condlr:tau=0.5,rank=3",), epochs=5, out=tmp_path / "out"))
     attack = results["runs"][0]["robustness"]
-    assert attack["clean"] == 1 and "pgd-dlr" not in attack and attack["worst"] == attack["pgd-ce"]
+    assert attack["clean"] == 1 and list(attack["stages"]) == ["fab", "apgd", "square"]
 
 
 def test_a_run_that_fails_leaves_no_half_written_file(tmp_path, monkeypatch):
@@ -198,6 +198,39 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, monkeypatch, run)
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
+def test_an_interrupted_attack_goes_on_after_its_last_stage(tmp_path, monkeypatch):
+    settings = dict(runs=("dense",), epochs=2, attack_steps=5, attack_samples=100, eps=(0.1,))
+    whole = train(TrainConfig(**settings, out=tmp_path / "whole"))["runs"][0]
+    assert (whole["robustness"]["n"], whole["robustness"]["of"]) == (100, 540)
+    assert report.flat(whole)["clean"] == whole["robustness"]["clean_of_all"] != whole["robustness"]["clean"]
+    show, seen = Progress.attack, []
+
+    def interrupted(bar, stage, *counts):
+        seen.append(stage)
+        if stage == "apgd-t":
+            raise KeyboardInterrupt
+        show(bar, stage, *counts)
+
+    monkeypatch.setattr(Progress, "attack", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainConfig(**settings, out=tmp_path / "parts"))
+    assert (tmp_path / "parts/dense-seed0.attacks").exists() and {*seen} == {"fab", "apgd", "apgd-t"}
+    seen.clear()
+    monkeypatch.setattr(Progress, "attack", lambda bar, stage, *counts: seen.append(stage))
+    again = train(TrainConfig(**settings, out=tmp_path / "parts"))["runs"][0]
+    assert again["robustness"] == whole["robustness"] and {*seen} == {"apgd-t", "square"}
+    assert not list((tmp_path / "parts").glob("*.attacks"))
+
+
+def test_processes_give_the_same_numbers(tmp_path, monkeypatch):
+    settings = dict(runs=("dense", "condlr:tau=0.1"), seeds=(0, 1), epochs=1, attack_steps=1, eps=(0.1,))
+    alone = train(TrainConfig(**settings, out=tmp_path / "alone"))
+    monkeypatch.setattr(Trainer, "run_epoch", pytest.fail)  # in this process
+    shared = train(TrainConfig(**settings, out=tmp_path / "shared", jobs=2))
+    for a, b in zip(alone["runs"], shared["runs"], strict=True):
+        assert {**a, "seconds_per_epoch": 0} == {**b, "seconds_per_epoch": 0}
+
+
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
     settings = dict(runs=("dense", "condlr:tau=0.1"), seeds=(0, 1), epochs=1, attack_steps=1, out=tmp_path)
     first = train(TrainConfig(**settings))
@@ -239,7 +272,7 @@ def test_a_checkpoint_is_there_when_attacks_fail(tmp_path, monkeypatch):
     def broken(*args, **options):
         raise OSError("no space")
 
-    monkeypatch.setattr(checkpoint, "evaluate", broken)
+    monkeypatch.setattr(checkpoint, "worst_case", broken)
     with pytest.raises(OSError):
         train(TrainConfig(runs=("dense",), epochs=1, out=tmp_path))
     assert (tmp_path / "dense-seed0.safetensors").is_file()

@@ -139,7 +139,7 @@ def test_augmentation_needs_images():
 @pytest.mark.parametrize("run", ["dense", "vanilla", "condlr:tau=0.1"])
 def test_images_are_trained_and_attacked_in_channels_last(run, tmp_path, monkeypatch):
     seen = {"training": [], "attack": []}
-    original = {"training": Trainer.run_epoch, "attack": checkpoint.evaluate}
+    original = {"training": Trainer.run_epoch, "attack": checkpoint.worst_case}
 
     def watched(where, model, call):
         conv = next(m for name, m in model.named_modules() if name.endswith("body.3"))
@@ -152,7 +152,7 @@ def test_images_are_trained_and_attacked_in_channels_last(run, tmp_path, monkeyp
     monkeypatch.setattr(Trainer, "run_epoch", lambda t: watched("training", t.model, lambda: original["training"](t)))
     monkeypatch.setattr(
         checkpoint,
-        "evaluate",
+        "worst_case",
         lambda model, *a, **k: watched("attack", model, lambda: original["attack"](model, *a, **k)),
     )
     results = train(TrainConfig(runs=(run,), network="cnn", epochs=1, attack_steps=1, out=tmp_path))
