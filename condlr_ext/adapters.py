@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ._modules import check_module, chooser, is_peft_layer, refuse_wrapped, replace_modules, undone_on_error
 from ._types import Layers
-from .nn import LowRankAdapter, low_rank_layers
+from .nn import LowRankAdapter, LowRankLayer, LowRankMultiheadAttention
+from .nn.formed_parameters import is_formed
 
 __all__ = ["add_adapters", "adapters", "merge_adapters"]
 
@@ -39,7 +40,8 @@ def add_adapters(
 
     Raises:
         ValueError: No layer is left, a pattern matches no module, the model is wrapped (DistributedDataParallel), a
-            layer is low-rank already, or a weight is computed, sharded or quantized.
+            low-rank layer is of another kind or a parameter of its module, or a weight is computed, sharded or
+            quantized.
         RankError: The rank does not fit a layer.
 
     Examples:
@@ -55,16 +57,20 @@ def add_adapters(
     chosen = chooser("add_adapters", include, exclude, [name for name, _ in model.named_modules()])
     wrappers = [m for m in model.modules() if isinstance(m, LowRankAdapter) or is_peft_layer(m)]
     inside = {id(part) for wrapper in wrappers for part in wrapper.modules()}
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if LowRankAdapter.serves(module) and id(module) not in inside and chosen(name, module)
-    }
-    low_rank = [name for name, m in low_rank_layers(model).items() if id(m) not in inside and chosen(name, m)]
+    owners = [m for m in model.modules() if isinstance(m, LowRankMultiheadAttention) or is_formed(m)]
+    owned = {id(part) for owner in owners for part in owner.modules() if isinstance(part, LowRankLayer)}
+    layers, low_rank = {}, []
+    for name, module in model.named_modules():
+        if id(module) in inside or not chosen(name, module):
+            continue
+        if LowRankAdapter.serves(module) and id(module) not in owned:
+            layers[name] = module
+        elif isinstance(module, LowRankLayer):
+            low_rank.append(name)
     if low_rank:
         raise ValueError(
             f"add_adapters: these layers are low-rank already: {', '.join(low_rank)}; call to_dense first, or leave"
-            " them out, by exclude=condlr_ext.nn.LowRankLayer, say"
+            " them out by exclude, since only linear layers and convolutions that a model calls get adapters then"
         )
     if not layers:
         raise ValueError(
@@ -86,6 +92,8 @@ def adapters(model: nn.Module) -> dict[str, LowRankAdapter]:
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Replace every adapter by its layer with the change added to the weight, in place.
 
+    A low-rank layer becomes dense: no bound holds for the sum.
+
     Args:
         model: Changed in place.
 
@@ -97,8 +105,11 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     """
     check_module("merge_adapters", model)
     found = adapters(model)
-    for adapter in found.values():
-        adapter.merge()
+    with undone_on_error(model):
+        for adapter in found.values():
+            if isinstance(adapter.layer, LowRankLayer):
+                adapter.layer = adapter.layer.to_dense()
+            adapter.merge()
     if isinstance(model, LowRankAdapter):
         return model.layer
     replace_modules(model, {adapter: adapter.layer for adapter in found.values()})
@@ -133,7 +144,10 @@ def set_adapters(
         layer = module.layer if isinstance(module, LowRankAdapter) else module
         if not LowRankAdapter.serves(layer):
             got = "no such module" if module is None else type(module).__name__
-            raise ValueError(f"{where}: layer {name!r} must be nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D, got {got}")
+            raise ValueError(
+                f"{where}: layer {name!r} must be nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D, dense or low-rank, got"
+                f" {got}"
+            )
         if layer.weight.is_meta:
             raise ValueError(f"{where}: layer {name!r} is on the meta device; call model.to_empty(device=...) first")
         if isinstance(module, LowRankAdapter) and module.merged:

@@ -498,7 +498,7 @@ def _compare_ranks(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
 def _refuse_adapters(model: nn.Module, checkpoint: Checkpoint, dense: list[str]) -> None:
     """Raise CheckpointError if a low-rank layer of the file is the change of an adapter that the model lacks."""
     names = [name.rpartition("delta")[0].rstrip(".") for name in dense if name.rpartition(".")[2] == "delta"]
-    names = [name for name in names if f"{name}.layer.weight" in checkpoint.model]
+    names = [name for name in names if checkpoint.model.keys() & {f"{name}.layer.weight", f"{name}.layer.U"}]
     if names:
         raise CheckpointError(
             f"{checkpoint.source}: it holds LowRankAdapters of {', '.join(names)}, which the model lacks; call"

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from .. import _types
 from .._factors import orthonormal_factors
 from .._files import check_path, read_text, write_whole
-from .._modules import DENSE, check_module, unwrapped
+from .._modules import check_module, unwrapped
 from ..adapters import set_adapters
 from ..errors import CheckpointError, NonFiniteError
-from ..nn import LowRankAdapter
+from ..nn import LowRankAdapter, LowRankTransposedLinear
 from .saved_modules import PREFIX, set_parts, split_parts, trained_parts
 from .tensor_files import is_finite, read_tensors, write_tensors
 
@@ -271,7 +271,7 @@ def matches(expression: str, name: str) -> bool:
 def _lora_factors(name: str, adapter: LowRankAdapter) -> tuple[Tensor, Tensor]:
     """Return A [r, in, *kernel] and B [m, r, 1...]; the product U S is rounded once."""
     layer, delta = adapter.layer, adapter.delta
-    convolution = isinstance(layer, DENSE) and not isinstance(layer, nn.Linear)
+    convolution = hasattr(delta, "kernel_size")
     if convolution:
         lacking = {
             "dilation": any(d != 1 for d in layer.dilation),
@@ -285,9 +285,9 @@ def _lora_factors(name: str, adapter: LowRankAdapter) -> tuple[Tensor, Tensor]:
                 )
     U, S, V = (p.detach().cpu() for p in (delta.U, delta.S, delta.V))
     dtype = torch.promote_types(S.dtype, torch.float32)
-    kernel = layer.weight.shape[2:]
+    kernel = delta.weight_shape[2:]
     B = (U.to(dtype) @ S.to(dtype)).to(U.dtype).reshape(*U.shape, *[1] * len(kernel))
-    A = V.mT.reshape(len(S), layer.weight.shape[1], *kernel) if convolution else V.mT
+    A = V.mT.reshape(len(S), *delta.weight_shape[1:]) if convolution else V.mT
     return A.clone(memory_format=torch.contiguous_format), B.contiguous()
 
 
@@ -310,7 +310,7 @@ def _config(model: nn.Module, found: dict[str, LowRankAdapter]) -> dict:
         "target_modules": "|".join(re.escape(name) for name in found) if alike else sorted(found),
         "lora_dropout": 0.0,
         "init_lora_weights": True,
-        "fan_in_fan_out": not any(isinstance(adapter.layer, DENSE) for adapter in found.values()),  # all HF's Conv1D
+        "fan_in_fan_out": all(isinstance(adapter.delta, LowRankTransposedLinear) for adapter in found.values()),
         "use_rslora": False,
         "inference_mode": True,
         **_NEUTRAL,

@@ -29,7 +29,8 @@ class LowRankAdapter(nn.Module):
     weight: delta W is all that needs to be exported (see save_lora).
 
     Args:
-        layer: nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D. It becomes part of the adapter, and its parameters are frozen.
+        layer: nn.Linear, nn.Conv1d/2d/3d, HF's Conv1D, or one of these made low-rank. It becomes part of the adapter,
+            and its parameters are frozen.
         rank: Rank of the change: an int in 1..min(m, n) for the weight as a matrix m x n, or a fraction of min(m, n).
         scale: Factor of the change: PEFT's lora_alpha / r (it is not divided by the rank).
 
@@ -41,8 +42,8 @@ class LowRankAdapter(nn.Module):
     Raises:
         TypeError: The layer is of another class.
         RankError: The rank does not fit.
-        ValueError: scale is zero or not finite, or the weight is computed (parametrized, pruned, normalized),
-            sharded or quantized.
+        ValueError: scale is zero or not finite, or the weight or a factor is computed (parametrized, pruned,
+            normalized), sharded or quantized.
 
     Source:
         U S Vᵀ adapters with orthonormal U, V: Lion et al., PoLAR, and Li et al., StelLA (both NeurIPS 2025); the bound
@@ -125,10 +126,15 @@ class LowRankAdapter(nn.Module):
 
         Raises:
             NonFiniteError: NaN or Inf in the sum; nothing has changed then.
-            ValueError: The layer's weight has been parametrized; nothing has changed then.
+            ValueError: The layer is low-rank, or its weight has been parametrized; nothing has changed then.
         """
         if self.merged:
             return self
+        if isinstance(self.layer, LowRankLayer):
+            raise ValueError(
+                "LowRankAdapter.merge: the layer must have a stored weight, got a low-rank one; merge_adapters makes it"
+                " dense"
+            )
         W = _own_weight("LowRankAdapter.merge", self.layer)
         dtype = torch.promote_types(W.dtype, torch.float32)
         U, S, V = (p.to(dtype) for p in (self.delta.U, self.delta.S, self.delta.V))
@@ -157,11 +163,13 @@ class LowRankAdapter(nn.Module):
     @staticmethod
     def serves(module: nn.Module) -> bool:
         """Return whether a module is a layer that an adapter can wrap."""
-        return isinstance(module, DENSE) or LowRankTransposedLinear.serves(module)
+        return isinstance(module, (*DENSE, LowRankLinear, *_CONVS.values())) or LowRankTransposedLinear.serves(module)
 
     @staticmethod
     def matrix_shape(layer: nn.Module) -> tuple[int, int]:
         """Return [m, n] of the weight of such a layer as a matrix."""
+        if isinstance(layer, LowRankLayer):
+            return layer.matrix_shape
         m, n = layer.weight.shape[0], math.prod(layer.weight.shape[1:])
         return (m, n) if isinstance(layer, DENSE) else (n, m)
 
@@ -175,14 +183,16 @@ def _delta(layer: nn.Module, rank: float) -> LowRankLayer:
         raise TypeError(
             f"LowRankAdapter: layer must be nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D, got {type(layer).__name__}"
         )
-    options = {"device": layer.weight.device, "dtype": layer.weight.dtype, "rank": rank}
-    if isinstance(layer, nn.Linear):
-        return LowRankLinear(layer.in_features, layer.out_features, bias=False, **options)
-    if LowRankTransposedLinear.serves(layer):
-        delta = LowRankTransposedLinear(type(layer), layer.nf, layer.weight.shape[0], **options)
+    stored = layer.U if isinstance(layer, LowRankLayer) else layer.weight
+    options = {"device": stored.device, "dtype": stored.dtype, "rank": rank}
+    if isinstance(layer, LowRankTransposedLinear) or LowRankTransposedLinear.serves(layer):
+        dense = getattr(layer, "_original", type(layer))
+        delta = LowRankTransposedLinear(dense, *reversed(layer.weight.shape), **options)
         delta.bias = None
         return delta
-    low_rank = next(low_rank for dense, low_rank in _CONVS.items() if isinstance(layer, dense))
+    if isinstance(layer, (nn.Linear, LowRankLinear)):
+        return LowRankLinear(layer.in_features, layer.out_features, bias=False, **options)
+    low_rank = next(cls for pair in _CONVS.items() for cls in pair[1:] if isinstance(layer, pair))
     delta = low_rank(
         layer.in_channels,
         layer.out_channels,
@@ -195,21 +205,25 @@ def _delta(layer: nn.Module, rank: float) -> LowRankLayer:
         padding_mode=layer.padding_mode,
         **options,
     )
-    delta.channels_last = delta._is_channels_last(layer.weight)
+    is_low_rank = isinstance(layer, LowRankLayer)
+    delta.channels_last = layer.channels_last if is_low_rank else delta._is_channels_last(layer.weight)
     return delta
 
 
-def _own_weight(where: str, layer: nn.Module) -> nn.Parameter:
-    """Return the layer's weight. Raise ValueError if it is computed at each access, sharded or quantized."""
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        raise ValueError(
-            f"{where}: the layer's weight must be a parameter, got one that is computed (parametrized, pruned or"
-            " normalized by a hook); make it permanent first"
-        )
-    if reason := not_plain(weight):
-        raise ValueError(f"{where}: the layer's weight {reason}")
-    return weight
+def _own_weight(where: str, layer: nn.Module) -> nn.Parameter | None:
+    """Return the layer's weight, None for a low-rank one. Raise ValueError if it, or a factor, is computed at each
+    access, sharded or quantized.
+    """
+    for name in "USV" if isinstance(layer, LowRankLayer) else ("weight",):
+        parameter = layer._parameters.get(name)
+        if parameter is None:
+            raise ValueError(
+                f"{where}: the layer's {name} must be a parameter, got one that is computed (parametrized, pruned or"
+                " normalized by a hook); make it permanent first"
+            )
+        if reason := not_plain(parameter):
+            raise ValueError(f"{where}: the layer's {name} {reason}")
+    return layer._parameters.get("weight")
 
 
 def _keep_unmerged(adapter: LowRankAdapter, state: dict, prefix: str, metadata) -> None:

@@ -285,7 +285,9 @@ def test_lora_errors_change_nothing(tmp_path):
     fails("of layer 'mlp.0' must be finite, got NaN or Inf", tensors | {key: torch.full((2, 6), torch.nan)})
     renamed = {k.replace("mlp.0", "mlp.9"): v for k, v in tensors.items()}
     fails(
-        "layer 'mlp.9' must be nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D, got no such module", renamed, error=ValueError
+        "layer 'mlp.9' must be nn.Linear, nn.Conv1d/2d/3d or HF's Conv1D, dense or low-rank, got no such module",
+        renamed,
+        error=ValueError,
     )
     model.mlp[0].merge()
     fails(r"the adapter of layer 'mlp.0' is merged; call unmerge\(\) first", model=model, error=ValueError)

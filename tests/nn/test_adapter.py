@@ -259,10 +259,51 @@ def test_computed_weights_are_refused(wrap):
         merge_adapters(model)
 
 
-def test_layers_that_are_low_rank_already_are_not_passed_over_in_silence():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6))
-    condlr_ext.factorize(model, rank=2, include="0")
-    with pytest.raises(ValueError, match="add_adapters: these layers are low-rank already: 0; call to_dense first"):
+@pytest.mark.parametrize("name", LAYERS)
+def test_adapters_on_low_rank_layers(name, tmp_path):
+    build, shape = LAYERS[name]
+    model, x = nn.Sequential(build()), torch.randn(shape)
+    condlr_ext.factorize(model, rank=3)
+    base, before = copy.deepcopy(model), model(x)
+    add_adapters(model, 2, scale=0.5)
+    torch.testing.assert_close(model(x), before)
+    adapter = spread(model[0])
+    assert not any(p.requires_grad for p in adapter.layer.parameters())
+    optimizer = CondLRSGD(model, lr=0.1, tau=0.0)  # the frozen layer stays, be it off the bound
+    assert all(torch.equal(p, q) for p, q in zip(adapter.layer.parameters(), base[0].parameters(), strict=True))
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert adapter.delta.condition_number() <= 1 + 5e-6
+    assert all(torch.equal(p, q) for p, q in zip(adapter.layer.parameters(), base[0].parameters(), strict=True))
+    expected = model(x)
+    close = {"rtol": 1e-4, "atol": 1e-5 * expected.abs().max().item()}
+    torch.testing.assert_close(adapter.weight, adapter.layer.weight + 0.5 * adapter.delta.weight)
+    with pytest.raises(ValueError, match="LowRankAdapter.merge: .* got a low-rank one; merge_adapters makes it dense"):
+        adapter.merge()
+    merged = merge_adapters(copy.deepcopy(model))
+    assert type(merged[0]) is type(build())
+    torch.testing.assert_close(merged(x), expected, **close)
+    torch.testing.assert_close(condlr_ext.to_dense(copy.deepcopy(model))(x), expected, **close)
+    condlr_ext.save(model, tmp_path / "whole.safetensors")
+    again = copy.deepcopy(base)
+    add_adapters(again, 2, scale=0.5)
+    condlr_ext.load(again, tmp_path / "whole.safetensors")
+    assert torch.equal(again(x), expected)
+    if "grouped" not in name:  # PEFT's LoRA has no such convolutions
+        condlr_ext.save_lora(model, tmp_path / "lora")
+        for other in (copy.deepcopy(base), condlr_ext.to_dense(copy.deepcopy(base))):
+            condlr_ext.load_lora(other, tmp_path / "lora")
+            torch.testing.assert_close(other(x), expected, **close)
+
+
+def test_low_rank_layers_without_adapters_are_not_passed_over_in_silence():
+    model = nn.Sequential(nn.ConvTranspose1d(4, 6, 3), nn.Linear(8, 6), nn.GRU(6, 8))
+    condlr_ext.factorize(model, rank=2, exclude="1")
+    names = "0, 2.weight_ih_l0_factors, 2.weight_hh_l0_factors"
+    with pytest.raises(
+        ValueError, match=f"add_adapters: these layers are low-rank already: {names}; call to_dense first"
+    ):
         add_adapters(model, 2)
     assert type(model[1]) is nn.Linear and model[1].weight.requires_grad
     assert list(add_adapters(model, 2, exclude=condlr_ext.nn.LowRankLayer)) == ["1"]
