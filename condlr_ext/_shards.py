@@ -116,10 +116,9 @@ class Team:
         """Return the mean of a tensor over the team, in its dtype."""
         return (self.sum([t])[0] / math.prod(group.size() for group in self.groups)).to(t.dtype) if self else t
 
-    def any(self, flag: Tensor | bool) -> bool:
+    def any(self, flag: Tensor) -> bool:
         """Return whether the flag is set in some process."""
-        (count,) = self.sum([torch.as_tensor(flag).reshape(1)])
-        return bool(count > 0)
+        return bool(self.sum([flag])[0] > 0) if self else bool(flag)
 
     def wholes(self, params: list[Tensor], values: list[Tensor] | None = None) -> list[Tensor]:
         """Return whole tensors from the rows that the processes hold, exact, by one sum of the whole size in float64.
@@ -144,7 +143,7 @@ def used_directions(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     if not team:
         U, S, V = map(local, (U, S, V))
         return U.any(0) | V.any(0) | S.any(0) | S.any(1)
-    rows = torch.zeros(len(S), device=local(S).device)
+    rows = torch.zeros(len(S), dtype=torch.float64, device=local(S).device)
     rows[row_indices(S)] = local(S).any(1).to(rows.dtype)
     (count,) = team.sum([rows + sum(local(X).any(0) for X in (U, S, V))])
     return count > 0

@@ -114,7 +114,7 @@ class DividedStep:
         for layer in layers:
             if not layer.count:
                 self._write(layer, buffers[len(ROLES) * layer.index :])
-        skipped += torch.tensor([layer.count for layer in layers], device=skipped.device)
+        skipped += torch.tensor([layer.count for layer in layers], dtype=skipped.dtype, device=skipped.device)
         return bad_gradients
 
     def _share(self, layers: list[_Layer]) -> list[int]:
@@ -172,7 +172,7 @@ class DividedStep:
         K[:, row, column] = K[:, column, row] = torch.stack([half for _, _, half, _ in batch])
         A, XtD, M = K[:, :r, :r], K[:, :r, r:], K[:, r:, r:]
         eye = torch.eye(r, dtype=torch.float64, device=K.device)
-        inverse, exists = eye.to(dtype), torch.ones(len(batch), dtype=torch.bool)
+        inverse, exists = eye.to(dtype), torch.ones(len(batch), dtype=torch.bool, device=K.device)
         if precondition:
             inverse, exists = reference.gram_inverse(torch.stack([core for *_, core in batch]), *constraint)
         lr = torch.tensor([layer.lr(role) for layer, role, *_ in batch], dtype=torch.float64, device=K.device)

@@ -133,8 +133,4 @@ def test_blocks_name_their_language_and_fit_the_page():
 def test_few_blocks_are_left_out():
     """They need packages or devices that are missing here; look at the list when it grows."""
     skipped = [(page.name, block.skipped) for page in PAGES for block in blocks(page) if block.skipped]
-    assert skipped == [
-        ("workflows.md", "needs lightning"),
-        ("workflows.md", "needs transformers"),
-        ("workflows.md", "needs a GPU"),
-    ]
+    assert [x for x in skipped if "make test-clients runs it" not in x[1]] == [("workflows.md", "needs a GPU")]
