@@ -23,7 +23,7 @@ def _load_ops() -> str | None:
 def _load_native():
     try:
         return importlib.import_module("condlr_ext._native"), None
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # the latter: one of another version
         if (_HERE / "_core.so").exists():
             return None, f"{_HERE / '_core.so'} does not load: {error}"
         return None, f"no compiled library _core in {_HERE}"

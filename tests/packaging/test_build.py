@@ -74,12 +74,13 @@ def test_a_library_that_does_not_load_is_a_reason_not_a_crash(tmp_path):
     copy = tmp_path / "condlr_ext"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (copy / "_C.so").write_bytes(b"not a library")
-    code = "import condlr_ext; print(condlr_ext.ops.COMPILED.ops_reason)"
+    shutil.copy2(ops.COMPILED.ops_path, copy / "_core.so")  # a library without the functions
+    code = "import condlr_ext; c = condlr_ext.ops.COMPILED; print(c.ops_reason, c.host_reason)"
     env = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
     )
-    assert "_C.so does not load" in done.stdout
+    assert "_C.so does not load" in done.stdout and "_core.so does not load" in done.stdout
 
 
 @NO_BUILD
