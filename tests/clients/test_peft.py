@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers.clients import TAU
 from helpers.layers import spread
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from peft.utils import register_peft_method
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForSequenceClassification
@@ -143,3 +144,9 @@ def test_layers_of_peft_are_left_alone():
     assert "merge_and_unload" in report.skipped["base_model.model.0.base_layer"]
     merged = model.merge_and_unload()
     assert sum(isinstance(m, condlr_ext.LowRankLinear) for m in merged.modules()) == 2
+
+
+def test_peft_registers_no_method_from_outside():
+    """If this fails, PEFT takes new methods by now: a CondLRConfig becomes possible."""
+    with pytest.raises(ValueError, match="Unknown PEFT type CONDLR, please add an entry"):
+        register_peft_method(name="condlr", config_cls=LoraConfig, model_cls=LoraModel)
