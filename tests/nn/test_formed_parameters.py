@@ -143,3 +143,14 @@ def test_wrapped_and_parametrized_parameters_are_left_alone():
     nn.utils.parametrizations.weight_norm(lstm, "weight_hh_l0")
     report = condlr_ext.factorize(nn.Sequential(lstm, nn.Linear(8, 8)), rank=3)
     assert report.skipped["0.weight_ih_l0"] == "it has state_dict hooks, which know its dense weight"
+
+
+@EACH
+def test_compiled_modules_follow_their_factors(kind):
+    model = low_rank(kind)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=kind == "experts")  # dynamo leaves RNNs to Python
+    for _ in range(2):
+        torch.testing.assert_close(output(compiled), output(model))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.9)
