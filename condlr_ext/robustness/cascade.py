@@ -24,7 +24,7 @@ from .journal import Journal, checksum
 FAB_STEPS, FAB_TARGETS = 20, 3  # on networks that mask nothing within 15 % of what fifteen times the steps find
 DOUBT = 1.3  # a sample is in doubt where FAB's distance is less than this multiple of its budget ...
 DOUBT_GROWTH = 3  # ... or one plus this multiple of the largest share by which another attack has come nearer than FAB
-TARGETS = 9
+DLR_RESTARTS, TARGETS = 5, 9  # both find what the other misses
 QUERIES, ALL_QUERIES = 1000, 5000  # of Square: for those that it looks at; for all, once it has found something
 CHECKED = 32  # samples that Square looks at beside those without a usable gradient
 
@@ -47,10 +47,11 @@ def worst_case(
 
     First FGSM at all budgets. Then FAB, which searches the nearest misclassified input and so decides most samples at
     most budgets. From then on a sample is attacked at the largest budget that it has withstood, and again at the next
-    smaller one if it falls: all of them by APGD on the log-odds; by targeted APGD, nine times as dear, only where FAB's
-    distance is less than 1.3 times the budget (more, where APGD has come nearer than FAB) or FAB found nothing. What
-    withstands a budget counts as withstanding all smaller ones. Last comes Square, which needs no gradient, for samples
-    without a usable one and for 32 others; if it breaks any of them, for all. No loss of these attacks saturates.
+    smaller one if it falls: all of them by APGD on the log-odds; by APGD on the DLR loss (five restarts) and on the
+    targeted one (nine targets), only where FAB's distance is less than 1.3 times the budget (more, where APGD has come
+    nearer than FAB) or FAB found nothing. What withstands a budget counts as withstanding all smaller ones. Last comes
+    Square, which needs no gradient, for samples without a usable one and for 32 others; if it breaks any of them, for
+    all. No loss of these attacks saturates.
 
     Args:
         model: Classifier returning logits [B, C], C >= 2; attacked in eval mode, its state is restored.
@@ -59,7 +60,7 @@ def worst_case(
         eps: Budget >= 0 in the units of x, or a 1-D sequence of budgets.
         norm: "linf" or "l2".
         steps: Steps of each ascent of APGD.
-        restarts: Ascents of APGD, and of targeted APGD for each of the nine targets.
+        restarts: Times that all of APGD's ascents are made.
         seed: Seed of the random starts; the global random state is neither read nor changed.
         batch_size: Samples attacked at a time.
         progress: Called as progress(stage, samples done, samples to do in this stage as far as known).
@@ -152,13 +153,13 @@ class _Cascade:
 
     def stages(self, steps: int, restarts: int) -> dict[str, Callable]:
         """Return the stages in order by name, each a function of a generator that returns the distance after it."""
-        ascents = {"apgd": ("log-odds", 0, lambda radius: radius > 0)}
+        ascents = {"apgd": ("log-odds", restarts, 0, lambda radius: radius > 0)}
+        if self.classes >= CLASSES_NEEDED["dlr"]:
+            ascents["apgd-dlr"] = ("dlr", DLR_RESTARTS * restarts, 0, self.in_doubt)
         if self.classes >= CLASSES_NEEDED["dlr-targeted"]:
-            ascents["apgd-t"] = ("dlr-targeted", TARGETS, self.in_doubt)
-        elif self.classes >= CLASSES_NEEDED["dlr"]:
-            ascents["apgd-dlr"] = ("dlr", 0, self.in_doubt)
+            ascents["apgd-t"] = ("dlr-targeted", restarts, TARGETS, self.in_doubt)
 
-        def ascent(name, loss, targets, chosen, generator):
+        def ascent(name, loss, restarts, targets, chosen, generator):
             def fallen(x, y, radius):
                 search = start_search("worst_case", self.model, x, y, loss)
                 draw = partial(sample_start, BALLS[self.norm], x, x, radius, generator)

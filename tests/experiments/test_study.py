@@ -63,7 +63,10 @@ def test_results_hold_every_number(trained):
         assert attack["clean"] >= attack["worst"][0] >= attack["worst"][2]
         assert attack["clean"] > 0.5 or run is capped  # rank 4 learns little in two epochs
         assert all(w <= fgsm for w, fgsm in zip(attack["worst"], attack["fgsm"], strict=True))
-        assert list(attack["stages"]) == ["fab", "apgd", "apgd-t", "square"] and len(attack["distances"]) == 540
+        assert (
+            list(attack["stages"]) == ["fab", "apgd", "apgd-dlr", "apgd-t", "square"]
+            and len(attack["distances"]) == 540
+        )
 
 
 def test_the_seed_decides(tmp_path, trained):
@@ -214,7 +217,7 @@ def test_an_interrupted_attack_goes_on_after_its_last_stage(tmp_path, monkeypatc
     monkeypatch.setattr(Progress, "attack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**settings, out=tmp_path / "parts"))
-    assert (tmp_path / "parts/dense-seed0.attacks").exists() and {*seen} == {"fab", "apgd", "apgd-t"}
+    assert (tmp_path / "parts/dense-seed0.attacks").exists() and {*seen} == {"fab", "apgd", "apgd-dlr", "apgd-t"}
     seen.clear()
     monkeypatch.setattr(Progress, "attack", lambda bar, stage, *counts: seen.append(stage))
     again = train(TrainConfig(**settings, out=tmp_path / "parts"))["runs"][0]
