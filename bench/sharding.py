@@ -99,11 +99,13 @@ class Sent:
 
 
 def numbers(model: Transformer, r: int) -> int:
-    """Return how many numbers CondLRSGD sums over the shards of a network: one sum for the whole network.
+    """Return how many numbers CondLRSGD sums over the shards of a network."""
+    return model.blocks * len(model.matrices()) * numbers_of_layer(r)
 
-    The lower half of [X d]ᵀ[X d] for U and V, S and its direction.
-    """
-    return model.blocks * len(model.matrices()) * (2 * (2 * r * r + r) + 2 * r * r)
+
+def numbers_of_layer(r: int) -> int:
+    """Return those of a layer: the lower half of [X d]ᵀ[X d] for U and V, S and its direction, four flags."""
+    return 2 * (2 * r * r + r) + 2 * r * r + 4
 
 
 def ours(model: Transformer, r: int, group: int) -> Sent:

@@ -7,13 +7,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "NO_ALB
 
 import pytest
 import torch
+from helpers.clients import import_torchvision
 
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:  # its compiled part is for another torch: without two operators of detection, the rest imports
-    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import_torchvision()
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,17 @@ import condlr_ext
 from .training import assert_constraint
 
 TAU = 0.1
+_operators = []  # stay defined
+
+
+def import_torchvision() -> None:
+    """Import torchvision, also where its compiled part is for another torch: without two operators of detection."""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        _operators.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _operators[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def output(result) -> torch.Tensor:
