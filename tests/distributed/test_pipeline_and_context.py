@@ -7,11 +7,9 @@ attention for CPUs.
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import processes
 from helpers.models import ViTBlock
 from torch import nn
 from torch.distributed import _functional_collectives as collectives
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 import condlr_ext
@@ -48,12 +46,12 @@ def unsplit() -> nn.Sequential:
     return model
 
 
-def stages(rank: int) -> dict:
+def stages(mesh) -> dict:
     """Train two blocks of four on each rank; return their parameters."""
-    results, (x, y) = {}, data()
+    rank, results, (x, y) = mesh.get_local_rank(), {}, data()
     for name, schedule in SCHEDULES.items():
         model = nn.Sequential(*list(blocks())[2 * rank : 2 * rank + 2])
-        stage = PipelineStage(model, rank, num_stages=2, device=torch.device("cpu"))
+        stage = PipelineStage(model, rank, num_stages=2, device=torch.device("cpu"), group=mesh.get_group())
         pipeline, optimizer = schedule(stage, BATCHES, loss_fn=F.mse_loss), optimizer_of(model)
         for _ in range(STEPS):
             optimizer.zero_grad()
@@ -79,28 +77,28 @@ class ContextParallelBlock(nn.Module):
         return x + self.block.mlp(self.block.norm2(x))
 
 
-def context(rank: int) -> list[torch.Tensor]:
+def context(mesh) -> list[torch.Tensor]:
     """Train on half of every sequence on each rank; return the parameters."""
-    group = init_device_mesh("cpu", (2,)).get_group()
-    model, (x, y) = blocks(), (t.chunk(2, 1)[rank] for t in data())
+    group = mesh.get_group()
+    model, (x, y) = blocks(), (t.chunk(2, 1)[mesh.get_local_rank()] for t in data())
     parallel = nn.Sequential(*(ContextParallelBlock(block, group) for block in model))
     optimizer = optimizer_of(model)
     for _ in range(STEPS):
         optimizer.zero_grad()
         (F.mse_loss(parallel(x), y) / 2).backward()
         for p in model.parameters():
-            torch.distributed.all_reduce(p.grad)
+            torch.distributed.all_reduce(p.grad, group=group)
         optimizer.step()
     return [p.detach() for p in model.parameters()]
 
 
-def everything(rank: int) -> tuple:
-    return stages(rank), context(rank)
+def everything(mesh) -> tuple:
+    return stages(mesh), context(mesh)
 
 
 @pytest.fixture(scope="module")
-def results():
-    return processes.run(everything, 2)
+def results(pool):
+    return pool.run(everything, 2)
 
 
 def assert_trained_alike(found: list[torch.Tensor]) -> None:

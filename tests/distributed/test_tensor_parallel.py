@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import condlr_ext
+from condlr_ext.optim import CondLRSGD
 from condlr_ext.parallel import LowRankBottleneckParallel, LowRankColwiseParallel, LowRankRowwiseParallel
 
 WORLD = 4
@@ -73,8 +73,8 @@ def run(module, x, grad) -> dict:
     return {"y": y.detach(), "x": x.grad, "sent": (forward.bytes, backward.bytes)}
 
 
-def layers(rank: int) -> dict:
-    mesh, results = init_device_mesh("cpu", (WORLD,)), {}
+def layers(mesh) -> dict:
+    rank, results = mesh.get_local_rank(), {}
     for style, *case in CASES:
         layer, x, grad = layer_of(*case)
         parallelize_module(layer, mesh, STYLES[style](), src_data_rank=None)
@@ -102,8 +102,8 @@ def block_of(dtype: str, factorized: bool = True):
     return block, *torch.randn(2, 2, 6, 32, dtype=getattr(torch, dtype))
 
 
-def blocks(rank: int) -> dict:
-    mesh, results = init_device_mesh("cpu", (WORLD,)), {}
+def blocks(mesh) -> dict:
+    results = {}
     dense = {"[qkv]": ColwiseParallel(), "o": RowwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
     for dtype, factorized in (("float32", True), ("float64", True), ("float32", False)):
         block, x, grad = block_of(dtype, factorized)
@@ -114,9 +114,24 @@ def blocks(rank: int) -> dict:
     return results
 
 
-def layouts(rank: int) -> list:
+def trained(block, x, grad) -> list[torch.Tensor]:
+    """Return whole parameters after three steps."""
+    optimizer = CondLRSGD(block, 0.05, 0.9, tau=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        block(x).backward(grad)
+        optimizer.step()
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in block.parameters()]
+
+
+def steps(mesh) -> list:
+    block, x, grad = block_of("float64")
+    return trained(parallelize_module(block, mesh, example()["plan"]), x, grad)
+
+
+def layouts(mesh) -> list:
     """Return the outputs for torch's arguments of styles, beside those of torch's style on the dense layer."""
-    mesh, results = init_device_mesh("cpu", (WORLD,)), []
+    results = []
     torch.manual_seed(0)
     layer, x = condlr_ext.LowRankLinear(12, 8, dtype=torch.float64, rank=3), torch.randn(4, 5, 12, dtype=torch.float64)
     for (ours, dense), (inputs, outputs), local in itertools.product(
@@ -138,9 +153,9 @@ def layouts(rank: int) -> list:
     return results
 
 
-def refusals(rank: int) -> dict:
+def refusals(mesh) -> dict:
     """Return the errors of parallel layers in use."""
-    mesh, said = init_device_mesh("cpu", (WORLD,)), {}
+    said = {}
 
     def note(name: str, action) -> None:
         try:
@@ -162,9 +177,9 @@ def refusals(rank: int) -> dict:
     return said
 
 
-def double_backward(rank: int) -> dict:
+def double_backward(mesh) -> dict:
     """Return the gradients of a penalty on the gradient of the inputs."""
-    mesh, results = init_device_mesh("cpu", (WORLD,)), {}
+    rank, results = mesh.get_local_rank(), {}
     for style in STYLES:
         layer, x, _ = layer_of("uneven", "float64", True)
         parallelize_module(layer, mesh, STYLES[style]())
@@ -178,51 +193,62 @@ def penalty(layer, x):
     return torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)[0].square().sum()
 
 
-def autocast(rank: int) -> tuple:
+def autocast(mesh) -> tuple:
     layer, x, _ = layer_of("uneven", "float32", True)
-    parallelize_module(layer, init_device_mesh("cpu", (WORLD,)), LowRankBottleneckParallel())
+    parallelize_module(layer, mesh, LowRankBottleneckParallel())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(chunk(x, rank))
+        y = layer(chunk(x, mesh.get_local_rank()))
     y.sum().backward()
     return y.dtype, layer.V.grad.dtype, y.detach().float()
 
 
-def everything(rank: int) -> dict:
-    return {f.__name__: f(rank) for f in (layers, blocks, layouts, refusals, double_backward, autocast)}
+def everything(mesh) -> dict:
+    return {f.__name__: f(mesh) for f in (layers, blocks, steps, layouts, refusals, double_backward, autocast)}
 
 
 @pytest.fixture(scope="module")
-def results():
-    return processes.run(everything, WORLD)
+def results(pool):
+    return pool.run(everything, WORLD)
 
 
-def fully_sharded(rank: int) -> dict:
+def fully_sharded(_) -> dict:
     """Return one forward and backward of the page's block on a mesh of 2 x 2, each pair of ranks with half a batch."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     block, x, grad = block_of("float64")
     parallelize_module(block, mesh["tp"], example()["plan"])
     fully_shard(block, mesh=mesh["dp"])
     block.set_gradient_divide_factor(1.0)
-    half = mesh["dp"].get_local_rank()
-    found = run(block, x.chunk(2)[half], grad.chunk(2)[half])
-    return found | {name: p.grad.full_tensor() for name, p in block.named_parameters()}
+    x, grad = (t.chunk(2)[mesh["dp"].get_local_rank()] for t in (x, grad))
+    found = run(block, x, grad) | {name: p.grad.full_tensor() for name, p in block.named_parameters()}
+    return found | {"trained": trained(block, x, grad)}
 
 
 @pytest.mark.slow
-def test_the_block_of_the_page_under_fully_shard():
+def test_the_block_of_the_page_under_fully_shard(pool):
     block, x, grad = block_of("float64")
     whole = run(block, x, grad)
-    for rank, found in enumerate(processes.run(fully_sharded, WORLD)):
+    for rank, found in enumerate(pool.run(fully_sharded, WORLD)):
         for name in ("x", "y"):
             assert_equal(found[name], whole[name].chunk(2)[rank // 2], terms=1000)
         for name, p in block.named_parameters():
             if name != "k.bias":
                 assert_equal(found[name], p.grad, terms=1000)
+        assert_trained_alike(found["trained"])
 
 
-def compiled(rank: int) -> tuple:
+def assert_trained_alike(found: list[torch.Tensor]) -> None:
+    for p, expected in zip(found, trained(*block_of("float64")), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_the_block_of_the_page_trains_like_the_unsharded_one(results):
+    for result in results:
+        assert_trained_alike(result["steps"])
+
+
+def compiled(mesh) -> list:
     """Return the gradients of a compiled block beside those of an eager one."""
-    mesh, gradients = init_device_mesh("cpu", (WORLD,)), []
+    gradients = []
     for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager", fullgraph=True)):
         block, x, grad = block_of("float64")
         y = wrap(parallelize_module(block, mesh, example()["plan"]))(x.requires_grad_())
@@ -232,8 +258,8 @@ def compiled(rank: int) -> tuple:
 
 
 @pytest.mark.slow
-def test_compiled_blocks():
-    for eager, found in processes.run(compiled, WORLD):
+def test_compiled_blocks(pool):
+    for eager, found in pool.run(compiled, WORLD):
         scale = max(t.abs().max() for t in eager)
         for a, b in zip(found, eager, strict=True):
             assert (a - b).abs().max() <= 1000 * torch.finfo(b.dtype).eps * scale
