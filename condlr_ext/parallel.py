@@ -1,4 +1,4 @@
-"""Tensor parallel styles of LowRankLinear, for torch.distributed.tensor.parallel.parallelize_module.
+"""Tensor parallel styles of LowRankLinear for torch's parallelize_module, and clipping for what comes out.
 
 Over the ranks of a mesh dimension, S is replicated and
 
@@ -11,6 +11,8 @@ Over the ranks of a mesh dimension, S is replicated and
 A dense layer all-reduces [*, n] or [*, m] instead. Gradients have the placements of their parameters, and those of
 replicated ones are equal on all ranks without further communication.
 """
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,7 @@ from ._modules import not_plain
 from .errors import ShapeError
 from .nn import LowRankLinear
 
-__all__ = ["LowRankBottleneckParallel", "LowRankColwiseParallel", "LowRankRowwiseParallel"]
+__all__ = ["LowRankBottleneckParallel", "LowRankColwiseParallel", "LowRankRowwiseParallel", "clip_grad_norm_"]
 
 
 class _LowRankParallel(ParallelStyle):
@@ -151,6 +153,28 @@ class LowRankBottleneckParallel(_LowRankParallel):
     """
 
     _input, _output = Shard(-1), Shard(-1)
+
+
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients so that their norm, all together, is at most max_norm, and return what it was.
+
+    It is torch.nn.utils.clip_grad_norm_, which raises where some parameters are sharded and others not, or not over the
+    same mesh, as with tensor parallel layers among others.
+
+    Args:
+        parameters: With their gradients; all processes pass the same.
+        max_norm: The largest norm.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for grad in grads:
+        by_mesh.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
+    norms = [nn.utils.get_total_norm(some) for some in by_mesh.values()]
+    total = nn.utils.get_total_norm([n.full_tensor() if isinstance(n, DTensor) else n for n in norms])
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        (grad.to_local() if isinstance(grad, DTensor) else grad).mul_(scale)
+    return total
 
 
 class ParallelLowRankLinear(LowRankLinear):

@@ -16,7 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import condlr_ext
 from condlr_ext.optim import CondLRSGD
-from condlr_ext.parallel import LowRankBottleneckParallel, LowRankColwiseParallel, LowRankRowwiseParallel
+from condlr_ext.parallel import (
+    LowRankBottleneckParallel,
+    LowRankColwiseParallel,
+    LowRankRowwiseParallel,
+    clip_grad_norm_,
+)
 
 WORLD = 4
 PAGE = Path(__file__).parents[2] / "docs" / "guide" / "tensor-parallel.md"
@@ -203,7 +208,9 @@ def autocast(mesh) -> tuple:
 
 
 def everything(mesh) -> dict:
-    return {f.__name__: f(mesh) for f in (layers, blocks, steps, layouts, refusals, double_backward, autocast)}
+    return {
+        f.__name__: f(mesh) for f in (layers, blocks, steps, clipping, layouts, refusals, double_backward, autocast)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +227,8 @@ def fully_sharded(_) -> dict:
     block.set_gradient_divide_factor(1.0)
     x, grad = (t.chunk(2)[mesh["dp"].get_local_rank()] for t in (x, grad))
     found = run(block, x, grad) | {name: p.grad.full_tensor() for name, p in block.named_parameters()}
-    return found | {"trained": trained(block, x, grad)}
+    clipped = clip_grad_norm_(block.parameters(), 1.0), {n: p.grad.full_tensor() for n, p in block.named_parameters()}
+    return found | {"clipped": clipped, "trained": trained(block, x, grad)}
 
 
 @pytest.mark.slow
@@ -233,7 +241,40 @@ def test_the_block_of_the_page_under_fully_shard(pool):
         for name, p in block.named_parameters():
             if name != "k.bias":
                 assert_equal(found[name], p.grad, terms=1000)
+        assert_clipped_alike(*found["clipped"])
         assert_trained_alike(found["trained"])
+
+
+def clipping(mesh) -> tuple:
+    block, x, grad = block_of("float64")
+    parallelize_module(block, mesh, example()["plan"])
+    block(x).backward(grad)
+    norms = [clip_grad_norm_(block.parameters(), limit) for limit in (1e9, 1.0)]
+    assert norms[0] == norms[1]  # the first changes nothing
+    return norms[1], {n: getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for n, p in block.named_parameters()}
+
+
+def assert_clipped_alike(norm: torch.Tensor, found: dict) -> None:
+    block, x, grad = block_of("float64")
+    block(x).backward(grad)
+    assert_equal(norm, nn.utils.clip_grad_norm_(block.parameters(), 1.0), terms=1000)
+    assert norm > 1
+    for name, p in block.named_parameters():
+        if name != "k.bias":
+            assert_equal(found[name], p.grad, terms=1000)
+
+
+def test_gradients_are_clipped_over_sharded_and_other_parameters(results):
+    for result in results:
+        assert_clipped_alike(*result["clipping"])
+
+
+def test_clipping_of_whole_gradients_is_torchs():
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 3.0)
+    assert clip_grad_norm_([p, nn.Parameter(torch.zeros(2))], 2.0) == 6
+    torch.testing.assert_close(p.grad, torch.ones(4))
+    assert clip_grad_norm_([nn.Parameter(torch.zeros(2))], 2.0) == 0
 
 
 def assert_trained_alike(found: list[torch.Tensor]) -> None:
