@@ -5,7 +5,8 @@ or wider than long.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,24 @@ def local_gradient(p: Tensor) -> Tensor | None:
     return grad.wait() if hasattr(grad, "wait") else grad
 
 
-def dividing_groups(where: str, p: Tensor) -> tuple:
+@dataclass(frozen=True)
+class Group:
+    """A process group; those of the same processes are equal, as meshes have that were made one after the other."""
+
+    ranks: tuple[int, ...]
+    group: Any = field(compare=False)
+
+    @classmethod
+    def of(cls, group) -> "Group":
+        return cls(tuple(torch.distributed.get_process_group_ranks(group)), group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is its first."""
+        return self.group.rank() == 0
+
+
+def dividing_groups(where: str, p: Tensor) -> tuple[Group, ...]:
     """Return the process groups among which the rows of a parameter are divided, none if each process has all.
 
     Raises:
@@ -52,7 +70,7 @@ def dividing_groups(where: str, p: Tensor) -> tuple:
         if placement.is_partial() or placement.dim != 0:  # is_shard() is False of the shards of shards
             raise ValueError(f"{where} must be divided by rows, Shard(0), got placements {tuple(p.placements)}")
         if p.device_mesh.size(dim) > 1:
-            groups.append(p.device_mesh.get_group(dim))
+            groups.append(Group.of(p.device_mesh.get_group(dim)))
     return tuple(groups)
 
 
@@ -87,7 +105,7 @@ class Team:
     Replicas (HSDP) are other teams, which do the same.
     """
 
-    groups: tuple = ()
+    groups: tuple[Group, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.groups)
@@ -100,7 +118,7 @@ class Team:
     def counts(self, p: Tensor) -> bool:
         """Return whether the rows of p here enter sums: of equal parts in several processes, those of the first do."""
         mine = dividing_groups("the parameter", p)
-        return all(group in mine or group.rank() == 0 for group in self.groups)
+        return all(group in mine or group.is_first for group in self.groups)
 
     def sum(self, parts: list[Tensor]) -> list[Tensor]:
         """Return the sums of tensors over the team in float64, the same bits in all processes; sent as one buffer."""
@@ -108,13 +126,13 @@ class Team:
             return []
         flat = torch.cat([part.double().reshape(-1) for part in parts])
         for group in self.groups:
-            torch.distributed.all_reduce(flat, group=group)
+            torch.distributed.all_reduce(flat, group=group.group)
         pieces = flat.split([part.numel() for part in parts])
         return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
     def mean(self, t: Tensor) -> Tensor:
         """Return the mean of a tensor over the team, in its dtype."""
-        return (self.sum([t])[0] / math.prod(group.size() for group in self.groups)).to(t.dtype) if self else t
+        return (self.sum([t])[0] / math.prod(len(group.ranks) for group in self.groups)).to(t.dtype) if self else t
 
     def any(self, flag: Tensor) -> bool:
         """Return whether the flag is set in some process."""
@@ -151,7 +169,7 @@ def used_directions(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
 
 def merged(teams: list[Team]) -> list[Team]:
     """Return for each team the largest of them that holds all of its groups, so that few sums serve all."""
-    by_size = sorted(set(teams), key=lambda team: len(team.groups), reverse=True)
+    by_size = sorted(dict.fromkeys(teams), key=lambda team: len(team.groups), reverse=True)
     return [next(big for big in by_size if set(team.groups) <= set(big.groups)) for team in teams]
 
 
@@ -250,9 +268,9 @@ def draw_uniform(p: Tensor, bound: float) -> None:
 def _shared_seed(p: Tensor) -> int:
     """Return a number of torch's generator in the first process of the parameter's mesh."""
     mesh = p.device_mesh
-    everyone = Team(tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1))
+    everyone = Team(tuple(Group.of(mesh.get_group(dim)) for dim in range(mesh.ndim) if mesh.size(dim) > 1))
     seed = torch.randint(2**31, (1,), device="cpu")
-    first = all(group.rank() == 0 for group in everyone.groups)
+    first = all(group.is_first for group in everyone.groups)
     (shared,) = everyone.sum([(seed * first).to(local(p).device)])
     return int(shared)
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from .. import _table, linalg, reference
 from .._modules import check_module, not_plain, unwrapped_optimizer
-from .._shards import Team
+from .._shards import Group, Team
 from ..errors import NonFiniteError, RankError
 from ..factorize.budget import stored_parameters
 from ..nn.layer import LowRankLayer, low_rank_layers
@@ -242,7 +242,7 @@ class RankController:
             raise ValueError(f"{_UPDATE}: batches must hold at least one, got none")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             groups = [wrapper.process_group for wrapper in self._wrappers] or [torch.distributed.group.WORLD]
-            self._team = Team(tuple(dict.fromkeys(groups)))
+            self._team = Team(tuple(dict.fromkeys(map(Group.of, groups))))
         count = torch.tensor([len(batches)], dtype=torch.float64, device=next(self.model.parameters()).device)
         if self._team.mean(count * count) != self._team.mean(count) ** 2:
             raise ValueError(f"{_UPDATE}: batches must be as many in every process, got {len(batches)} here")

@@ -8,6 +8,9 @@
 namespace condlr {
 namespace CONDLR_ISA {
 
+// Rows of one sum in T. The terms of a longer one, if all are equal, would round in one direction.
+constexpr int64_t kShortSum = 128;
+
 // X = Y L⁻ᵀ with Yᵀ Y = L Lᵀ, distance = ‖Yᵀ Y - I‖_F. Returns false where Yᵀ Y is not positive definite.
 // The products are of type T, the r x r work is done in double.
 template <class T>
@@ -17,10 +20,15 @@ bool cholesky_qr(const T* Y, int64_t m, int64_t r, T* X, double& distance, Works
   double* gram = scratch.take<double>(r * r);
   double* inverse = scratch.take<double>(r * r);
   const View<T> y = row_major(Y, r);
-  gemm<T>(r, r, m, 1, y.transpose(), y, nullptr, product, workspace);
+  fill(gram, r * r, 0.0);
+  for (int64_t begin = 0; begin < m; begin += kShortSum) {
+    const View<T> rows = y.at(begin, 0);
+    const int64_t count = m - begin < kShortSum ? m - begin : kShortSum;
+    gemm<T>(r, r, count, 1, rows.transpose(), rows, nullptr, product, workspace);
+    for (int64_t i = 0; i < r * r; ++i) gram[i] += static_cast<double>(product[i]);
+  }
   double sum = 0;
   for (int64_t i = 0; i < r * r; ++i) {
-    gram[i] = static_cast<double>(product[i]);
     const double e = gram[i] - (i % (r + 1) == 0 ? 1 : 0);
     sum += e * e;
   }

@@ -229,18 +229,29 @@ Found find_transform(const T* X, const Direction<T>& direction, int64_t m, int64
   Scratch scratch(workspace);
   const int64_t stride = vectors_of<T>(2 * r) * Vec<T>::kLanes;
   T* gram = scratch.take<T>(2 * r * stride);
+  double* total = scratch.take<double>(2 * r * stride);
+  fill(total, 2 * r * stride, 0.0);
   T* F = scratch.take<T>(r * r);
   T* E = scratch.take<T>(2 * r * r);
   const Rows<T> rows(m, r, scratch);
   bool moves = false;
-  const bool finite = rows.each(X, direction, nullptr, [&](int64_t begin, int64_t count) {
+  const bool finite = rows.each(X, direction, nullptr, [&](int64_t, int64_t count) {
     if (!all_finite(rows.flat, count * r)) return false;
     for (int64_t i = 0; !moves && i < count * r; ++i) moves = rows.flat[i] != 0;
-    product<T>(2 * r, 2 * r, count, 1, {rows.data, 1, rows.stride}, rows.data, rows.stride, begin > 0, gram,
-               stride, 0);
+    for (int64_t at = 0; at < count; at += kShortSum) {
+      const T* data = rows.data + at * rows.stride;
+      const int64_t few = count - at < kShortSum ? count - at : kShortSum;
+      product<T>(2 * r, 2 * r, few, 1, {data, 1, rows.stride}, data, rows.stride, false, gram, stride, 0);
+      for (int64_t i = 0; i < 2 * r; ++i) {
+        for (int64_t j = 0; j <= i; ++j) total[i * stride + j] += static_cast<double>(gram[i * stride + j]);
+      }
+    }
     return true;
   });
   if (!finite) return Found::kNothing;
+  for (int64_t i = 0; i < 2 * r; ++i) {
+    for (int64_t j = 0; j <= i; ++j) gram[i * stride + j] = static_cast<T>(total[i * stride + j]);
+  }
   T off = 0;
   for (int64_t i = 0; i < r; ++i) {
     for (int64_t j = 0; j <= i; ++j) {

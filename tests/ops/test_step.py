@@ -318,3 +318,20 @@ def test_wrong_arguments_are_named_and_nothing_is_written():
         with pytest.raises(RuntimeError, match=text):
             ops.step.step.dispatched(*broken, torch.zeros(2, dtype=torch.int64))
         assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+
+
+@pytest.mark.skipif(bool(ops.COMPILED.ops_reason), reason="the sums of the reference path are LAPACK's")
+@pytest.mark.parametrize("length", [1e-3, 0.3, 10.0, 1e4])
+def test_sums_of_equal_terms_are_not_biased(length):
+    """Entries of U are ±1/√m, those of the gradient ±1, whose sums in float32 all round in one direction."""
+    m, rows = 4096, torch.arange(4096)
+    U = torch.stack([1 - 2 * (rows >> k & 1) for k in range(2)], 1) / m**0.5
+    params = [U, torch.eye(2), torch.linalg.qr(torch.randn(20, 2))[0].contiguous(), torch.empty(0)]
+    grads = [torch.randn(m, 2).sign(), torch.zeros(2, 2), torch.zeros(20, 2), torch.empty(0)]
+    hyper, skipped = (
+        hyper_table(1, lr=length / m**0.5, momentum=0.0, weight_decay=0.0),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    for _ in range(3):
+        ops.step.step.run("cpu", params, grads, [torch.empty(0)] * 4, hyper, skipped)
+    assert not skipped.any() and non_orthonormality(params[0]) <= 1e-6
