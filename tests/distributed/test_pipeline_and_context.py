@@ -71,7 +71,7 @@ class ContextParallelBlock(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         attention = self.block.attn
         q, k, v = attention.qkv(self.block.norm1(x)).chunk(3, -1)
-        k, v = (collectives.all_gather_tensor_autograd(t, 1, self.group) for t in (k, v))
+        k, v = (collectives.all_gather_tensor_autograd(t.contiguous(), 1, self.group) for t in (k, v))
         q, k, v = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in (q, k, v))
         x = x + attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.block.mlp(self.block.norm2(x))
