@@ -133,7 +133,7 @@ STUDIES = sorted((Path(__file__).parents[2] / "studies").glob("*.toml"))
 def test_the_studies_can_be_read(path):
     config = TrainConfig.read(path)
     assert config.out == Path("runs") / path.stem
-    if "digits" not in path.stem:
+    if "digits" not in path.stem and not path.stem.startswith("tune"):
         milestones = [round(share * config.epochs) for share in config.drop_at]
         assert config.epochs == 120 and milestones == [70, 100] and config.validation == 0.25
 
