@@ -25,8 +25,9 @@ def test_only_within():
             assert devices.architecture(torch.device("cpu")) == f"sm_{sm}"
             with condlr_ext.backend("triton"):
                 condlr_ext.functional.low_rank_linear(*(torch.ones(s) for s in ((2, 4), (3, 2), (2, 2), (4, 2), (3,))))
-        ((name, grid, instructions),) = run.launches
+        ((name, grid, instructions, counts),) = run.launches
         assert name == "chain" and grid == (1, 1, 1) and instructions == run.instructions > 100 and run.reports == []
+        assert counts is None
     with condlr_ext.backend("triton"), pytest.raises(BackendError, match="a tensor is on cpu"):
         condlr_ext.functional.low_rank_linear(*(torch.ones(s) for s in ((2, 4), (3, 2), (2, 2), (4, 2), (3,))))
 

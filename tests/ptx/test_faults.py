@@ -26,12 +26,11 @@ def without(pattern, count=0):
     return lambda ptx: re.sub(pattern, "", ptx, count=count)
 
 
-def barriers(ptx):
-    return [match.span() for match in re.finditer(r"\tbar\.sync[^\n]*;\n", ptx)]
+BARRIER = r"\tbar\.sync[^\n]*;\n"
 
 
-def without_barrier(ptx, k):
-    begin, end = barriers(ptx)[k]
+def without_one(pattern, ptx, k):
+    begin, end = list(re.finditer(pattern, ptx))[k].span()
     return ptx[:begin] + ptx[end:]
 
 
@@ -156,11 +155,11 @@ def test_every_barrier_of_chain(case, monkeypatch):
     with executing(sm, faults=lambda name, ptx: texts.setdefault(name, ptx)) as run:
         forward(dtype, rank, n=n)
     assert not run.reports
-    count, reported = len(barriers(texts["chain"])), 0
+    count, reported = len(re.findall(BARRIER, texts["chain"])), 0
     for k in range(count):
         with (
             monkeypatch.context() as patch,
-            executing(sm, faults=lambda name, ptx, k=k: without_barrier(ptx, k)) as run,
+            executing(sm, faults=lambda name, ptx, k=k: without_one(BARRIER, ptx, k)) as run,
         ):
             judge = Judge(patch)
             forward(dtype, rank, n=n)
@@ -209,10 +208,16 @@ def test_shared_memory_that_is_not_written():
 
 
 def test_the_tensor_core_of_hopper():
-    """Its fence, its waits and its descriptors; the last of these only the numbers show."""
-    assert found(90, without(r"\tfence\.proxy[^\n]*\n"), lambda: forward(n=400))[0] == {"racecheck"}
+    """Its waits, without which the numbers are not there either."""
     kinds, error = found(90, without(r"\twgmma\.wait_group[^\n]*\n"), lambda: forward(n=400))
     assert "synccheck" in kinds and math.isnan(error)
+
+
+@pytest.mark.parametrize("fence", [r"\tfence\.proxy[^\n]*\n", r"\twgmma\.fence[^\n]*\n"])
+def test_every_fence_of_the_tensor_core(fence):
+    """Removed one by one: of shared memory, and of registers."""
+    for k in range(3):  # of X V, P Sᵀ, T Uᵀ
+        assert found(90, lambda ptx, k=k: without_one(fence, ptx, k), lambda: forward(n=64))[0] == {"racecheck"}
 
 
 def polar():

@@ -130,12 +130,12 @@ PREPARE = f"""
     {{fence}} bar.sync 0;
 """
 ADD = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r10,%r11,%r12,%r13}, %rd10, %rd11, {0}, 1, 1, 0, 0;"
-FENCE = "fence.proxy.async.shared::cta;"
+FENCE, REGISTERS = "fence.proxy.async.shared::cta;", "wgmma.fence.sync.aligned;"
 
 
-def products(rest, fence=FENCE, prepare=PREPARE):
+def products(rest, fence=FENCE, prepare=PREPARE, registers=REGISTERS):
     out = torch.zeros(128, dtype=torch.float32)
-    body = f"{prepare.replace('{fence}', fence)} {rest} {element('%rd8', 0, 4)} st.global.b32 [%rd8], %r10;"
+    body = f"{prepare.replace('{fence}', fence)} {registers} {rest} {element('%rd8', 0, 4)} st.global.b32 [%rd8], %r10;"
     launch = run(body, out, torch.zeros(4), threads=128, shared=4096)
     return out, launch
 
@@ -172,3 +172,14 @@ def test_products_need_fences_and_barriers():
     assert kinds(products(end, fence="")[1]) == {"racecheck"}
     assert kinds(products(end, prepare=PREPARE.replace("bar.sync 0;", ""))[1]) == {"racecheck"}
     assert kinds(products(end, prepare=PREPARE.replace("st.shared.v4.b32 [%r1 +", "// "))[1]) == {"initcheck"}
+
+
+def test_registers_of_products_need_fences():
+    """Those that are computed; the same value in another register needs none, nor do further products."""
+    one, end = ADD.replace("{0}", "1"), COMMIT + WAIT.replace("{0}", "0")
+    assert kinds(products(one + end, registers="")[1]) == {"racecheck"}
+    out, launch = products(one + one + end + one + end)
+    assert not launch.reports and (out == 48).all()
+    for change, expected in (("mov.b32 %r10, %r11;", set()), ("add.f32 %r10, %r11, %r11;", {"racecheck"})):
+        assert kinds(products(one + end + change + one + end)[1]) == expected
+        assert not products(one + end + change + REGISTERS + one + end)[1].reports

@@ -8,6 +8,7 @@ The package is told that kernels serve CPU tensors, of which architecture they a
 
 import contextlib
 import random
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -20,6 +21,7 @@ from triton.runtime import driver
 from condlr_ext.kernels.triton import devices
 from condlr_ext.kernels.triton.runtime import launching
 
+from .count import Counts
 from .memory import Global, Report, SanitizerError
 from .parse import parse
 from .run import Launch
@@ -32,6 +34,15 @@ ALLOWED: dict[tuple[str, str, str], str] = {}
 _current: "Run | None" = None
 
 
+class Launched(NamedTuple):
+    """A launch that was executed: instructions are those of blocks; counts are there if they were asked for."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    instructions: int
+    counts: Counts | None
+
+
 class Run:
     """What kernels do, and what was found.
 
@@ -41,14 +52,15 @@ class Run:
         schedule: A seed by which blocks take turns in another order; None: as they are numbered.
         faults: A function of the name and the PTX of a kernel that returns what to execute instead; reports are then
             collected and not raised.
+        counts: Whether to count what every launch asks of a device.
 
     Attributes:
         reports: What the checks found.
-        launches: Name, grid and number of executed instructions of every launch.
+        launches: What was executed, a `Launched` each.
     """
 
-    def __init__(self, sm: int, noise: int | None = None, schedule: int | None = None, faults=None):
-        self.sm, self.noise, self.faults = sm, noise, faults
+    def __init__(self, sm: int, noise: int | None = None, schedule: int | None = None, faults=None, counts=False):
+        self.sm, self.noise, self.faults, self.counts = sm, noise, faults, counts
         self.schedule = None if schedule is None else random.Random(schedule)
         self.forget()
 
@@ -58,7 +70,7 @@ class Run:
 
     @property
     def instructions(self) -> int:
-        return sum(executed for _, _, executed in self.launches)
+        return sum(launched.instructions for launched in self.launches)
 
     def launch(self, kernel: "Kernel", grid, arguments) -> None:
         """Execute a kernel; raise SanitizerError where a check finds something that is not allowed."""
@@ -66,9 +78,10 @@ class Run:
             name: self._bits(argument, ptx, label)
             for (name, ptx), (label, argument) in zip(kernel.parameters, arguments, strict=True)
         }
-        launch = Launch(kernel.module(self.faults), self.memory, grid, parameters, self.noise, self.schedule)
+        counts = Counts() if self.counts else None
+        launch = Launch(kernel.module(self.faults), self.memory, grid, parameters, self.noise, self.schedule, counts)
         launch.run()
-        self.launches.append((kernel.name, grid, launch.instructions))
+        self.launches.append(Launched(kernel.name, grid, launch.instructions, counts))
         found = [report for report in launch.reports.values() if _key(report) not in ALLOWED]
         self.reports += found
         if found and self.faults is None:
@@ -163,11 +176,11 @@ class Driver:
 
 
 @contextlib.contextmanager
-def executing(sm: int, noise: int | None = None, schedule: int | None = None, faults=None):
+def executing(sm: int, noise: int | None = None, schedule: int | None = None, faults=None, counts=False):
     """Execute the Triton kernels of the package on CPU tensors. Yield the `Run`, whose arguments these are."""
     global _current
     before = _current
-    _current = run = Run(sm, noise, schedule, faults)
+    _current = run = Run(sm, noise, schedule, faults, counts)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(backends, nvidia=Backend(PTXBackend, backends["nvidia"].driver)))
         stack.enter_context(mock.patch.dict(launching._kept, clear=True))

@@ -288,8 +288,8 @@ class Global:
 class GlobalAccess:
     """The accesses of one launch to global memory, and its shadow."""
 
-    def __init__(self, memory, grain, report):
-        self.allocations, self.grain, self.report = memory.allocations, grain, report
+    def __init__(self, memory, grain, report, counts=None):
+        self.allocations, self.grain, self.report, self.counts = memory.allocations, grain, report, counts
         self._shadows = {}  # allocation: writer, and readers by block
         self._clocks = {}  # allocation, element: what those who released it had seen
 
@@ -327,6 +327,8 @@ class GlobalAccess:
                 right = ~(wrong | beyond)
                 here, threads = here[right], np.flatnonzero(right) if threads is None else threads[right]
             if len(here):
+                if self.counts is not None:
+                    self.counts.access(block.warp if threads is None else block.warp[threads], here)
                 yield allocation, here, threads
 
     def load(self, block, address, offset, width, count, mask, instruction):
@@ -370,6 +372,14 @@ class GlobalAccess:
                 if {"acq_rel", "release"} & set(instruction.modifiers):
                     np.maximum(clock, block.clock(block.warp[lane]), out=clock)
         return result
+
+    def touched(self, size):
+        """Return the bytes of all pieces of this size that were read or written, atomics aside."""
+        count = 0
+        for writer, _, readers in self._shadows.values():
+            touched = np.maximum.reduce([writer, *(read.last for read in readers.values())]) >= 0
+            count += len(np.unique((np.flatnonzero(touched) << self.grain) // size))
+        return size * count
 
     def _check(self, block, allocation, at, size, lanes, instruction, writes):
         shadow = self._shadows.get(allocation)

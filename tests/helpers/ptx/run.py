@@ -9,6 +9,7 @@ import itertools
 import numpy as np
 
 from . import matrices
+from .count import SECTOR, Counts
 from .memory import GlobalAccess, Report, Shared
 from .parse import Instruction, split
 from .translate import Code, Module
@@ -24,18 +25,21 @@ class Launch:
         parameters: The bits of the arguments, by name, as NumPy numbers.
         noise: A seed by which approximate instructions are off by what they may be; None: they are exact.
         schedule: A random.Random that shuffles the order of the blocks; None: as they are numbered.
+        counts: Takes what is executed; None: nobody counts.
 
     Attributes:
         reports: What the checks found, by kind, line and text.
         instructions: Number of instructions executed by blocks.
     """
 
-    def __init__(self, module: Module, memory, grid, parameters, noise=None, schedule=None):
-        self.module, self.grid, self.noise, self.schedule = module, grid, noise, schedule
+    def __init__(
+        self, module: Module, memory, grid, parameters, noise=None, schedule=None, counts: Counts | None = None
+    ):
+        self.module, self.grid, self.noise, self.schedule, self.counts = module, grid, noise, schedule, counts
         self.parameters = {name: np.full(module.threads, value) for name, value in parameters.items()}
         self.reports: dict[tuple, Report] = {}
         self.instructions = 0
-        self.memory = GlobalAccess(memory, module.grain["global"], self.report)
+        self.memory = GlobalAccess(memory, module.grain["global"], self.report, counts)
 
     def report(self, kind: str, instruction: Instruction, text: str) -> None:
         key = kind, instruction.line
@@ -58,6 +62,16 @@ class Launch:
                     self.schedule.shuffle(blocks)
                 for block in blocks:
                     assert next(block, "ended") == "ended"
+        if self.counts is not None:
+            self.counts.touched = self.memory.touched(SECTOR)
+
+    def execute(self, code: Code, number: int, mask, *state) -> None:
+        """Run a basic block by the threads of a mask, or by all."""
+        code.compiled(number, mask is not None)(*state, mask)
+        start, stop, *_ = code.blocks[number]
+        self.instructions += stop - start
+        if self.counts is not None:
+            self.counts.execute(code, number, self.module.threads, mask)
 
 
 class Block:
@@ -87,6 +101,7 @@ class Block:
         self.acquired = []
         self.arguments = {}  # of the next call
         self.open, self.groups = ([], {}), []  # checks and results of wgmma: not committed, and committed groups
+        self.fenced = {}  # what wgmma may find in registers: what was there at its last fence, what it put there since
 
     # what threads do next
 
@@ -115,9 +130,8 @@ class Block:
         """Run all threads from a block of code on until they part. Return where they are."""
         end = len(code.blocks)
         while at != end:
-            _, _, last, target = block = code.blocks[at]
-            code.compiled(at, False)(R, self, parameters, None)
-            self.launch.instructions += block.stop - block.start
+            _, _, last, target = code.blocks[at]
+            self.launch.execute(code, at, None, R, self, parameters)
             at += 1
             if last.opcode in ("bra", "ret"):
                 target = end if last.opcode == "ret" else target
@@ -155,8 +169,7 @@ class Block:
             if mask.all():
                 return here
             block = code.blocks[here]
-            code.compiled(here, True)(R, self, parameters, mask)
-            self.launch.instructions += block.stop - block.start
+            self.launch.execute(code, here, mask, R, self, parameters)
             at[mask] = here + 1
             last = block.last
             if last.opcode in ("bra", "ret"):
@@ -294,8 +307,17 @@ class Block:
 
     # wgmma: computed at once; its results are NaN until they are waited for
 
-    def multiply_async(self, R, a, b, keep, c, kind, columns, transposed, results, mask, instruction):
+    def fence_products(self, R, mask, instruction):
         self._whole_block(mask, instruction)
+        self.fenced = {id(value): value for value in R}  # what is computed is another array, copies are the same
+
+    def _write_products(self, R, register, value):
+        R[register] = self.fenced[id(value)] = value  # several products may add to registers without a fence between
+
+    def multiply_async(self, R, a, b, keep, c, kind, columns, transposed, results, fragments, mask, instruction):
+        self._whole_block(mask, instruction)
+        if not all(id(R[register]) in self.fenced for register in fragments):
+            self.report("racecheck", instruction, "takes registers that were computed with no wgmma.fence since")
         size, depth = (4, 8) if kind == "tf32" else (2, 16)
         checks, flying = self.open
         if not (keep == keep[0]).all():
@@ -315,7 +337,7 @@ class Block:
         product = matrices.multiply_group(left, np.stack(right).swapaxes(1, 2), c, keep[0])
         for (register, kind), value in zip(results, product, strict=True):
             flying[register] = value.view(kind)
-            R[register] = np.full(self.threads, np.nan, "f4").view(kind)
+            self._write_products(R, register, np.full(self.threads, np.nan, "f4").view(kind))
 
     def _operand(self, descriptors, group, rows, depth, size, transposed, kind, checks, instruction):
         """Return an operand of a warp group in shared memory; add the check for when it has been read."""
@@ -340,4 +362,4 @@ class Block:
                 finish()
             for register, value in landing.items():
                 if not any(register in later for _, later in (*self.groups, self.open)):
-                    R[register] = value
+                    self._write_products(R, register, value)

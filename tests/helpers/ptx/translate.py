@@ -117,7 +117,7 @@ OPCODES = {
     # orders
     r"fence\.proxy\.async\.shared::cta": (" ", "C.shared.fence()"),
     r"cp\.async\.commit_group": (" ", "C.commit({m}, {i})"),
-    r"wgmma\.fence\.sync\.aligned": (" ", ""),
+    r"wgmma\.fence\.sync\.aligned": (" ", "C.fence_products(R, {m}, {i})"),
     r"wgmma\.commit_group\.sync\.aligned": (" ", "C.commit_products({m}, {i})"),
     # what `run` does
     r"bra(\.uni)?|ret|bar\.sync": (None, ""),
@@ -250,7 +250,7 @@ def _wgmma(i: Instruction) -> Row:
     transposed = [False] * (2 - len(flags)) + flags  # of A only where it has a descriptor; of TF32 never
     code = (
         f"C.multiply_async(R, {left}, {{{len(a)}}}, {{{len(a) + 1}}}, {_list(len(a) + 2, len(d))}, '{kind}', {columns}, "
-        f"{transposed}, {{results}}, {{m}}, {{i}})"
+        f"{transposed}, {{results}}, {{fragments}}, {{m}}, {{i}})"
     )
     operands = [(r, "u4" if len(a) > 1 else "u8") for r in a] + [(i.operands[2], "u8"), (i.operands[3], "?")]
     return Row(code, [(r, "f4") for r in d], [*operands, *((r, "f4") for r in d)])
@@ -390,7 +390,11 @@ class Code:
         stored = self.kinds[self.registers[results[0][0]]] if results and results[0][0] != "_" else None
         sources = [self._read(name, stored if kind == "=" else kind) for name, kind in operands]
         places = [(self.registers[name], self.kinds[self.registers[name]]) for name, _ in results if name != "_"]
-        code = code.format(*sources, g=guard, m=here, i=f"I[{k}]", results=places)
+        # of wgmma, whose other operands, descriptors and a predicate, have other types
+        fragments = [
+            self.registers[name] for name, kind in operands if kind in ("u4", "f4") and self._is_register(name)
+        ]
+        code = code.format(*sources, g=guard, m=here, i=f"I[{k}]", results=places, fragments=fragments)
         if not results or i.opcode == "wgmma":
             return [code]
         if len(results) == 1:
