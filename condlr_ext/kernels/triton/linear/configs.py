@@ -141,7 +141,12 @@ _SUMS["sm_100", "ieee"] = _SUMS["sm_90", "ieee"] | {
 }
 _SUMS["gfx942", "ieee"] = _SUMS["gfx942", "tf32"]
 
-_DOUBLE = {"chain": (16, 16, 16, 16, 8, 1), "sums": (16, 32, 8, 2)}  # correctness only: libraries are faster
+# float64, on every architecture, for correctness only: libraries are faster. A product has at least as many tiles of
+# the tensor core, 16 x 8, as a block has warps, else several would compute the same; 32 rows of rank 256 are too many
+_DOUBLE = {
+    "chain": {128: [(32, 16, 32, 16, 4, 1)], 256: [(16, 16, 32, 16, 4, 1)]},
+    "sums": {16: [(16, 32, 4, 2)], 256: [(16, 32, 8, 2)]},
+}
 
 
 @functools.cache
@@ -162,12 +167,11 @@ def of(kernel: str, architecture: str, dtype: torch.dtype, rank: int, rounding: 
         blocks = {"BLOCK_I": 16 if double and rank == 256 else 32, "CORE": 16}
         return [triton.Config(blocks, num_warps=4 if double or rank == 16 else 8, num_stages=2, maxnreg=registers)]
     if double:
-        rows = [_DOUBLE[kernel]]
+        lists = _DOUBLE[kernel]
     else:
         lists = (_CHAIN if kernel == "chain" else _SUMS)[architecture, rounding if dtype.itemsize == 4 else "half"]
-        rows = lists[min(largest for largest in lists if largest >= rank)]
     found = []
-    for *blocks, warps, stages in rows:
+    for *blocks, warps, stages in lists[min(largest for largest in lists if largest >= rank)]:
         if kernel == "chain":
             block_b, block_n, block_m, core = blocks
             blocks = dict(BLOCK_B=block_b, BLOCK_N=block_n, BLOCK_M=block_m, CORE=core or rank)
