@@ -5,7 +5,6 @@ given as ratios. With a Markdown file, the table in it between `<!-- python -m b
 rewritten.
 """
 
-import re
 import sys
 import tempfile
 import time
@@ -24,9 +23,10 @@ import condlr_ext
 from condlr_ext._table import markdown
 from condlr_ext.optim import CondLRAdamW, CondLRSGD, Projector
 
+from .markdown import replace_block
+
 PROCESSES = (1, 2, 4)
 LAYERS, WIDTH, RANK = 8, 512, 32
-BLOCK = re.compile(r"(<!-- python -m bench\.gloo -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def projected(model: nn.Module) -> torch.optim.Optimizer:
@@ -119,11 +119,8 @@ def table(processes: tuple[int, ...] = PROCESSES, size: tuple = (LAYERS, WIDTH, 
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     made = table()
-    for name in arguments:
-        text, count = BLOCK.subn(lambda found: found[1] + made + found[2], Path(name).read_text(encoding="utf-8"))
-        if count != 1:
-            raise SystemExit(f"{name}: needed: <!-- python -m bench.gloo --> ... <!-- end -->, once")
-        Path(name).write_text(text, encoding="utf-8")
+    for file in arguments:
+        replace_block(file, "bench.gloo", made)
     print(made)
 
 

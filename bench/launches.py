@@ -5,11 +5,9 @@ With a Markdown file, the table in it between `<!-- python -m bench.launches -->
 
 import itertools
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import triton
@@ -23,9 +21,9 @@ from condlr_ext.kernels.triton.step import launch as step
 from condlr_ext.reference import HYPER
 
 from .idle import driver_of
+from .markdown import replace_block
 
 LAYERS = (2, 20, 60)
-BLOCK = re.compile(r"(<!-- python -m bench\.launches -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def microseconds(call: Callable[[], object], samples: int = 40) -> float:
@@ -108,11 +106,8 @@ def table() -> str:
 def main(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     made = table()
-    for name in arguments:
-        text, count = BLOCK.subn(lambda found: found[1] + made + found[2], Path(name).read_text(encoding="utf-8"))
-        if count != 1:
-            raise SystemExit(f"{name}: needed: <!-- python -m bench.launches --> ... <!-- end -->, once")
-        Path(name).write_text(text, encoding="utf-8")
+    for file in arguments:
+        replace_block(file, "bench.launches", made)
     print(made)
 
 

@@ -23,6 +23,15 @@ Made = tuple[list[str], list[list[str]], list[list[dict]]]  # titles, cells, the
 Filter = Callable[[dict], bool]
 
 
+def replace_block(file: str, module: str, made: str) -> None:
+    """Replace what a file has between `<!-- python -m MODULE -->` and `<!-- end -->`; exit unless it is there once."""
+    block = re.compile(rf"(<!-- python -m {re.escape(module)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    text, count = block.subn(lambda found: found[1] + made + found[2], Path(file).read_text(encoding="utf-8"))
+    if count != 1:
+        raise SystemExit(f"{file}: needed: <!-- python -m {module} --> ... <!-- end -->, once")
+    Path(file).write_text(text, encoding="utf-8")
+
+
 def rewrite(text: str, root: Path = ROOT) -> str:
     """Rewrite the tables between `<!-- python -m bench NAME: FILE OPTION=VALUE,... -->` and `<!-- end -->`.
 
