@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from helpers.sharding import OPTIMIZERS, assert_equal, distribute, gradients, network, set_gradients
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from condlr_ext._shards import Rows, Team, local, normal, qr
@@ -189,3 +190,19 @@ def test_normal_numbers_depend_on_the_row_alone():
     assert abs(whole.mean()) < 0.02 and abs(whole.std() - 1) < 0.02
     assert (whole.mT @ whole / 2000 - torch.eye(50)).abs().max() < 0.12  # 5 standard deviations
     assert not torch.equal(whole, normal(rows, 50, seed=1))
+
+
+def check_equal_groups(_):
+    """torch may give parameters of a second mesh the groups of the first."""
+    rows = torch.arange(8.0).reshape(4, 2)
+    meshes = [init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor")) for _ in range(2)]
+    factors = [distribute_tensor(rows, mesh, [Shard(0), Shard(0)]) for mesh in meshes]
+    assert factors[0].device_mesh.get_group(0) is not factors[1].device_mesh.get_group(0)
+    team = Team.of("the factors", factors)
+    assert len(team.groups) == 2 and {team: True}[Team.of("one", factors[1:])]
+    gram, once = team.sum([local(factors[0]).mT @ local(factors[0]), torch.ones(1)])
+    assert torch.equal(gram, (rows.mT @ rows).double()) and once == 4
+
+
+def test_groups_of_the_same_processes_are_one(pool):
+    pool.run(check_equal_groups, 4)
